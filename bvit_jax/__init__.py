@@ -1,0 +1,1 @@
+"""Binary vision transformers in JAX/Flax, numerically equal to their PyTorch originals."""

@@ -1,0 +1,153 @@
+"""The tree of settings of a run: every key, its default, and the checks made before any work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bvit_jax.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "compute_dtype": ("float32", "bfloat16"),
+    "data.crop_interpolation": ("bilinear", "bicubic"),
+    "data.eval_interpolation": ("bilinear", "bicubic"),
+    "optim.schedule": ("cosine", "cosine_by_epoch"),
+}
+POSITIVE = (
+    "batch_size",
+    "eval_batch_size",
+    "epochs",
+    "eval_every_epochs",
+    "log_every_steps",
+    "checkpoint.keep",
+    "data.eval_resize",
+    "optim.learning_rate",
+    "optim.lr_scale_batch",
+    "optim.eps",
+)
+NOT_NEGATIVE = (
+    "checkpoint.every_steps",
+    "data.num_threads",
+    "data.prefetch",
+    "optim.weight_decay",
+    "optim.warmup_epochs",
+    "optim.warmup_learning_rate",
+    "optim.min_learning_rate",
+    "optim.clip_grad_norm",
+)
+FRACTIONS = ("loss.distillation_weight", "loss.label_smoothing", "optim.b1", "optim.b2")
+
+
+def default_config() -> ConfigDict:
+    """Returns the settings common to all experiments: the binary ImageNet recipe, without a model.
+
+    Sizes in images or steps, learning rates per ``optim.lr_scale_batch`` images, times in epochs
+    where the name says so. A value of 0 switches off what it controls where noted.
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.compute_dtype = "float32"  # of activations and products; parameters stay float32
+    config.batch_size = 512  # global
+    config.eval_batch_size = 512  # global
+    config.epochs = 300
+    config.eval_every_epochs = 1
+    config.log_every_steps = 100
+    config.model = ConfigDict()  # see bvit_jax.models.model_config
+
+    config.data = data = ConfigDict()
+    data.dataset = "imagenet2012"
+    data.data_dir = ""  # "": ~/tensorflow_datasets, or $TFDS_DATA_DIR
+    data.train_split = "train"
+    data.eval_split = "validation"
+    data.crop_scale = (0.08, 1.0)  # share of the area
+    data.crop_ratio = (3 / 4, 4 / 3)
+    data.crop_interpolation = "bilinear"
+    data.flip = True
+    data.eval_resize = 256  # short side in pixels, before the centre crop
+    data.eval_interpolation = "bicubic"
+    data.mean = IMAGENET_MEAN
+    data.std = IMAGENET_STD
+    data.num_threads = 0  # 0: chosen from the number of cores
+    data.prefetch = 16  # decoded images waiting per thread
+
+    config.optim = optim = ConfigDict()
+    optim.learning_rate = 5e-4
+    optim.lr_scale_batch = 512  # the rate is for this batch and scales linearly with batch_size
+    optim.schedule = "cosine"
+    optim.min_learning_rate = 1e-5
+    optim.warmup_epochs = 0
+    optim.warmup_learning_rate = 1e-6
+    optim.weight_decay = 0.0
+    optim.b1 = 0.9
+    optim.b2 = 0.999
+    optim.eps = 1e-8
+    optim.clip_grad_norm = 0.0  # 0: off
+
+    config.loss = loss = ConfigDict()
+    loss.distillation_weight = 1.0  # the rest goes to the labels; needs a teacher
+    loss.label_smoothing = 0.1
+
+    config.teacher = teacher = ConfigDict()
+    teacher.path = ""  # directory with config.json and model.safetensors; "": train on labels
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 0  # 0: once an epoch
+    checkpoint.keep = 2
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises `UserError` naming the first key whose value is out of range."""
+
+    def get(key: str) -> Any:
+        node = config
+        for part in key.split("."):
+            node = node[part]
+        return node
+
+    for key, choices in CHOICES.items():
+        if get(key) not in choices:
+            raise UserError(f"config.{key} is {get(key)!r}; expected one of {', '.join(choices)}")
+    for key in POSITIVE:
+        if not get(key) > 0:
+            raise UserError(f"config.{key} is {get(key)}; expected a number above 0")
+    for key in NOT_NEGATIVE:
+        if not get(key) >= 0:
+            raise UserError(f"config.{key} is {get(key)}; expected a number of at least 0")
+    for key in FRACTIONS:
+        if not 0 <= get(key) <= 1:
+            raise UserError(f"config.{key} is {get(key)}; expected a number from 0 to 1")
+    if "name" not in config.model:
+        raise UserError("config.model has no name; build it with bvit_jax.models.model_config")
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Writes the resolved configuration as JSON."""
+    path.write_text(json.dumps(config.to_dict(), indent=2, default=str) + "\n")
+
+
+def load(path: Path) -> ConfigDict:
+    """Reads a configuration written by `save`.
+
+    Raises:
+      UserError: the file is missing or is not such a configuration.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no {path.name} in {path.parent}; expected a workdir of train.py") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; expected the JSON that train.py wrote") from error
+    return ConfigDict(_lists_to_tuples(values))
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists_to_tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_lists_to_tuples(item) for item in value)
+    return value

@@ -1,0 +1,19 @@
+"""The one exception that commands turn into a one-line message."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something outside the program is wrong: a path, a config value, a file.
+
+    The message names the value, what was expected and what to do, in one line. Commands print it
+    after ``error:`` and exit with status 1; every other exception is a bug and keeps its traceback.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the closest of ``known``, or the list of all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
