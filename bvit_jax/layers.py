@@ -1,0 +1,281 @@
+"""Linen modules that own parameters: binary products, shifts, RPReLU, LayerScale, norms, patches.
+
+Activations are channels-last, (batch, tokens, channels). Modules take the activations in the compute
+dtype, do their sums in float32 (float64 if the input is) and return that accumulator; whoever keeps
+activations in memory casts them back.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array, lax
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+from bvit_jax import quantize
+
+NormName = Literal["batch_norm", "layer_norm"]
+WeightInit = Literal["torch", "trunc_normal"]
+
+
+def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Returns the dtype of sums over values of ``dtype``: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """Returns PyTorch's default initialiser of a linear or convolution layer with ``fan_in`` inputs.
+
+    It is uniform on ±1/sqrt(fan_in), for the weights and for the bias.
+    """
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+# Truncated at two units, a hundred standard deviations: the cut of the original never bites.
+position_init = nn.initializers.normal(0.02)
+
+
+def kernel_init(weight_init: WeightInit, fan_in: int) -> Initializer:
+    """Returns the initialiser of a weight matrix."""
+    return torch_uniform(fan_in) if weight_init == "torch" else nn.initializers.truncated_normal(0.02)
+
+
+def bias_init(weight_init: WeightInit, fan_in: int) -> Initializer:
+    """Returns the initialiser of the bias that goes with `kernel_init`."""
+    return torch_uniform(fan_in) if weight_init == "torch" else nn.initializers.zeros
+
+
+class Shift(nn.Module):
+    """A learned offset per channel, added in float32 so that rounding makes no zeros before a sign."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        move = self.param("move", nn.initializers.zeros, (x.shape[-1],))
+        return x.astype(accumulator_dtype(x.dtype)) + move
+
+
+class RPReLU(nn.Module):
+    """``prelu(x - move1) + move2`` with a slope per channel; slope 0.25 and moves 0 at first."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = (x.shape[-1],)
+        move1 = self.param("move1", nn.initializers.zeros, channels)
+        slope = self.param("slope", nn.initializers.constant(0.25), channels)
+        move2 = self.param("move2", nn.initializers.zeros, channels)
+        shifted = x - move1
+        return jnp.where(shifted > 0, shifted, slope * shifted) + move2
+
+
+class LayerScale(nn.Module):
+    """The affine before a residual addition: ``x * alpha + move``, per channel."""
+
+    alpha_init: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = (x.shape[-1],)
+        alpha = self.param("alpha", nn.initializers.constant(self.alpha_init), channels)
+        return x * alpha + self.param("move", nn.initializers.zeros, channels)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over every axis but the last, with PyTorch's running statistics.
+
+    The batch is normalised by its biased variance; the running variance is kept unbiased,
+    n / (n - 1), which linen's own BatchNorm does not do. Under jit over a sharded batch the
+    statistics are those of the global batch. Sums are in float32, or float64 if the input is.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.1  # share of the new batch in the running statistics
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        channels = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, channels)
+        bias = self.param("bias", nn.initializers.zeros, channels)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels)
+        x = x.astype(accumulator_dtype(x.dtype))
+        if not train:
+            factor = scale * lax.rsqrt(running_var.value + self.epsilon)
+            return x * factor + (bias - running_mean.value * factor)
+        axes = tuple(range(x.ndim - 1))
+        mean = jnp.mean(x, axis=axes)
+        var = jnp.mean(jnp.square(x - mean), axis=axes)
+        if not self.is_initializing():
+            count = x.size // x.shape[-1]
+            unbiased = var * (count / max(count - 1, 1))
+            running_mean.value += self.momentum * (lax.stop_gradient(mean) - running_mean.value)
+            running_var.value += self.momentum * (lax.stop_gradient(unbiased) - running_var.value)
+        return (x - mean) * (scale * lax.rsqrt(var + self.epsilon)) + bias
+
+
+class LayerNorm(nn.LayerNorm):
+    """linen's LayerNorm with exact variance, called like `BatchNorm`; sums in float32 at least."""
+
+    epsilon: float = 1e-5
+    use_fast_variance: bool = False
+
+    def __call__(self, x: Array, *, train: bool = False) -> Array:  # type: ignore[override]
+        return super().__call__(x.astype(accumulator_dtype(x.dtype)))
+
+
+def make_norm(norm: NormName, epsilon: float, name: str) -> BatchNorm | LayerNorm:
+    """Returns the module called ``name`` that normalises in the binary models."""
+    kind = BatchNorm if norm == "batch_norm" else LayerNorm
+    return kind(epsilon=epsilon, name=name)
+
+
+class BinaryDense(nn.Module):
+    """A linear layer without bias whose input and weights are quantised.
+
+    With one activation bit the input goes through `quantize.sign`; the reference quantises
+    activations for exactly one bit, so any other number leaves them real. Weights of 2 to 8 bits are
+    quantised per tensor after clipping to ±``clip_val``.
+    """
+
+    features: int
+    weight_bits: int = 1
+    act_bits: int = 1
+    clip_val: float = 2.5
+    weight_init: WeightInit = "torch"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        fan_in = x.shape[-1]
+        kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), (fan_in, self.features))
+        x = (quantize.sign(x) if self.act_bits == 1 else x).astype(self.dtype)
+        if self.weight_bits == 1:
+            return quantize.binary_dense(x, kernel)
+        return _real_product(x, quantize.quantize_weight(kernel, self.weight_bits, self.clip_val))
+
+
+class BinaryPatchConv(nn.Module):
+    """A convolution whose stride is its kernel size, input and weights quantised, without bias.
+
+    Takes (batch, height, width, channels) and returns (batch, tokens, features).
+    """
+
+    features: int
+    patch_size: int
+    weight_bits: int = 1
+    act_bits: int = 1
+    clip_val: float = 2.5
+    weight_init: WeightInit = "torch"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        size, channels = self.patch_size, x.shape[-1]
+        fan_in = size * size * channels
+        shape = (size, size, channels, self.features)
+        kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), shape)
+        x = (quantize.sign(x) if self.act_bits == 1 else x).astype(self.dtype)
+        patches = extract_patches(x, size)
+        if self.weight_bits == 1:
+            return quantize.binary_patch_conv(patches, kernel)
+        kernel = quantize.quantize_weight(kernel, self.weight_bits, self.clip_val)
+        return _real_product(patches, kernel.reshape(fan_in, self.features))
+
+
+def real_dense(features: int, fan_in: int, weight_init: WeightInit, dtype: DTypeLike, name: str) -> nn.Dense:
+    """Returns a real linear layer with bias."""
+    return nn.Dense(
+        features,
+        dtype=dtype,
+        kernel_init=kernel_init(weight_init, fan_in),
+        bias_init=bias_init(weight_init, fan_in),
+        name=name,
+    )
+
+
+def real_patch_conv(
+    features: int, size: int, fan_in: int, weight_init: WeightInit, dtype: DTypeLike, name: str, use_bias: bool
+) -> nn.Conv:
+    """Returns a real convolution of (batch, height, width, channels) whose stride is its kernel size."""
+    return nn.Conv(
+        features,
+        kernel_size=(size, size),
+        strides=(size, size),
+        padding="VALID",
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=kernel_init(weight_init, fan_in),
+        bias_init=bias_init(weight_init, fan_in),
+        name=name,
+    )
+
+
+def _real_product(x: Array, kernel: Array) -> Array:
+    accumulator = accumulator_dtype(x.dtype)
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=accumulator)
+
+
+class DropPath(nn.Module):
+    """Drops a whole sample of a residual branch with probability ``rate`` (stochastic depth)."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        drop = nn.Dropout(self.rate, broadcast_dims=tuple(range(1, x.ndim)))
+        return drop(x, deterministic=not train)
+
+
+def drop_path_rates(last: float, depth: int) -> tuple[float, ...]:
+    """Returns the drop-path rate of each of ``depth`` blocks, rising linearly from 0 to ``last``."""
+    return tuple(last * i / max(depth - 1, 1) for i in range(depth))
+
+
+def extract_patches(x: Array, size: int) -> Array:
+    """Splits (batch, height, width, channels) into (batch, tokens, size * size * channels)."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels)
+    return x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
+
+
+def to_grid(x: Array) -> Array:
+    """Lays (batch, tokens, channels) out as the square (batch, side, side, channels)."""
+    side = math.isqrt(x.shape[1])
+    return x.reshape(x.shape[0], side, side, x.shape[2])
+
+
+def to_tokens(x: Array) -> Array:
+    """Flattens (batch, height, width, channels) to (batch, tokens, channels)."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def average_pool(x: Array, size: int) -> Array:
+    """Averages each ``size``×``size`` square of a square token grid, stride ``size``."""
+    batch, tokens, channels = x.shape
+    side = math.isqrt(tokens) // size
+    return jnp.mean(x.reshape(batch, side, size, side, size, channels), axis=(2, 4)).reshape(
+        batch, side * side, channels
+    )
+
+
+def upsample(x: Array, factor: int) -> Array:
+    """Repeats each token of a square grid ``factor``×``factor`` times (nearest neighbour)."""
+    return to_tokens(jnp.repeat(jnp.repeat(to_grid(x), factor, axis=1), factor, axis=2))
+
+
+def average_line(x: Array, size: int, axis: int) -> Array:
+    """Averages ``size`` neighbours along one axis, stride 1, the zero padding counted in the mean."""
+    reach = size // 2
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (reach, reach)
+    padded = jnp.pad(x, padding)
+    length = x.shape[axis]
+    windows = [lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size)]
+    return sum(windows[1:], windows[0]) / size

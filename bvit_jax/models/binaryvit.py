@@ -1,0 +1,113 @@
+"""BinaryViT: the four-stage pyramid, fully binary or with real patch embeddings between stages.
+
+Source: BinaryViT (CVPRW 2023), section 3, in the behaviour of
+``modeling_vit_extra_res_pyramid.py`` of github.com/Phuoc-Hoan-Le/BinaryViT.
+"""
+
+import itertools
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from bvit_jax.layers import (
+    BinaryPatchConv,
+    RPReLU,
+    Shift,
+    average_pool,
+    drop_path_rates,
+    make_norm,
+    position_init,
+    real_patch_conv,
+    to_grid,
+    to_tokens,
+)
+from bvit_jax.models.blocks import BinaryBlock, BlockConfig
+from bvit_jax.models.embedding import ImageEmbedding
+from bvit_jax.models.head import ModelOutput, classify
+
+STRIDE = 2  # between stages
+
+
+class Downsample(nn.Module):
+    """The patch embedding between two stages: a 2×2 product, binary or real, and new positions.
+
+    The binary one keeps a shortcut, the 2×2 average with its channels repeated. Returns
+    (batch, tokens / 4, features) in the compute dtype.
+    """
+
+    features: int
+    real: bool
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        c = self.config
+        width = x.shape[-1]
+        x = make_norm(c.norm, c.norm_epsilon, "input_norm")(x, train=train).astype(c.dtype)
+        norm = make_norm(c.norm, c.norm_epsilon, "norm")
+        if self.real:
+            fan_in = STRIDE * STRIDE * width
+            conv = real_patch_conv(
+                self.features, STRIDE, fan_in, c.weight_init, c.dtype, "conv", use_bias=False
+            )
+            y = norm(to_tokens(conv(to_grid(x))), train=train)
+        else:
+            grid = to_grid(Shift(name="shift")(x))
+            y = BinaryPatchConv(self.features, STRIDE, name="conv", **c.quantizer())(grid)
+            shortcut = jnp.tile(average_pool(x, STRIDE), (1, 1, self.features // width))
+            y = RPReLU(name="rprelu")(norm(y, train=train) + shortcut)
+        positions = self.param("positions", position_init, (1, y.shape[1], self.features))
+        return (y + positions).astype(c.dtype)
+
+
+class BinaryViT(nn.Module):
+    """The pyramid; ``width``, ``depth``, ``num_heads``, ``mlp_dim`` and ``reduction`` are per stage."""
+
+    image_size: int = 224
+    patch_size: int = 4
+    num_classes: int = 1000
+    width: tuple[int, ...] = (64, 128, 256, 512)
+    depth: tuple[int, ...] = (3, 4, 8, 4)
+    num_heads: tuple[int, ...] = (1, 2, 4, 8)
+    mlp_dim: tuple[int, ...] = (512, 1024, 1024, 2048)
+    reduction: tuple[int, ...] = (8, 4, 1, 1)
+    some_fp: bool = False
+    drop_path: float = 0.0
+    block: BlockConfig = BlockConfig()
+
+    @nn.compact
+    def __call__(
+        self, images: Array, *, train: bool = False, capture: bool = False
+    ) -> ModelOutput:
+        """Classifies images; the arguments are those of `bvit_jax.models.deit.DeiT`."""
+        c = self.block
+        x = ImageEmbedding(
+            self.width[0],
+            self.patch_size,
+            class_token=False,
+            norm=c.norm,
+            norm_epsilon=c.norm_epsilon,
+            dropout=c.dropout,
+            weight_init=c.weight_init,
+            dtype=c.dtype,
+            name="embedding",
+        )(images, train=train)
+        hidden, attentions = [x], []
+        blocks = enumerate(drop_path_rates(self.drop_path, sum(self.depth)))
+        stages = zip(self.depth, self.num_heads, self.mlp_dim, self.reduction, strict=True)
+        for stage, (depth, num_heads, mlp_dim, reduction) in enumerate(stages):
+            if stage > 0:
+                x = Downsample(self.width[stage], self.some_fp, c, name=f"downsample{stage}")(
+                    x, train=train
+                )
+                hidden[-1] = x
+            for i, drop_path in itertools.islice(blocks, depth):
+                x, probs = BinaryBlock(
+                    num_heads, mlp_dim, reduction, drop_path, c, name=f"block{i}"
+                )(x, train=train)
+                hidden.append(x)
+                attentions.append(probs)
+        x = make_norm(c.norm, c.norm_epsilon, "norm")(x, train=train)
+        logits = classify(x, self.num_classes, class_token=False, weight_init=c.weight_init)
+        return ModelOutput(logits, tuple(hidden), tuple(attentions)) if capture else ModelOutput(logits)

@@ -1,0 +1,207 @@
+"""The blocks that the binary models are made of: unit, attention, feed-forward, encoder block.
+
+Source: BinaryViT (CVPRW 2023), section 3, in the behaviour of ``modeling_vit_extra_res_pyramid.py``
+of github.com/Phuoc-Hoan-Le/BinaryViT. Tokens are (batch, tokens, channels) throughout.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+from bvit_jax import quantize
+from bvit_jax.layers import (
+    BinaryDense,
+    DropPath,
+    WeightInit,
+    LayerScale,
+    NormName,
+    RPReLU,
+    Shift,
+    accumulator_dtype,
+    average_line,
+    average_pool,
+    make_norm,
+    to_grid,
+    to_tokens,
+    upsample,
+)
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What the blocks of one model have in common, whatever their width.
+
+    Attributes:
+      weight_bits, act_bits, clip_val: see `bvit_jax.layers.BinaryDense`.
+      norm, norm_epsilon: normalisation after every product and before every branch.
+      layer_scale: whether the two main branches end in a `LayerScale`.
+      pool_branches: kernel sizes of the pooling branches, 3 and 5 in the paper.
+      dropout, attention_dropout: rates.
+      weight_init: initialiser of the weight matrices.
+      dtype: compute dtype; activations are kept in it.
+    """
+
+    weight_bits: int = 1
+    act_bits: int = 1
+    clip_val: float = 2.5
+    norm: NormName = "batch_norm"
+    norm_epsilon: float = 1e-5
+    layer_scale: bool = True
+    pool_branches: tuple[int, ...] = (3, 5)
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    weight_init: WeightInit = "torch"
+    dtype: DTypeLike = jnp.float32
+
+    def quantizer(self) -> dict:
+        """Returns the keyword arguments of a quantised product."""
+        names = ("weight_bits", "act_bits", "clip_val", "weight_init", "dtype")
+        return {name: getattr(self, name) for name in names}
+
+
+class BinaryUnit(nn.Module):
+    """``RPReLU(norm(W · sign(x + move)) + shortcut)``, the step that every product is wrapped in."""
+
+    features: int
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x: Array, shortcut: Array, *, train: bool) -> Array:
+        c = self.config
+        y = Shift(name="shift")(x)
+        y = BinaryDense(self.features, name="dense", **c.quantizer())(y)
+        y = make_norm(c.norm, c.norm_epsilon, "norm")(y, train=train) + shortcut
+        return RPReLU(name="rprelu")(y).astype(c.dtype)
+
+
+class BinaryAttention(nn.Module):
+    """Multi-head attention whose products are binary and whose keys may be pooled.
+
+    With ``reduction`` r > 1, keys and values come from the r×r average-pooled token grid and are
+    repeated back for the shortcut around the attention product.
+
+    Returns:
+      Context (batch, tokens, channels) after its norm, shortcuts and RPReLU, and the (binarised)
+      attention probabilities (batch, heads, tokens, keys).
+    """
+
+    num_heads: int
+    reduction: int
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Array]:
+        c = self.config
+        width = x.shape[-1]
+        q = BinaryUnit(width, c, name="query")(x, x, train=train)
+        z = x
+        if self.reduction > 1:
+            z = average_pool(x, self.reduction)
+            z = BinaryUnit(width, c, name="reduce")(z, z, train=train)
+        k = BinaryUnit(width, c, name="key")(z, z, train=train)
+        v = BinaryUnit(width, c, name="value")(z, z, train=train)
+
+        context, probs = self._attend(
+            self._heads(q, "query_shift"),
+            self._heads(k, "key_shift"),
+            self._heads(v, "value_shift"),
+            train=train,
+        )
+        context = make_norm(c.norm, c.norm_epsilon, "norm")(context, train=train)
+        if self.reduction > 1:
+            k, v = upsample(k, self.reduction), upsample(v, self.reduction)
+        context = RPReLU(name="rprelu")(context + q + k + v)
+        return context.astype(c.dtype), probs
+
+    def _heads(self, x: Array, shift: str) -> Array:
+        """Shifts, binarises and splits (batch, tokens, channels) into (batch, tokens, heads, size)."""
+        x = Shift(name=shift)(x)
+        x = (quantize.sign(x) if self.config.act_bits == 1 else x).astype(self.config.dtype)
+        return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
+        c = self.config
+        accumulator = accumulator_dtype(c.dtype)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=accumulator)
+        probs = nn.softmax(scores / math.sqrt(q.shape[-1]))
+        drop = nn.Dropout(c.attention_dropout)
+        if c.act_bits != 1:
+            probs = drop(probs, deterministic=not train)
+            context = jnp.einsum(
+                "bhqk,bkhd->bqhd", probs.astype(c.dtype), v, preferred_element_type=accumulator
+            )
+            return context.reshape(*context.shape[:2], -1), probs
+        scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
+        codes = drop(quantize.prob_codes(probs, scale), deterministic=not train)
+        context = jnp.einsum(
+            "bhqk,bkhd->bqhd", codes.astype(c.dtype), v, preferred_element_type=accumulator
+        )
+        # The codes' gradient rule already accounts for the scale: see quantize.prob_codes.
+        scale = jax.lax.stop_gradient(scale)
+        return (context * scale).reshape(*context.shape[:2], -1), codes * scale
+
+
+class BinaryFeedForward(nn.Module):
+    """Two binary units: widen with repeated shortcuts, narrow with averaged ones."""
+
+    mlp_dim: int
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        width = x.shape[-1]
+        expansion = self.mlp_dim // width
+        u = BinaryUnit(self.mlp_dim, self.config, name="expand")(
+            x, jnp.tile(x, (1, 1, expansion)), train=train
+        )
+        neighbours = u.reshape(*u.shape[:-1], width, expansion)
+        shortcut = jnp.mean(neighbours, axis=-1, dtype=accumulator_dtype(u.dtype))
+        return BinaryUnit(width, self.config, name="contract")(u, shortcut, train=train)
+
+
+class BinaryBlock(nn.Module):
+    """One encoder block: binary attention, binary feed-forward and pooling branches.
+
+    Returns:
+      Tokens (batch, tokens, channels) in the compute dtype, and the attention probabilities.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    reduction: int
+    drop_path: float
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Array]:
+        c = self.config
+        width = x.shape[-1]
+        normed = make_norm(c.norm, c.norm_epsilon, "attention_norm")(x, train=train)
+        normed = normed.astype(c.dtype)
+        y, probs = BinaryAttention(self.num_heads, self.reduction, c, name="attention")(
+            normed, train=train
+        )
+        y = BinaryUnit(width, c, name="attention_output")(y, y, train=train)
+        x = x + self._branch_end(y, "attention_scale", train=train)
+
+        normed = make_norm(c.norm, c.norm_epsilon, "mlp_norm")(x, train=train).astype(c.dtype)
+        y = BinaryFeedForward(self.mlp_dim, c, name="mlp")(normed, train=train)
+        x = x + self._branch_end(y, "mlp_scale", train=train)
+
+        for size in sorted(c.pool_branches):
+            for axis, direction in ((1, "h"), (2, "w")):
+                pooled = to_tokens(average_line(to_grid(normed), size, axis))
+                x = x + LayerScale(0.0, name=f"pool_{direction}{size}")(pooled)
+        return x.astype(c.dtype), probs
+
+    def _branch_end(self, y: Array, scale_name: str, *, train: bool) -> Array:
+        c = self.config
+        y = nn.Dropout(c.dropout)(y, deterministic=not train)
+        if c.layer_scale:
+            y = LayerScale(0.1, name=scale_name)(y)
+        return DropPath(self.drop_path)(y, train=train)

@@ -1,0 +1,58 @@
+"""The ReActNet-DeiT family: a binary DeiT with extra residuals, and each ablation of the paper.
+
+Source: BinaryViT (CVPRW 2023), section 3 and table of ablations, in the behaviour of
+``modeling_vit_extra_res.py`` of github.com/Phuoc-Hoan-Le/BinaryViT.
+"""
+
+from flax import linen as nn
+from jax import Array
+
+from bvit_jax.layers import drop_path_rates, make_norm
+from bvit_jax.models.blocks import BinaryBlock, BlockConfig
+from bvit_jax.models.embedding import ImageEmbedding
+from bvit_jax.models.head import ModelOutput, classify
+
+
+class ExtraRes(nn.Module):
+    """A one-stage binary transformer with a class token or average pooling.
+
+    The switches of the ablation are ``class_token``, ``block.pool_branches`` and
+    ``block.layer_scale``; pooling branches need the token grid and so exclude the class token.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    num_classes: int = 1000
+    width: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_dim: int = 1536
+    class_token: bool = False
+    drop_path: float = 0.0
+    block: BlockConfig = BlockConfig()
+
+    @nn.compact
+    def __call__(
+        self, images: Array, *, train: bool = False, capture: bool = False
+    ) -> ModelOutput:
+        """Classifies images; the arguments are those of `bvit_jax.models.deit.DeiT`."""
+        c = self.block
+        x = ImageEmbedding(
+            self.width,
+            self.patch_size,
+            class_token=self.class_token,
+            dropout=c.dropout,
+            weight_init=c.weight_init,
+            dtype=c.dtype,
+            name="embedding",
+        )(images, train=train)
+        hidden, attentions = [x], []
+        for i, drop_path in enumerate(drop_path_rates(self.drop_path, self.depth)):
+            x, probs = BinaryBlock(self.num_heads, self.mlp_dim, 1, drop_path, c, name=f"block{i}")(
+                x, train=train
+            )
+            hidden.append(x)
+            attentions.append(probs)
+        x = make_norm(c.norm, c.norm_epsilon, "norm")(x, train=train)
+        logits = classify(x, self.num_classes, class_token=self.class_token, weight_init=c.weight_init)
+        return ModelOutput(logits, tuple(hidden), tuple(attentions)) if capture else ModelOutput(logits)

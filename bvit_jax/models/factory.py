@@ -1,0 +1,173 @@
+"""From a configuration to a model: names, defaults and the checks of every size."""
+
+import dataclasses
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
+
+from bvit_jax.errors import UserError, nearest
+from bvit_jax.layers import WeightInit, NormName
+from bvit_jax.models.binaryvit import STRIDE, BinaryViT
+from bvit_jax.models.blocks import BlockConfig
+from bvit_jax.models.deit import DeiT
+from bvit_jax.models.extra_res import ExtraRes
+
+MODELS: dict[str, type[nn.Module]] = {"binaryvit": BinaryViT, "deit": DeiT, "extra_res": ExtraRes}
+_NOT_SETTINGS = {"parent", "name", "dtype", "block"}
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """Returns the settings of a model and their defaults: its own fields and those of its blocks."""
+    if name not in MODELS:
+        raise UserError(f"config.model.name is {name!r}" + nearest(name, MODELS))
+    fields = list(dataclasses.fields(MODELS[name]))
+    if any(field.name == "block" for field in fields):
+        fields += dataclasses.fields(BlockConfig)
+    return {field.name: field.default for field in fields if field.name not in _NOT_SETTINGS}
+
+
+def model_config(name: str, **settings: Any) -> ConfigDict:
+    """Returns the complete configuration of a model, ``settings`` in place of its defaults.
+
+    Raises:
+      UserError: there is no such model or setting.
+    """
+    defaults = _defaults(name)
+    for key in settings:
+        if key not in defaults:
+            raise UserError(f"config.model.{key} is not a setting of {name}" + nearest(key, defaults))
+    return ConfigDict({"name": name, **defaults, **settings})
+
+
+def create_model(config: ConfigDict, dtype: DTypeLike = jnp.float32) -> nn.Module:
+    """Returns the model that ``config`` (from `model_config`) describes, computing in ``dtype``.
+
+    Raises:
+      UserError: a setting is unknown, missing or out of range, or sizes do not divide; the message
+        names the key.
+    """
+    settings = {key: config[key] for key in config if key != "name"}
+    settings = dict(model_config(config.name, **settings))  # rejects unknown keys, adds the missing
+    settings.pop("name")
+    _check(config.name, settings)
+    if config.name == "deit":
+        return DeiT(**settings, dtype=dtype)
+    shared = {field.name for field in dataclasses.fields(BlockConfig)}
+    block = BlockConfig(
+        **{key: settings.pop(key) for key in list(settings) if key in shared}, dtype=dtype
+    )
+    return MODELS[config.name](**settings, block=block)
+
+
+def num_params(params: Any) -> int:
+    """Returns the number of learned values in a parameter tree (arrays or their shapes)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _check(name: str, s: dict[str, Any]) -> None:
+    if name == "binaryvit":
+        _check_pyramid(s)
+    else:
+        for key in ("width", "depth", "num_heads", "mlp_dim"):
+            _require(_is_positive_int(s[key]), key, s[key], "expected a positive whole number")
+        _check_grid(s)
+        _check_heads(s["width"], s["num_heads"], "width")
+    for key in ("drop_path", "dropout", "attention_dropout"):
+        _require(0 <= s[key] < 1, key, s[key], "expected a rate from 0 to below 1")
+    _require(s["num_classes"] > 0, "num_classes", s["num_classes"], "expected at least 1")
+    _require(s["norm_epsilon"] > 0, "norm_epsilon", s["norm_epsilon"], "expected above 0")
+    _require_choice("weight_init", s["weight_init"], typing.get_args(WeightInit))
+    if name == "deit":
+        return
+    _require_choice("norm", s["norm"], typing.get_args(NormName))
+    _require_choice("weight_bits", s["weight_bits"], (1, 2, 3, 4, 5, 6, 7, 8, 32))
+    _require_choice("act_bits", s["act_bits"], (1, 32))
+    _require(s["clip_val"] > 0, "clip_val", s["clip_val"], "expected above 0")
+    for size in s["pool_branches"]:
+        _require(size % 2 == 1, "pool_branches", s["pool_branches"], "expected odd kernel sizes")
+    if name == "extra_res":
+        _check_expansion(s["mlp_dim"], s["width"], "mlp_dim")
+        _require(
+            not (s["class_token"] and s["pool_branches"]),
+            "class_token",
+            True,
+            "pooling branches need the token grid; set pool_branches to () or class_token to False",
+        )
+
+
+def _check_pyramid(s: dict[str, Any]) -> None:
+    per_stage = ("width", "depth", "num_heads", "mlp_dim", "reduction")
+    stages = len(s["width"])
+    for key in per_stage:
+        _require(
+            len(s[key]) == stages and all(map(_is_positive_int, s[key])),
+            key,
+            s[key],
+            f"expected {stages} positive whole numbers, one a stage as in config.model.width",
+        )
+    side = _check_grid(s)
+    for stage in range(stages):
+        _check_heads(s["width"][stage], s["num_heads"][stage], f"width[{stage}]")
+        _check_expansion(s["mlp_dim"][stage], s["width"][stage], f"mlp_dim[{stage}]")
+        reduction = s["reduction"][stage]
+        _require(
+            side % reduction == 0,
+            f"reduction[{stage}]",
+            reduction,
+            f"it must divide the stage's {side}×{side} token grid; change it or the image size",
+        )
+        if stage + 1 == stages:
+            break
+        _require(
+            side % STRIDE == 0,
+            "image_size",
+            s["image_size"],
+            f"stage {stage} has a {side}×{side} token grid, which {STRIDE} must divide; "
+            f"use a multiple of {s['patch_size'] * STRIDE ** (stages - 1)}",
+        )
+        side //= STRIDE
+        wider, narrower = s["width"][stage + 1], s["width"][stage]
+        _require(
+            s["some_fp"] or wider % narrower == 0,
+            f"width[{stage + 1}]",
+            wider,
+            f"expected a multiple of the previous stage's {narrower}",
+        )
+
+
+def _check_grid(s: dict[str, Any]) -> int:
+    image, patch = s["image_size"], s["patch_size"]
+    _require(_is_positive_int(patch), "patch_size", patch, "expected a positive whole number")
+    _require(
+        _is_positive_int(image) and image % patch == 0,
+        "image_size",
+        image,
+        f"expected a multiple of config.model.patch_size = {patch}",
+    )
+    return image // patch
+
+
+def _check_heads(width: int, num_heads: int, key: str) -> None:
+    _require(width % num_heads == 0, key, width, f"expected a multiple of its {num_heads} heads")
+
+
+def _check_expansion(mlp_dim: int, width: int, key: str) -> None:
+    _require(mlp_dim % width == 0, key, mlp_dim, f"expected a multiple of the width {width}")
+
+
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _require_choice(key: str, value: Any, choices: tuple) -> None:
+    _require(value in choices, key, value, "expected one of " + ", ".join(map(str, choices)))
+
+
+def _require(condition: bool, key: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise UserError(f"config.model.{key} is {value!r}: {expected}")

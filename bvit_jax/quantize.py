@@ -1,0 +1,330 @@
+"""Quantisers as pure functions, each with its forward rule and its hand-written gradient.
+
+None of these functions is differentiable in the usual sense; the backward passes are straight-through
+estimators, and what they do *at* the edges is part of the numbers. The table of edge rules (all of them
+tested):
+
+====================  ==================================  ===========================================
+function              forward at the edge                 gradient at the edge
+====================  ==================================  ===========================================
+sign                  sign(0) = 0                         2 at 0, 0 at -1 and at 1, 0 at ±inf
+prob_codes            p/a = 0.5 -> 0 (half to even)       1 on the closed interval 0 <= p/a <= 1
+binarize_dense        a weight at its row mean -> 0       1 on the closed interval |W - mean| <= 1
+binarize_conv         sign(0) = 0                         1 on the closed interval |W| <= 1
+ternarize             |w| at the threshold -> 0           1 on the open interval (-clip, clip)
+quantize_symmetric    half to even                        1 on the open interval (-clip, clip)
+quantize_asymmetric   half to even                        1 on the open interval (-clip, clip)
+====================  ==================================  ===========================================
+
+Weights follow the Flax layout: the output channel is the last axis, so "a row" of the papers (all weights
+of one output channel) is a slice over every other axis.
+
+Source: the behaviour of ``transformer/utils_quant.py`` in github.com/Phuoc-Hoan-Le/BinaryViT.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+# --- activations -------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def sign(x: Array) -> Array:
+    """Returns -1, 0 or 1 with the sign of ``x``; the gradient is that of a piecewise parabola.
+
+    The derivative is 2 + 2x on [-1, 0], 2 - 2x on (0, 1] and 0 elsewhere (Bi-Real Net's estimator).
+    Any shape; the dtype of ``x``.
+    """
+    return jnp.sign(x)
+
+
+def _sign_forward(x: Array) -> tuple[Array, Array]:
+    return jnp.sign(x), x
+
+
+def _sign_backward(x: Array, gradient: Array) -> tuple[Array]:
+    # max() rather than a mask times (2 - 2|x|): finite where x is infinite.
+    return (gradient * jnp.maximum(2 - 2 * jnp.abs(x), 0),)
+
+
+sign.defvjp(_sign_forward, _sign_backward)
+
+
+@jax.custom_vjp
+def prob_codes(probs: Array, scale: Array) -> Array:
+    """Returns the {0, 1} codes of attention probabilities: ``clip(round(probs / scale), 0, 1)``.
+
+    The binary probabilities are ``scale * codes``. Multiplying by the scale *after* the product with
+    the values keeps that product exact; so that this is also the right gradient, the backward pass
+    treats its argument as the gradient of the codes, ``scale`` times that of the probabilities.
+
+    Args:
+      probs: probabilities, any shape.
+      scale: the learned scalar of the layer, shape (), not zero.
+
+    Returns:
+      Codes in the shape and dtype of ``probs``.
+    """
+    return jnp.clip(jnp.round(probs / scale), 0, 1)
+
+
+def _prob_codes_forward(probs: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
+    return prob_codes(probs, scale), (probs, scale)
+
+
+def _prob_codes_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    probs, scale = residuals
+    gradient = gradient / scale
+    ratio = probs / scale
+    inside = (ratio >= 0) & (ratio <= 1)
+    residue = jnp.where(inside, jnp.round(ratio) - ratio, (ratio > 1).astype(ratio.dtype))
+    return jnp.where(inside, gradient, 0), jnp.sum(gradient * residue)
+
+
+prob_codes.defvjp(_prob_codes_forward, _prob_codes_backward)
+
+
+def binarize_probs(probs: Array, scale: Array) -> Array:
+    """Returns attention probabilities binarised to {0, scale}, with a learned ``scale``.
+
+    With q = probs/scale, the gradient reaches ``probs`` where 0 <= q <= 1, and ``scale`` receives
+    round(q) - q there and 1 where q > 1. ``scale`` has shape ().
+    """
+    return lax.stop_gradient(scale) * prob_codes(probs, scale)
+
+
+# --- weights of one bit ------------------------------------------------------------------------
+
+
+def _row_axes(kernel: Array) -> tuple[int, ...]:
+    return tuple(range(kernel.ndim - 1))
+
+
+def weight_scale(kernel: Array) -> Array:
+    """Returns the mean magnitude of each output channel, shape (out,); no gradient passes."""
+    return lax.stop_gradient(jnp.mean(jnp.abs(kernel), axis=_row_axes(kernel)))
+
+
+def _centre(kernel: Array) -> Array:
+    return kernel - jnp.mean(kernel, axis=_row_axes(kernel), keepdims=True)
+
+
+def dense_codes(kernel: Array) -> Array:
+    """Returns the ±1 codes of a linear kernel (in, out): the sign of the row-centred weights."""
+    return jnp.sign(_centre(kernel))
+
+
+def conv_codes(kernel: Array) -> Array:
+    """Returns the ±1 codes of a convolution kernel (height, width, in, out): no centring."""
+    return jnp.sign(kernel)
+
+
+def _dense_gradient(kernel: Array, gradient: Array) -> Array:
+    return _centre(jnp.where(jnp.abs(_centre(kernel)) <= 1, gradient, 0))
+
+
+def _conv_gradient(kernel: Array, gradient: Array) -> Array:
+    return jnp.where(jnp.abs(kernel) <= 1, gradient, 0)
+
+
+Codes = Callable[[Array], Array]
+WeightGradient = Callable[[Array, Array], Array]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _binary_product(x: Array, kernel: Array, codes: Codes, weight_gradient: WeightGradient) -> Array:
+    matrix = codes(kernel).reshape(-1, kernel.shape[-1]).astype(x.dtype)
+    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    product = jnp.matmul(x, matrix, preferred_element_type=accumulator)
+    return product * weight_scale(kernel).astype(accumulator)
+
+
+def _binary_product_forward(
+    x: Array, kernel: Array, codes: Codes, weight_gradient: WeightGradient
+) -> tuple[Array, tuple[Array, Array]]:
+    return _binary_product(x, kernel, codes, weight_gradient), (x, kernel)
+
+
+def _binary_product_backward(
+    codes: Codes, weight_gradient: WeightGradient, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = residuals
+    matrix = codes(kernel).reshape(-1, kernel.shape[-1]).astype(x.dtype)
+    accumulator = gradient.dtype
+    scaled = (gradient * weight_scale(kernel).astype(accumulator)).astype(x.dtype)
+    to_x = jnp.matmul(scaled, matrix.T, preferred_element_type=accumulator).astype(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    to_matrix = jnp.matmul(
+        rows.T,
+        gradient.reshape(-1, gradient.shape[-1]).astype(x.dtype),
+        preferred_element_type=accumulator,
+    )
+    to_kernel = to_matrix.reshape(kernel.shape).astype(kernel.dtype)
+    return to_x, weight_gradient(kernel, to_kernel)
+
+
+_binary_product.defvjp(_binary_product_forward, _binary_product_backward)
+
+
+def binary_dense(x: Array, kernel: Array) -> Array:
+    """Returns ``x @ binarize_dense(kernel)``, the row scale applied after the product.
+
+    With ``x`` in {-1, 0, 1} the product is a sum of whole numbers and exact in bfloat16, float32 and
+    float64 alike; it is accumulated in at least float32.
+
+    Args:
+      x: (..., in), the dtype of the product.
+      kernel: latent weights (in, out).
+
+    Returns:
+      (..., out) in float32, or float64 if ``x`` is.
+    """
+    return _binary_product(x, kernel, dense_codes, _dense_gradient)
+
+
+def binary_patch_conv(patches: Array, kernel: Array) -> Array:
+    """Returns the product of flattened patches with ``binarize_conv(kernel)``, scaled afterwards.
+
+    Args:
+      patches: (..., height * width * in), what one application of the kernel sees.
+      kernel: latent weights (height, width, in, out).
+
+    Returns:
+      (..., out) in float32, or float64 if ``patches`` is.
+    """
+    return _binary_product(patches, kernel, conv_codes, _conv_gradient)
+
+
+@jax.custom_vjp
+def binarize_dense(kernel: Array) -> Array:
+    """Returns ``mean|W|`` times the sign of the centred weights, per output channel of (in, out).
+
+    The scale comes from the uncentred weights and is constant for the gradient, which passes where
+    the centred weight lies in [-1, 1] and then through the centring.
+    """
+    return dense_codes(kernel) * weight_scale(kernel)
+
+
+binarize_dense.defvjp(
+    lambda kernel: (binarize_dense(kernel), kernel),
+    lambda kernel, gradient: (_dense_gradient(kernel, gradient),),
+)
+
+
+@jax.custom_vjp
+def binarize_conv(kernel: Array) -> Array:
+    """Returns ``mean|W| * sign(W)`` per output filter of (height, width, in, out); no centring.
+
+    The scale is constant for the gradient, which passes where the weight lies in [-1, 1].
+    """
+    return conv_codes(kernel) * weight_scale(kernel)
+
+
+binarize_conv.defvjp(
+    lambda kernel: (binarize_conv(kernel), kernel),
+    lambda kernel, gradient: (_conv_gradient(kernel, gradient),),
+)
+
+
+# --- weights of two to eight bits --------------------------------------------------------------
+
+
+def _clipped_straight_through(forward: Callable[..., Array]) -> Callable[..., Array]:
+    """Clips the first argument to ±clip, applies ``forward``, and passes the gradient inside.
+
+    ``forward`` takes (clipped weights, *settings); the result takes (weights, clip, *settings).
+    """
+
+    @partial(jax.custom_vjp, nondiff_argnums=(2,))
+    def apply(w: Array, clip: Array, settings: tuple) -> Array:
+        return forward(jnp.clip(w, -clip, clip), *settings)
+
+    def backward(settings: tuple, residuals: tuple[Array, Array], gradient: Array) -> tuple:
+        w, clip = residuals
+        return jnp.where(jnp.abs(w) < clip, gradient, 0), jnp.zeros_like(clip)
+
+    apply.defvjp(lambda w, clip, settings: (apply(w, clip, settings), (w, clip)), backward)
+
+    def quantize(w: Array, clip: float, *settings: object) -> Array:
+        return apply(w, jnp.asarray(clip, w.dtype), settings)
+
+    return quantize
+
+
+def _axes(w: Array, by_row: bool) -> tuple[int, ...]:
+    return _row_axes(w) if by_row else tuple(range(w.ndim))
+
+
+def _ternary_forward(w: Array, by_row: bool) -> Array:
+    axes = _axes(w, by_row)
+    magnitude = jnp.abs(w)
+    mask = magnitude > 0.7 * jnp.mean(magnitude, axis=axes, keepdims=True)
+    total = jnp.sum(jnp.where(mask, magnitude, 0), axis=axes, keepdims=True)
+    count = jnp.sum(mask, axis=axes, keepdims=True).astype(w.dtype)
+    # All-zero weights have an empty mask: the reference divides 0 by 0 there.
+    return jnp.where(mask, jnp.sign(w) * total / jnp.maximum(count, 1), 0)
+
+
+def _symmetric_forward(w: Array, bits: int, by_row: bool) -> Array:
+    largest = jnp.max(jnp.abs(w), axis=_axes(w, by_row), keepdims=True)
+    levels = (2 ** (bits - 1) - 1) / jnp.where(largest > 0, largest, 1)
+    return jnp.round(w * levels) / levels
+
+
+def _asymmetric_forward(w: Array, bits: int, by_row: bool) -> Array:
+    axes = _axes(w, by_row)
+    low = jnp.min(w, axis=axes, keepdims=True)
+    span = jnp.max(w, axis=axes, keepdims=True) - low + 1e-8
+    levels = 2**bits - 1
+    return jnp.round((w - low) / span * levels) / levels * span + low
+
+
+_ternarize = _clipped_straight_through(_ternary_forward)
+_quantize_symmetric = _clipped_straight_through(_symmetric_forward)
+_quantize_asymmetric = _clipped_straight_through(_asymmetric_forward)
+
+
+def ternarize(w: Array, clip: float, *, by_row: bool = False) -> Array:
+    """Returns weights in {-s, 0, s} (Ternary Weight Networks, arXiv:1605.04711).
+
+    Weights above 0.7 times the mean magnitude are kept and s is their mean magnitude, over the whole
+    tensor or per output channel (``by_row``), after clipping to ±``clip``.
+    """
+    return _ternarize(w, clip, by_row)
+
+
+def quantize_symmetric(w: Array, clip: float, bits: int, *, by_row: bool = False) -> Array:
+    """Returns weights on 2^bits - 1 levels, evenly spaced and symmetric around 0.
+
+    The largest magnitude, over the whole tensor or per output channel (``by_row``), is the last
+    level; clipping to ±``clip`` comes first.
+    """
+    return _quantize_symmetric(w, clip, bits, by_row)
+
+
+def quantize_asymmetric(w: Array, clip: float, bits: int, *, by_row: bool = False) -> Array:
+    """Returns weights on 2^bits levels, evenly spaced from the least to the greatest weight.
+
+    The range is that of the whole tensor or of each output channel (``by_row``); clipping to
+    ±``clip`` comes first.
+    """
+    return _quantize_asymmetric(w, clip, bits, by_row)
+
+
+def quantize_weight(w: Array, bits: int, clip: float) -> Array:
+    """Returns weights of 2 to 8 bits as the models use them: per tensor; 32 bits are unchanged.
+
+    Raises:
+      ValueError: ``bits`` is not 2 to 8 or 32.
+    """
+    if bits == 32:
+        return w
+    if bits == 2:
+        return ternarize(w, clip)
+    if 3 <= bits <= 8:
+        return quantize_symmetric(w, clip, bits)
+    raise ValueError(f"weight bits are {bits}; expected 2 to 8 or 32 (1 has its own product)")
