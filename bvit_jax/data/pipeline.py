@@ -1,0 +1,225 @@
+"""Batches of uint8 images for training and evaluation, the same ones for any number of hosts.
+
+Batch k holds examples ``k * batch_size`` and following of one global sequence; host i of n takes
+every n-th of them. So a batch depends on the seed and its number alone: a run resumes from its step
+and may do so on another number of hosts.
+"""
+
+import os
+from collections.abc import Generator
+from functools import partial
+from typing import Any
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from bvit_jax.data import transforms
+from bvit_jax.data.splits import Split, one_line, open_split
+from bvit_jax.errors import UserError, nearest
+
+MAX_THREADS = 16  # more only fight for the interpreter lock
+MAX_SEED = 2**32
+
+Batch = dict[str, np.ndarray]
+
+
+def open_train_split(config: ConfigDict) -> Split:
+    """Opens the training split that ``config`` (the ``data`` settings) names."""
+    return open_split(config.dataset, config.data_dir, config.train_split)
+
+
+def open_eval_split(config: ConfigDict) -> Split:
+    """Opens the evaluation split that ``config`` (the ``data`` settings) names."""
+    return open_split(config.dataset, config.data_dir, config.eval_split)
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Returns the number of whole global batches in the examples, at least 1."""
+    return max(1, num_examples // batch_size)
+
+
+def train_batches(
+    config: ConfigDict,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Generator[Batch, None, None]:
+    """Yields this host's part of the training batches ``start_step``, ``start_step + 1``, ...
+
+    The examples are shuffled anew every epoch, and an example is cropped and flipped differently
+    each time; epochs follow each other without a gap, inside a batch where need be.
+
+    Args:
+      config: the ``data`` settings of the run.
+      image_size: of the square images, in pixels.
+      batch_size: over all hosts.
+      seed: of the order and of the augmentation, from 0 to 2**32 - 1.
+      start_step: number of the first batch; a large one costs nothing.
+      process_index: number of this host.
+      process_count: number of hosts.
+
+    Yields:
+      ``image``, uint8 [b, image_size, image_size, 3], and ``label``, int32 [b], where b is
+      ``batch_size / process_count``; without end, so ``close()`` it to stop its threads.
+
+    Raises:
+      UserError: a setting is wrong, the split cannot be opened (both at once, not when the first
+        batch is drawn), or an image cannot be decoded.
+    """
+    local_size = _local_size("batch_size", batch_size, process_index, process_count)
+    _check_integer("start_step", start_step, 0)
+    _check_integer("config.seed", seed, 0)
+    if seed >= MAX_SEED:
+        raise UserError(f"config.seed is {seed}; expected a number below 2**32")
+    transform = partial(
+        transforms.train_transform,
+        size=_check_integer("image_size", image_size, 1),
+        scale=_range(config, "crop_scale", maximum=1.0),
+        ratio=_range(config, "crop_ratio"),
+        interpolation=_interpolation(config, "crop_interpolation"),
+        flip=bool(config.flip),
+    )
+    split = open_train_split(config)
+
+    def augment(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return {**example, "image": transform(example["image"], rng)}
+
+    dataset = grain.MapDataset.source(_DecodedSplit(split)).seed(seed).shuffle().repeat()
+    # Augment before slicing: the generator is seeded by the index, which must be the global one.
+    dataset = dataset.random_map(augment)[process_index::process_count]
+    return _batches(dataset[start_step * local_size :], local_size, config)
+
+
+def eval_batches(
+    config: ConfigDict,
+    image_size: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Generator[Batch, None, None]:
+    """Yields this host's part of one pass over the evaluation split, in the order of the records.
+
+    Every host yields the same number of batches, ``ceil(num_examples / batch_size)``; over all
+    hosts each image comes exactly once.
+
+    Args:
+      config: the ``data`` settings of the run.
+      image_size: of the square images, in pixels.
+      batch_size: over all hosts.
+      process_index: number of this host.
+      process_count: number of hosts.
+
+    Yields:
+      ``image``, uint8 [b, image_size, image_size, 3], ``label``, int32 [b], and ``mask``, bool [b],
+      where b is ``batch_size / process_count``; black images with label 0 and mask False fill the
+      last batch.
+
+    Raises:
+      UserError: as for `train_batches`.
+    """
+    local_size = _local_size("eval_batch_size", batch_size, process_index, process_count)
+    transform = partial(
+        transforms.eval_transform,
+        size=_check_integer("image_size", image_size, 1),
+        resize=_check_integer("config.data.eval_resize", config.eval_resize, 1),
+        interpolation=_interpolation(config, "eval_interpolation"),
+    )
+    split = open_eval_split(config)
+    images = _DecodedSplit(split)
+    padding = {
+        "image": np.zeros((image_size, image_size, 3), np.uint8),
+        "label": np.int32(0),
+        "mask": np.False_,
+    }
+
+    def load(index: int) -> dict[str, Any]:
+        if index >= split.num_examples:
+            return padding
+        example = images[index]
+        return {**example, "image": transform(example["image"]), "mask": np.True_}
+
+    num_batches = -(-split.num_examples // batch_size)
+    dataset = grain.MapDataset.range(num_batches * batch_size).map(load)
+    return _batches(dataset[process_index::process_count], local_size, config)
+
+
+class _DecodedSplit:
+    """A split whose images are decoded when they are read, by the thread that reads them."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def __len__(self) -> int:
+        return self._split.num_examples
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            record = self._split.source[index]
+            image: Image.Image = transforms.decode(record["image"])
+        except Exception as error:  # Pillow and ArrayRecord have a dozen types for damaged data
+            raise UserError(
+                f"cannot read record {index} of split {self._split.name!r} of "
+                f"{self._split.dataset}: {one_line(error)}; prepare the dataset again"
+            ) from error
+        return {"image": image, "label": np.int32(record["label"])}
+
+
+def _batches(dataset: Any, local_size: int, config: ConfigDict) -> Generator[Batch, None, None]:
+    threads = _check_integer("config.data.num_threads", config.num_threads, 0)
+    threads = threads or min(MAX_THREADS, os.cpu_count() or 1)
+    prefetch = _check_integer("config.data.prefetch", config.prefetch, 0)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * prefetch)
+    # Threads work on images, not on batches: the first batch comes soon and few images wait.
+    return _until_closed(dataset.to_iter_dataset(options).batch(local_size, drop_remainder=True))
+
+
+def _until_closed(dataset: Any) -> Generator[Batch, None, None]:
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()  # or its threads would finish the waiting images first
+
+
+def _local_size(key: str, batch_size: int, process_index: int, process_count: int) -> int:
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count}")
+    _check_integer(f"config.{key}", batch_size, 1)
+    if batch_size % process_count:
+        raise UserError(
+            f"config.{key} is {batch_size}; expected a multiple of the {process_count} hosts"
+        )
+    return batch_size // process_count
+
+
+def _check_integer(key: str, value: Any, minimum: int) -> int:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < minimum:
+        raise UserError(f"{key} is {value!r}; expected a whole number of at least {minimum}")
+    return int(value)
+
+
+def _range(config: ConfigDict, key: str, maximum: float = float("inf")) -> transforms.Range:
+    try:
+        low, high = (float(value) for value in config[key])
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if not 0 < low <= high <= maximum:
+        bound = "" if maximum == float("inf") else f", at most {maximum:g}"
+        raise UserError(
+            f"config.data.{key} is {config[key]!r}; expected two ascending numbers above 0{bound}"
+        )
+    return low, high
+
+
+def _interpolation(config: ConfigDict, key: str) -> str:
+    name = config[key]
+    if name not in transforms.INTERPOLATIONS:
+        raise UserError(
+            f"config.data.{key} is {name!r}{nearest(str(name), transforms.INTERPOLATIONS)}"
+        )
+    return name

@@ -1,0 +1,160 @@
+"""Opens one split of any prepared TFDS image-classification dataset for random access."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from bvit_jax.errors import UserError, nearest
+
+DIGITS = "digits"  # the one dataset that is prepared on first use
+NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one split, encoded, and what a classifier must know about them.
+
+    ``source[i]`` is ``{"image": bytes of a PNG or JPEG file, "label": int}`` for i from 0 to
+    ``num_examples - 1`` and may be read from many threads; ``class_names[label]`` names the label.
+    """
+
+    dataset: str
+    name: str
+    source: Sequence[dict[str, Any]]
+    num_examples: int
+    num_classes: int
+    class_names: tuple[str, ...]
+
+
+def open_split(dataset: str, data_dir: str, split: str) -> Split:
+    """Opens ``split`` of ``dataset`` below ``data_dir``; prepares ``digits`` where it is missing.
+
+    Args:
+      dataset: a TFDS name, ``name[/config][:version]``; without a version the newest is opened.
+      data_dir: the TFDS directory; ``""`` means ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
+      split: a TFDS split such as ``train`` or ``train[:10%]``.
+
+    Raises:
+      UserError: the dataset is not prepared there, is not in ArrayRecord format or has no labelled
+        images; there is no such split or it is empty; the directory cannot be read or written.
+    """
+    root = _root(data_dir)
+    try:
+        path = _find(dataset, root) or _prepare_digits(dataset, root)
+        names = sorted(path.name for path in _prepared_datasets(root)) if path is None else []
+    except OSError as error:
+        raise UserError(
+            f"cannot use config.data.data_dir {str(root)!r}: {one_line(error)}; choose another"
+        ) from error
+    if path is None:
+        raise UserError(
+            f"config.data.dataset {dataset!r} is not prepared in {root}"
+            f"{nearest(dataset, {*names, DIGITS})}; prepare it there with "
+            "tfds's download_and_prepare(file_format='array_record') or set config.data.data_dir"
+        )
+    return _open(dataset, path, split)
+
+
+def one_line(error: Exception) -> str:
+    """Returns the message of an error of another library without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def _root(data_dir: str) -> Any:
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return tfds.core.Path(data_dir or default).expanduser()  # also understands gs://
+
+
+def _find(dataset: str, root: Any) -> Any:
+    """Returns the directory of the newest matching version, or None."""
+    match = NAME.fullmatch(dataset)
+    if match is None:
+        raise UserError(f"config.data.dataset is {dataset!r}; expected name[/config][:version]")
+    parent = root / match["name"]
+    if match["config"]:
+        parent /= match["config"]
+    versions = [path for path in _versions(parent) if match["version"] in (None, path.name)]
+    if versions:
+        return max(versions, key=lambda path: [int(part) for part in path.name.split(".")])
+    configs = [path.name for path in _directories(parent) if any(_versions(path))]
+    if configs and not match["config"]:
+        raise UserError(
+            f"config.data.dataset {dataset!r} has several configs in {root}; "
+            f"choose one of {', '.join(f'{dataset}/{name}' for name in sorted(configs))}"
+        )
+    return None
+
+
+def _prepare_digits(dataset: str, root: Any) -> Any:
+    if dataset != DIGITS:
+        return None
+    from bvit_jax.data import digits  # scikit-learn is slow to import and needed only here
+
+    digits.prepare(os.fspath(root))
+    return _find(dataset, root)
+
+
+def _open(dataset: str, path: Any, split: str) -> Split:
+    try:
+        builder = tfds.builder_from_directory(path)
+        features, known = dict(builder.info.features.items()), list(builder.info.splits)
+    except Exception as error:  # TFDS, protobuf and JSON each raise their own
+        raise UserError(
+            f"cannot read the description of {dataset} in {path}: {one_line(error)}; "
+            "delete that directory and prepare the dataset again"
+        ) from error
+    if not (
+        isinstance(features.get("image"), tfds.features.Image)
+        and isinstance(features.get("label"), tfds.features.ClassLabel)
+    ):
+        raise UserError(
+            f"config.data.dataset {dataset!r} has the features {', '.join(features)}; "
+            "expected an image named 'image' and a class label named 'label'"
+        )
+    bare = re.split(r"[\[+]", split)[0]
+    if bare not in [*known, "all"]:
+        raise UserError(f"no split {split!r} in {dataset}{nearest(bare, known)}")
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    try:
+        source = builder.as_data_source(split, decoders=decoders)
+    except NotImplementedError:
+        raise UserError(
+            f"{path} is in {builder.info.file_format.value} format, which cannot be read at random;"
+            " convert it or prepare it again with file_format='array_record'"
+        ) from None
+    except (ValueError, KeyError, AssertionError) as error:
+        raise UserError(
+            f"cannot open split {split!r} of {dataset}: {one_line(error)}; "
+            f"expected one of {', '.join(known)} or a part such as {known[0]}[:10%]"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot read {dataset} in {path}: {one_line(error)}") from error
+    label = features["label"]
+    return Split(
+        dataset=dataset,
+        name=split,
+        source=source,
+        num_examples=len(source),
+        num_classes=label.num_classes,
+        class_names=tuple(label.names),
+    )
+
+
+def _prepared_datasets(root: Any) -> Iterator[Any]:
+    for path in _directories(root):
+        if any(_versions(path)) or any(any(_versions(config)) for config in _directories(path)):
+            yield path
+
+
+def _versions(parent: Any) -> Iterator[Any]:
+    # TFDS prepares in "incomplete.XXXXXX_1.0.0" and renames at the end: such names do not match.
+    yield from (path for path in _directories(parent) if VERSION.fullmatch(path.name))
+
+
+def _directories(parent: Any) -> list[Any]:
+    return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []

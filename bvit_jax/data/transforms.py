@@ -1,0 +1,110 @@
+"""Image transforms on Pillow images, equal to torchvision's bit for bit.
+
+Boxes are ``(top, left, height, width)`` in pixels; images are RGB.
+"""
+
+import io
+import math
+
+import numpy as np
+from PIL import Image
+
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+CROP_TRIES = 10
+
+Box = tuple[int, int, int, int]
+Range = tuple[float, float]
+
+
+def decode(encoded: bytes) -> Image.Image:
+    """Decodes an image file to RGB; raises whatever Pillow raises for a damaged one."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return image.convert("RGB")
+
+
+def random_resized_crop_box(
+    rng: np.random.Generator, width: int, height: int, scale: Range, ratio: Range
+) -> Box:
+    """Draws the box of torchvision's ``RandomResizedCrop``.
+
+    Args:
+      rng: the only source of randomness.
+      width: of the image, in pixels.
+      height: of the image, in pixels.
+      scale: smallest and largest share of the image's area.
+      ratio: smallest and largest width / height, drawn uniformly in its logarithm.
+
+    Returns:
+      The box; after ten draws that do not fit, the largest centred box within ``ratio``.
+    """
+    area = width * height
+    log_ratio = np.log(ratio)
+    for _ in range(CROP_TRIES):
+        target_area = area * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        crop_width = round(math.sqrt(target_area * aspect))
+        crop_height = round(math.sqrt(target_area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.integers(height - crop_height + 1))
+            left = int(rng.integers(width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_width, crop_height = width, height
+    if width / height < min(ratio):
+        crop_height = round(width / min(ratio))
+    elif width / height > max(ratio):
+        crop_width = round(height * max(ratio))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def resized_crop(image: Image.Image, box: Box, size: int, interpolation: str) -> Image.Image:
+    """Cuts out ``box`` and resizes it to ``size`` x ``size`` pixels."""
+    top, left, height, width = box
+    # resize(box=...) would be one pass, but its filter reads pixels outside the box.
+    cropped = image.crop((left, top, left + width, top + height))
+    return cropped.resize((size, size), INTERPOLATIONS[interpolation])
+
+
+def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Image.Image:
+    """Resizes so that the short side has ``size`` pixels; the long side is rounded down."""
+    width, height = image.size
+    long_side = int(size * max(width, height) / min(width, height))
+    new_size = (size, long_side) if width <= height else (long_side, size)
+    return (
+        image if new_size == image.size else image.resize(new_size, INTERPOLATIONS[interpolation])
+    )
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Cuts out the central ``size`` x ``size`` pixels; a smaller image gets black borders first."""
+    width, height = image.size
+    pad_x, pad_y = max(size - width, 0), max(size - height, 0)
+    # Half of the border, rounded down, goes to the left and top, where crop fills with black too.
+    left = -(pad_x // 2) if pad_x else round((width - size) / 2)
+    top = -(pad_y // 2) if pad_y else round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def train_transform(
+    image: Image.Image,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    scale: Range,
+    ratio: Range,
+    interpolation: str,
+    flip: bool,
+) -> np.ndarray:
+    """Random resized crop, then a horizontal flip in half of the cases: uint8 [size, size, 3]."""
+    box = random_resized_crop_box(rng, *image.size, scale, ratio)
+    image = resized_crop(image, box, size, interpolation)
+    if flip and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
+
+
+def eval_transform(image: Image.Image, *, size: int, resize: int, interpolation: str) -> np.ndarray:
+    """Resizes the short side to ``resize`` and crops the centre: uint8 [size, size, 3]."""
+    return np.asarray(centre_crop(resize_short_side(image, resize, interpolation), size))

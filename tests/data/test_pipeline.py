@@ -1,0 +1,205 @@
+import itertools
+import threading
+import time
+from collections.abc import Callable, Generator
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from bvit_jax import data
+from bvit_jax.errors import UserError
+
+Batches = Generator[data.Batch, None, None]
+MakeConfig = Callable[..., ConfigDict]
+
+
+def _take(batches: Batches, count: int) -> list[data.Batch]:
+    taken = list(itertools.islice(batches, count))
+    batches.close()
+    return taken
+
+
+def _keys(batches: list[data.Batch]) -> list[bytes]:
+    """The examples of the batches, pixels and label, in an order of their own."""
+    pairs = [pair for batch in batches for pair in zip(batch["image"], batch["label"])]
+    return sorted(image.tobytes() + label.tobytes() for image, label in pairs)
+
+
+def test_shapes_and_types(make_config: MakeConfig) -> None:
+    (batch,) = _take(data.train_batches(make_config(), 16, 12, 0, process_count=3), 1)
+    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
+        "image": ((4, 16, 16, 3), np.uint8),
+        "label": ((4,), np.int32),
+    }
+
+
+def test_augmented_batches_do_not_depend_on_the_number_of_hosts(make_config: MakeConfig) -> None:
+    config = make_config(dataset="photos")  # 6 images: each batch repeats them
+    one = _take(data.train_batches(config, 24, 8, seed=3), 4)
+    assert len(set(_keys(one))) == 32  # no augmentation comes twice
+    for hosts in (2, 4):
+        parts = [
+            _take(data.train_batches(config, 24, 8, 3, process_index=host, process_count=hosts), 4)
+            for host in range(hosts)
+        ]
+        for whole, *shares in zip(one, *parts):
+            assert _keys([whole]) == _keys(shares)
+
+
+def test_start_step_skips_batches(make_config: MakeConfig) -> None:
+    for hosts in (1, 2):
+        config = make_config()
+        whole = _take(data.train_batches(config, 8, 64, 5, 0, hosts - 1, hosts), 40)
+        later = _take(data.train_batches(config, 8, 64, 5, 37, hosts - 1, hosts), 3)
+        for expected, actual in zip(whole[37:], later):
+            np.testing.assert_array_equal(actual["image"], expected["image"])
+            np.testing.assert_array_equal(actual["label"], expected["label"])
+
+
+def test_threads_do_not_change_the_batches(make_config: MakeConfig) -> None:
+    runs = [
+        _take(data.train_batches(make_config(num_threads=threads, prefetch=prefetch), 8, 50, 1), 3)
+        for threads, prefetch in [(1, 0), (1, 1), (0, 16), (7, 4)]
+    ]
+    for run in runs[1:]:
+        for expected, actual in zip(runs[0], run):
+            np.testing.assert_array_equal(actual["image"], expected["image"])
+
+
+def test_starts_late_in_a_long_run_at_once(make_config: MakeConfig) -> None:
+    start = time.perf_counter()
+    late = _take(data.train_batches(make_config(), 8, 512, 0, start_step=10**6), 1)
+    assert time.perf_counter() - start < 5
+    assert _keys(late) != _keys(_take(data.train_batches(make_config(), 8, 512, 0), 1))
+
+
+def test_every_epoch_has_each_image_once_in_a_new_order(make_config: MakeConfig) -> None:
+    config = make_config(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False)
+    epochs = _take(data.train_batches(config, 8, 1437, seed=0), 3)
+    plain = [batch["image"].reshape(1437, -1).tolist() for batch in epochs]
+    assert plain[0] != plain[1] != plain[2]
+    assert sorted(plain[0]) == sorted(plain[1]) == sorted(plain[2])
+    (other,) = _take(data.train_batches(config, 8, 1437, seed=1), 1)
+    assert other["image"].reshape(1437, -1).tolist() not in plain
+
+
+def test_a_batch_may_exceed_the_dataset(make_config: MakeConfig) -> None:
+    (batch,) = _take(data.train_batches(make_config(), 8, 2000, seed=0), 1)
+    assert batch["image"].shape == (2000, 8, 8, 3)
+
+
+@pytest.mark.parametrize("hosts", [1, 3, 8])
+@pytest.mark.parametrize("per_host", [1, 17, 500])
+def test_eval_counts_each_image_once(make_config: MakeConfig, hosts: int, per_host: int) -> None:
+    config = make_config(eval_split="test[:100]")
+    split = data.open_eval_split(config)
+    expected = np.sort([split.source[index]["label"] for index in range(100)])
+    parts = [
+        list(data.eval_batches(config, 16, per_host * hosts, host, hosts)) for host in range(hosts)
+    ]
+    assert {len(part) for part in parts} == {-(-100 // (per_host * hosts))}
+    batches = [batch for part in parts for batch in part]
+    assert {batch["mask"].dtype for batch in batches} == {np.dtype(bool)}
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    labels = np.concatenate([batch["label"] for batch in batches])
+    images = np.concatenate([batch["image"] for batch in batches])
+    assert images.shape == (len(batches) * per_host, 16, 16, 3)
+    assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+    assert mask.sum() == 100
+    np.testing.assert_array_equal(np.sort(labels[mask]), expected)
+    assert len(np.unique(images[mask], axis=0)) == 100
+    assert not images[~mask].any()
+    assert not labels[~mask].any()
+
+
+def test_eval_images_are_torchvisions(
+    make_config: MakeConfig, golden: dict[str, np.ndarray]
+) -> None:
+    config = make_config(dataset="photos", eval_split="train", eval_resize=256)
+    (batch,) = data.eval_batches(config, 224, 6)
+    for index in (1, 4):
+        np.testing.assert_array_equal(batch["image"][index], golden[f"{index}/eval"])
+    np.testing.assert_array_equal(batch["label"], [0, 1, 0, 1, 0, 1])
+
+
+def test_other_colour_spaces_become_rgb(make_config: MakeConfig) -> None:
+    config = make_config(dataset="photos", eval_split="odd")
+    (batch,) = data.eval_batches(config, 16, 1)
+    assert batch["image"].shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize(("part", "index"), [("damaged[1:2]", 0), ("damaged", 1)])
+def test_damaged_image(make_config: MakeConfig, part: str, index: int) -> None:
+    config = make_config(dataset="photos", train_split=part, eval_split=part, eval_resize=32)
+    with pytest.raises(UserError) as caught:
+        list(data.eval_batches(config, 32, 3))
+    assert f"cannot read record {index} of split {part!r} of photos: " in str(caught.value)
+    with pytest.raises(UserError, match=r"cannot read record \d of split 'damaged"):
+        _take(data.train_batches(config, 32, 8, seed=0), 1)
+
+
+def test_closing_ends_the_threads(make_config: MakeConfig) -> None:
+    batches = data.train_batches(make_config(num_threads=3), 8, 8, seed=0)
+    next(batches)
+    batches.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("grain-prefetch"):
+            thread.join(timeout=5)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop_scale": (0.5, 0.1)}, r"config\.data\.crop_scale is \(0\.5, 0\.1\); expected two"),
+        ({"crop_scale": (0.1, 2.0)}, r"config\.data\.crop_scale .*at most 1"),
+        ({"crop_ratio": (0.0, 1.0)}, r"config\.data\.crop_ratio"),
+        ({"crop_ratio": (1.0, 1.0, 1.0)}, r"config\.data\.crop_ratio"),
+        ({"crop_interpolation": "bilinar"}, r"crop_interpolation.*did you mean 'bilinear'"),
+        ({"num_threads": -1}, r"config\.data\.num_threads is -1; expected a whole number"),
+        ({"prefetch": -1}, r"config\.data\.prefetch is -1"),
+        ({"train_split": "trian"}, "no split 'trian' in digits"),
+    ],
+)
+def test_wrong_settings_of_training(
+    make_config: MakeConfig, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):  # before the first batch is asked for
+        data.train_batches(make_config(**changes), 8, 8, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_resize": 0}, r"config\.data\.eval_resize is 0"),
+        ({"eval_interpolation": "lanczos"}, r"config\.data\.eval_interpolation is 'lanczos'"),
+        ({"eval_split": "validation"}, "no split 'validation' in digits"),
+    ],
+)
+def test_wrong_settings_of_evaluation(
+    make_config: MakeConfig, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        data.eval_batches(make_config(**changes), 8, 8)
+
+
+def test_wrong_arguments(make_config: MakeConfig) -> None:
+    config = make_config()
+    with pytest.raises(UserError, match=r"config\.batch_size is 10; expected a multiple of the 4"):
+        data.train_batches(config, 8, 10, 0, process_count=4)
+    with pytest.raises(UserError, match=r"config\.eval_batch_size is 10; expected a multiple"):
+        data.eval_batches(config, 8, 10, process_count=4)
+    for seed in (-1, 2**32):
+        with pytest.raises(UserError, match=rf"config\.seed is {seed}; expected"):
+            data.train_batches(config, 8, 8, seed)
+    with pytest.raises(UserError, match="image_size is 0"):
+        data.train_batches(config, 0, 8, 0)
+    with pytest.raises(ValueError, match="process 2 of 2"):
+        data.train_batches(config, 8, 8, 0, process_index=2, process_count=2)
+
+
+def test_steps_per_epoch(make_config: MakeConfig) -> None:
+    split = data.open_train_split(make_config())
+    assert data.steps_per_epoch(split.num_examples, 64) == 22
+    assert data.steps_per_epoch(split.num_examples, 2000) == 1
