@@ -1,0 +1,210 @@
+"""Training metrics: averages over steps, metrics.jsonl and TensorBoard, the progress line."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bvit_jax.errors import UserError
+
+Number = int | float
+
+
+class MetricWindow:
+    """Means of scalars over the steps since the last `reset`.
+
+    `add` only keeps references, so that the device runs ahead; `mean` and `state` wait for it.
+    Values are summed step by step in float64, so the means do not depend on whether the window was
+    saved and restored on the way.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[dict[str, jax.Array]] = []
+        self._totals: dict[str, tuple[float, int]] = {}  # sum, number of values
+
+    def add(self, metrics: Mapping[str, jax.Array]) -> None:
+        """Adds the scalars of one step, on the device or not."""
+        self._pending.append(dict(metrics))
+
+    def mean(self) -> dict[str, float]:
+        """Returns the mean of every metric; empty without steps."""
+        self._collect()
+        return {name: total / count for name, (total, count) in self._totals.items()}
+
+    def reset(self) -> None:
+        """Forgets all steps."""
+        self._pending, self._totals = [], {}
+
+    def state(self) -> dict[str, list[float]]:
+        """Returns the window as JSON values, exactly."""
+        self._collect()
+        return {name: [total, count] for name, (total, count) in self._totals.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Replaces the window by one that `state` returned."""
+        self._pending = []
+        self._totals = {name: (total, count) for name, (total, count) in state.items()}
+
+    def _collect(self) -> None:
+        for metrics in jax.device_get(self._pending):
+            for name, value in metrics.items():
+                total, count = self._totals.get(name, (0.0, 0))
+                self._totals[name] = (total + float(value), count + 1)
+        self._pending = []
+
+
+class MetricWriter:
+    """Appends metrics to ``metrics.jsonl``, and to TensorBoard where tensorboardX is installed.
+
+    Args:
+      workdir: an existing directory; TensorBoard files go to its ``tensorboard``.
+      active: False makes every call do nothing, on all processes but the first.
+
+    Raises:
+      UserError: the file cannot be written, here and in all methods.
+    """
+
+    def __init__(self, workdir: Path, active: bool) -> None:
+        self.path = workdir / "metrics.jsonl"
+        self._active = active
+        self._purge_step: int | None = None
+        self._tensorboard: Any = None  # opened by the first write; False without tensorboardX
+        if active:
+            self._append("")
+
+    def write(self, step: int, metrics: Mapping[str, Number]) -> None:
+        """Appends ``{"step": ..., ...}``, names in order, floats exact, NaN and inf as null."""
+        if not self._active:
+            return
+        values = {name: _json_number(metrics[name]) for name in sorted(metrics)}
+        self._append(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        if self._tensorboard is None:
+            self._tensorboard = _summary_writer(self.path.parent / "tensorboard", self._purge_step)
+        if self._tensorboard:
+            for name in values:
+                self._tensorboard.add_scalar(name, float(metrics[name]), step)
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the lines of steps after ``step``, and broken ones; call it when a run resumes."""
+        if not self._active:
+            return
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            temporary.write_bytes(b"".join(x for x in lines if _step_of(x) <= step))
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise self._user_error(error) from error
+        self._purge_step = step + 1  # TensorBoard hides what an earlier process wrote from there
+
+    def close(self) -> None:
+        """Writes what TensorBoard still holds."""
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._tensorboard = None
+
+    def _append(self, text: str) -> None:
+        # Opened for each line: there are few, and nothing is left to flush or to close.
+        try:
+            with self.path.open("a") as file:
+                file.write(text)
+        except OSError as error:
+            raise self._user_error(error) from error
+
+    def _user_error(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write {self.path}: {error.strerror}; make room or choose another workdir"
+        )
+
+
+def _summary_writer(directory: Path, purge_step: int | None) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # here, because importing it takes a second
+    except ImportError:
+        return False
+    return SummaryWriter(str(directory), purge_step=purge_step)
+
+
+def _json_number(value: Number) -> Number | None:
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _step_of(line: bytes) -> float:
+    """Returns the step of a line of metrics.jsonl, inf if it is not a whole one."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+class ProgressLine:
+    """A live line with a bar on a terminal; where stderr is no terminal it does nothing.
+
+    Args:
+      total: steps of the run.
+      step: steps already done.
+    """
+
+    def __init__(self, total: int, step: int = 0) -> None:
+        self.active = sys.stderr.isatty()
+        self._total = total
+        if self.active:
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                refresh_per_second=2,
+            )
+            description = format_line(step, total, {})
+            self._task = self._progress.add_task(description, total=total, completed=step)
+            self._progress.start()
+
+    def update(self, step: int, metrics: Mapping[str, Number]) -> None:
+        """Shows the step and the latest means, see `format_line`; the bar adds the time left."""
+        if self.active:
+            shown = {name: value for name, value in metrics.items() if name != "seconds_left"}
+            description = format_line(step, self._total, shown)
+            self._progress.update(self._task, completed=step, description=description)
+
+    def close(self) -> None:
+        """Leaves the last line on the screen."""
+        if self.active:
+            self._progress.stop()
+
+
+def format_line(step: int, total: int, metrics: Mapping[str, Number]) -> str:
+    """Returns one line for the log: the step, then the metrics, known ones with their units.
+
+    Known are ``epoch``, ``loss``, ``learning_rate``, ``images_per_second`` and ``seconds_left``,
+    shown in that order; the others follow as given.
+    """
+    known = {
+        "epoch": lambda x: f"epoch {x:.2f}",
+        "loss": lambda x: f"loss {x:.4f}",
+        "learning_rate": lambda x: f"learning rate {x:.3g}",
+        "images_per_second": lambda x: f"{x:.1f} images/s" if x < 100 else f"{x:.0f} images/s",
+        "seconds_left": lambda x: f"{_duration(x)} left",
+    }
+    parts = [f"step {step}/{total}"]
+    parts += [show(metrics[name]) for name, show in known.items() if name in metrics]
+    parts += [f"{name} {value:.4g}" for name, value in metrics.items() if name not in known]
+    return "  ".join(parts)
+
+
+def _duration(seconds: Number) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

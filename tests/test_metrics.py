@@ -1,0 +1,190 @@
+"""Windows, metrics.jsonl, TensorBoard files and the progress line."""
+
+import io
+import json
+import math
+import struct
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bvit_jax.errors import UserError
+from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
+
+
+def steps(count=50):
+    values = 10 ** np.random.default_rng(0).uniform(-6, 6, count)
+    return [{"loss": jnp.float32(x), "accuracy": jnp.bfloat16(x)} for x in values]
+
+
+def test_window_means_in_float64():
+    window = MetricWindow()
+    assert window.mean() == {}
+    for step in steps():
+        window.add(step)
+    losses = [float(step["loss"]) for step in steps()]
+    assert window.mean()["loss"] == pytest.approx(math.fsum(losses) / 50, rel=1e-15)
+    assert window.mean() == window.mean()
+    window.reset()
+    assert window.mean() == {}
+
+
+def test_window_resumes_bit_identically():
+    whole, first, second = MetricWindow(), MetricWindow(), MetricWindow()
+    for step in steps():
+        whole.add(step)
+    for step in steps()[:23]:
+        first.add(step)
+    second.add({"loss": jnp.float32(1e9)})  # replaced by what is restored
+    second.restore(json.loads(json.dumps(first.state())))
+    for step in steps()[23:]:
+        second.add(step)
+    assert second.mean() == whole.mean()
+    assert second.state() == whole.state()
+
+
+def test_window_add_does_not_wait_for_the_device():
+    window = MetricWindow()
+    with jax.transfer_guard_device_to_host("disallow"):
+        for step in steps(3):
+            window.add(step)
+    window.add({"loss": 0.5, "accuracy": np.float32(1)})
+    assert window.state()["loss"][1] == 4
+
+
+def lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_writer_appends_lines(tmp_path):
+    writer = MetricWriter(tmp_path, active=True)
+    writer.write(10, {"loss": 0.1 + 0.2, "epoch": 1, "accuracy": np.float32(0.1)})
+    first = (
+        '{"step": 10, "accuracy": 0.10000000149011612, "epoch": 1, "loss": 0.30000000000000004}\n'
+    )
+    assert (tmp_path / "metrics.jsonl").read_text() == first  # before it is closed
+    writer.write(20, {"loss": math.nan, "norm": math.inf})
+    writer.close()
+    again = MetricWriter(tmp_path, active=True)
+    again.write(30, {})
+    again.close()
+    assert lines(tmp_path)[1:] == [{"step": 20, "loss": None, "norm": None}, {"step": 30}]
+
+
+def test_writer_truncates_when_a_run_resumes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1}\n{"step": 2, "a": 1}\n{"ste\n{"step": 3}\n{"step": 2}\n{"step": 1, "lo'
+    )
+    writer = MetricWriter(tmp_path, active=True)
+    writer.truncate_after(2)
+    writer.write(3, {"a": 2.0})
+    writer.close()
+    assert lines(tmp_path) == [
+        {"step": 1},
+        {"step": 2, "a": 1},
+        {"step": 2},
+        {"step": 3, "a": 2.0},
+    ]
+    writer = MetricWriter(tmp_path, active=True)
+    writer.truncate_after(0)
+    assert path.read_text() == ""
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_inactive_writer_writes_nothing(tmp_path):
+    writer = MetricWriter(tmp_path, active=False)
+    writer.truncate_after(0)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_needs_a_directory(tmp_path):
+    with pytest.raises(UserError, match=r"^cannot write [^\n]*metrics.jsonl: No such file"):
+        MetricWriter(tmp_path / "absent", active=True)
+
+
+def events(tmp_path):
+    """Returns {(step, tag): value} and the steps at which sessions start."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    scalars, starts = {}, []
+    for path in sorted((tmp_path / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:  # TFRecord: length, its checksum, the record, its checksum
+            (size,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            for value in event.summary.value:
+                scalars[event.step, value.tag] = value.simple_value
+            if event.session_log.status:
+                starts.append(event.step)
+    return scalars, starts
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    writer = MetricWriter(tmp_path, active=True)
+    writer.truncate_after(4)
+    writer.write(5, {"loss": 0.5, "bad": math.nan})
+    writer.close()
+    scalars, starts = events(tmp_path)
+    assert scalars[5, "loss"] == 0.5
+    assert math.isnan(scalars[5, "bad"])
+    assert starts == [5]
+
+
+def test_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    writer = MetricWriter(tmp_path, active=True)
+    writer.write(1, {"loss": 0.5})
+    writer.write(2, {"loss": 0.5})
+    writer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_format_line():
+    metrics = {
+        "accuracy": 0.123456,
+        "seconds_left": 3725.4,
+        "images_per_second": 1534.4,
+        "learning_rate": 0.0005,
+        "loss": 4.21304,
+        "epoch": 1.5,
+    }
+    assert format_line(1200, 75000, metrics) == (
+        "step 1200/75000  epoch 1.50  loss 4.2130  learning rate 0.0005  1534 images/s"
+        "  1:02:05 left  accuracy 0.1235"
+    )
+    assert format_line(1, 2, {}) == "step 1/2"
+    odd = format_line(1, 2, {"loss": math.nan, "seconds_left": math.inf, "images_per_second": 1.26})
+    assert odd == "step 1/2  loss nan  1.3 images/s  ? left"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "150")
+    progress = ProgressLine(total=100, step=40)
+    progress.update(50, {"loss": 1.25, "learning_rate": 1e-3, "seconds_left": 9.0})
+    progress.close()
+    assert "step 50/100  loss 1.2500  learning rate 0.001" in terminal.getvalue()
+
+
+def test_no_progress_without_a_terminal(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = ProgressLine(total=100)
+    progress.update(50, {"loss": 1.25})
+    progress.close()
+    assert not progress.active
+    assert stream.getvalue() == ""
