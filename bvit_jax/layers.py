@@ -54,11 +54,17 @@ def bias_init(weight_init: WeightInit, fan_in: int) -> Initializer:
 
 
 class Shift(nn.Module):
-    """A learned offset per channel, added in float32 so that rounding makes no zeros before a sign."""
+    """A learned offset per channel, added in float32 so that rounding makes no zeros before a sign.
+
+    ``rank`` is the number of dimensions of the parameter: weight decay tells vectors from the rest.
+    """
+
+    rank: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        move = self.param("move", nn.initializers.zeros, (x.shape[-1],))
+        shape = (1,) * (self.rank - 1) + (x.shape[-1],)
+        move = self.param("move", nn.initializers.zeros, shape)
         return x.astype(accumulator_dtype(x.dtype)) + move
 
 

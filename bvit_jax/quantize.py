@@ -271,7 +271,9 @@ def _ternary_forward(w: Array, by_row: bool) -> Array:
 
 def _symmetric_forward(w: Array, bits: int, by_row: bool) -> Array:
     largest = jnp.max(jnp.abs(w), axis=_axes(w, by_row), keepdims=True)
-    levels = (2 ** (bits - 1) - 1) / jnp.where(largest > 0, largest, 1)
+    # The reciprocal first, as PyTorch divides a number by a tensor: weights often lie exactly
+    # halfway between two levels, where the last bit of the factor decides.
+    levels = jnp.reciprocal(jnp.where(largest > 0, largest, 1)) * (2 ** (bits - 1) - 1)
     return jnp.round(w * levels) / levels
 
 

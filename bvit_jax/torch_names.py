@@ -78,22 +78,23 @@ def torch_name(path: str) -> str:
     return path.replace("/", ".")
 
 
+def _torch_axes(path: str, ndim: int) -> tuple[int, ...]:
+    """Returns our axes in PyTorch's order."""
+    if path.endswith("/kernel"):  # (in, out) and (height, width, in, out)
+        return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
+    if path.endswith("/shift/move") and ndim == 4:  # (1, 1, 1, channels)
+        return (0, 3, 1, 2)
+    return tuple(range(ndim))
+
+
 def to_torch_layout(path: str, array: np.ndarray) -> np.ndarray:
-    """Returns an array of ours in PyTorch's layout: linear (out, in), convolution (out, in, h, w)."""
-    if path.endswith("/kernel"):
-        return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
-    if path.startswith("downsample") and path.endswith("/shift/move"):
-        return array.reshape(1, -1, 1, 1)
-    return array
+    """Returns an array of ours in PyTorch's layout: linear (out, in), images channels first."""
+    return array.transpose(_torch_axes(path, array.ndim))
 
 
 def from_torch_layout(path: str, array: np.ndarray) -> np.ndarray:
     """Returns an array in PyTorch's layout in ours: the inverse of `to_torch_layout`."""
-    if path.endswith("/kernel"):
-        return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
-    if path.startswith("downsample") and path.endswith("/shift/move"):
-        return array.reshape(-1)
-    return array
+    return array.transpose(np.argsort(_torch_axes(path, array.ndim)))
 
 
 def to_state_dict(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

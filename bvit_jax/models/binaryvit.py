@@ -53,7 +53,8 @@ class Downsample(nn.Module):
             )
             y = norm(to_tokens(conv(to_grid(x))), train=train)
         else:
-            grid = to_grid(Shift(name="shift")(x))
+            # Four dimensions as in PyTorch, where this shift, unlike all others, decays.
+            grid = Shift(rank=4, name="shift")(to_grid(x))
             y = BinaryPatchConv(self.features, STRIDE, name="conv", **c.quantizer())(grid)
             shortcut = jnp.tile(average_pool(x, STRIDE), (1, 1, self.features // width))
             y = RPReLU(name="rprelu")(norm(y, train=train) + shortcut)
