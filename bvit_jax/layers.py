@@ -6,6 +6,7 @@ activations in memory casts them back.
 """
 
 import math
+from functools import partial
 from typing import Literal
 
 import jax
@@ -15,15 +16,11 @@ from jax import Array, lax
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from bvit_jax import quantize
+from bvit_jax import products, quantize
+from bvit_jax.products import accumulator_dtype
 
 NormName = Literal["batch_norm", "layer_norm"]
 WeightInit = Literal["torch", "trunc_normal"]
-
-
-def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """Returns the dtype of sums over values of ``dtype``: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -51,21 +48,6 @@ def kernel_init(weight_init: WeightInit, fan_in: int) -> Initializer:
 def bias_init(weight_init: WeightInit, fan_in: int) -> Initializer:
     """Returns the initialiser of the bias that goes with `kernel_init`."""
     return torch_uniform(fan_in) if weight_init == "torch" else nn.initializers.zeros
-
-
-class Shift(nn.Module):
-    """A learned offset per channel, added in float32 so that rounding makes no zeros before a sign.
-
-    ``rank`` is the number of dimensions of the parameter: weight decay tells vectors from the rest.
-    """
-
-    rank: int = 1
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        shape = (1,) * (self.rank - 1) + (x.shape[-1],)
-        move = self.param("move", nn.initializers.zeros, shape)
-        return x.astype(accumulator_dtype(x.dtype)) + move
 
 
 class RPReLU(nn.Module):
@@ -143,11 +125,11 @@ def make_norm(norm: NormName, epsilon: float, name: str) -> BatchNorm | LayerNor
 
 
 class BinaryDense(nn.Module):
-    """A linear layer without bias whose input and weights are quantised.
+    """A linear layer without bias whose shifted input and weights are quantised.
 
-    With one activation bit the input goes through `quantize.sign`; the reference quantises
-    activations for exactly one bit, so any other number leaves them real. Weights of 2 to 8 bits are
-    quantised per tensor after clipping to ±``clip_val``.
+    ``W · sign(x + move)``. With one activation bit the input goes through the sign; the reference
+    quantises activations for exactly one bit, so any other number leaves them real. Weights of 2 to
+    8 bits are quantised per tensor after clipping to ±``clip_val``. Returns the accumulator.
     """
 
     features: int
@@ -160,17 +142,16 @@ class BinaryDense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         fan_in = x.shape[-1]
+        move = self.param("move", nn.initializers.zeros, (fan_in,))
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), (fan_in, self.features))
-        x = (quantize.sign(x) if self.act_bits == 1 else x).astype(self.dtype)
-        if self.weight_bits == 1:
-            return quantize.binary_dense(x, kernel)
-        return _real_product(x, quantize.quantize_weight(kernel, self.weight_bits, self.clip_val))
+        return _quantized_product(self, products.DENSE, x, move, kernel)
 
 
 class BinaryPatchConv(nn.Module):
-    """A convolution whose stride is its kernel size, input and weights quantised, without bias.
+    """A convolution whose stride is its kernel size, shifted input and weights quantised, no bias.
 
-    Takes (batch, height, width, channels) and returns (batch, tokens, features).
+    Takes (batch, height, width, channels) and returns (batch, tokens, features); otherwise like
+    `BinaryDense`.
     """
 
     features: int
@@ -186,13 +167,27 @@ class BinaryPatchConv(nn.Module):
         size, channels = self.patch_size, x.shape[-1]
         fan_in = size * size * channels
         shape = (size, size, channels, self.features)
+        # Four dimensions as in PyTorch, where this shift, unlike all others, decays.
+        move = self.param("move", nn.initializers.zeros, (1, 1, 1, channels))
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), shape)
-        x = (quantize.sign(x) if self.act_bits == 1 else x).astype(self.dtype)
-        patches = extract_patches(x, size)
-        if self.weight_bits == 1:
-            return quantize.binary_patch_conv(patches, kernel)
-        kernel = quantize.quantize_weight(kernel, self.weight_bits, self.clip_val)
-        return _real_product(patches, kernel.reshape(fan_in, self.features))
+        move = jnp.tile(move.reshape(channels), size * size)
+        return _quantized_product(self, products.CONV, extract_patches(x, size), move, kernel)
+
+
+def _quantized_product(
+    layer: BinaryDense | BinaryPatchConv,
+    rule: products.WeightRule,
+    x: Array,
+    move: Array,
+    kernel: Array,
+) -> Array:
+    if layer.weight_bits == 1:
+        config = products.ProductConfig(rule, layer.act_bits == 1, layer.dtype)
+        return products.binary_product(x, move, kernel, config)
+    x = x.astype(accumulator_dtype(layer.dtype)) + move
+    x = (quantize.sign(x) if layer.act_bits == 1 else x).astype(layer.dtype)
+    kernel = quantize.quantize_weight(kernel, layer.weight_bits, layer.clip_val)
+    return products.real_product(x, kernel.reshape(x.shape[-1], layer.features))
 
 
 def real_dense(features: int, fan_in: int, weight_init: WeightInit, dtype: DTypeLike, name: str) -> nn.Dense:
@@ -221,11 +216,6 @@ def real_patch_conv(
         bias_init=bias_init(weight_init, fan_in),
         name=name,
     )
-
-
-def _real_product(x: Array, kernel: Array) -> Array:
-    accumulator = accumulator_dtype(x.dtype)
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=accumulator)
 
 
 class DropPath(nn.Module):
@@ -276,12 +266,21 @@ def upsample(x: Array, factor: int) -> Array:
     return to_tokens(jnp.repeat(jnp.repeat(to_grid(x), factor, axis=1), factor, axis=2))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def average_line(x: Array, size: int, axis: int) -> Array:
     """Averages ``size`` neighbours along one axis, stride 1, the zero padding counted in the mean."""
     reach = size // 2
     padding = [(0, 0)] * x.ndim
     padding[axis] = (reach, reach)
-    padded = jnp.pad(x, padding)
+    # The barrier keeps XLA from computing the producer of x once for every window.
+    padded = jnp.pad(lax.optimization_barrier(x), padding)
     length = x.shape[axis]
     windows = [lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size)]
     return sum(windows[1:], windows[0]) / size
+
+
+# A symmetric window with zeros around it is its own transpose.
+average_line.defvjp(
+    lambda x, size, axis: (average_line(x, size, axis), None),
+    lambda size, axis, _, gradient: (average_line(gradient, size, axis),),
+)

@@ -46,9 +46,14 @@ def _sign_forward(x: Array) -> tuple[Array, Array]:
     return jnp.sign(x), x
 
 
-def _sign_backward(x: Array, gradient: Array) -> tuple[Array]:
+def sign_slope(x: Array) -> Array:
+    """Returns the derivative that stands in for that of the sign."""
     # max() rather than a mask times (2 - 2|x|): finite where x is infinite.
-    return (gradient * jnp.maximum(2 - 2 * jnp.abs(x), 0),)
+    return jnp.maximum(2 - 2 * jnp.abs(x), 0)
+
+
+def _sign_backward(x: Array, gradient: Array) -> tuple[Array]:
+    return (gradient * sign_slope(x),)
 
 
 sign.defvjp(_sign_forward, _sign_backward)
@@ -123,80 +128,14 @@ def conv_codes(kernel: Array) -> Array:
     return jnp.sign(kernel)
 
 
-def _dense_gradient(kernel: Array, gradient: Array) -> Array:
+def dense_gradient(kernel: Array, gradient: Array) -> Array:
+    """Returns the gradient of a linear kernel, from that of its binarised weights."""
     return _centre(jnp.where(jnp.abs(_centre(kernel)) <= 1, gradient, 0))
 
 
-def _conv_gradient(kernel: Array, gradient: Array) -> Array:
+def conv_gradient(kernel: Array, gradient: Array) -> Array:
+    """Returns the gradient of a convolution kernel, from that of its binarised weights."""
     return jnp.where(jnp.abs(kernel) <= 1, gradient, 0)
-
-
-Codes = Callable[[Array], Array]
-WeightGradient = Callable[[Array, Array], Array]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _binary_product(x: Array, kernel: Array, codes: Codes, weight_gradient: WeightGradient) -> Array:
-    matrix = codes(kernel).reshape(-1, kernel.shape[-1]).astype(x.dtype)
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    product = jnp.matmul(x, matrix, preferred_element_type=accumulator)
-    return product * weight_scale(kernel).astype(accumulator)
-
-
-def _binary_product_forward(
-    x: Array, kernel: Array, codes: Codes, weight_gradient: WeightGradient
-) -> tuple[Array, tuple[Array, Array]]:
-    return _binary_product(x, kernel, codes, weight_gradient), (x, kernel)
-
-
-def _binary_product_backward(
-    codes: Codes, weight_gradient: WeightGradient, residuals: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    x, kernel = residuals
-    matrix = codes(kernel).reshape(-1, kernel.shape[-1]).astype(x.dtype)
-    accumulator = gradient.dtype
-    scaled = (gradient * weight_scale(kernel).astype(accumulator)).astype(x.dtype)
-    to_x = jnp.matmul(scaled, matrix.T, preferred_element_type=accumulator).astype(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    to_matrix = jnp.matmul(
-        rows.T,
-        gradient.reshape(-1, gradient.shape[-1]).astype(x.dtype),
-        preferred_element_type=accumulator,
-    )
-    to_kernel = to_matrix.reshape(kernel.shape).astype(kernel.dtype)
-    return to_x, weight_gradient(kernel, to_kernel)
-
-
-_binary_product.defvjp(_binary_product_forward, _binary_product_backward)
-
-
-def binary_dense(x: Array, kernel: Array) -> Array:
-    """Returns ``x @ binarize_dense(kernel)``, the row scale applied after the product.
-
-    With ``x`` in {-1, 0, 1} the product is a sum of whole numbers and exact in bfloat16, float32 and
-    float64 alike; it is accumulated in at least float32.
-
-    Args:
-      x: (..., in), the dtype of the product.
-      kernel: latent weights (in, out).
-
-    Returns:
-      (..., out) in float32, or float64 if ``x`` is.
-    """
-    return _binary_product(x, kernel, dense_codes, _dense_gradient)
-
-
-def binary_patch_conv(patches: Array, kernel: Array) -> Array:
-    """Returns the product of flattened patches with ``binarize_conv(kernel)``, scaled afterwards.
-
-    Args:
-      patches: (..., height * width * in), what one application of the kernel sees.
-      kernel: latent weights (height, width, in, out).
-
-    Returns:
-      (..., out) in float32, or float64 if ``patches`` is.
-    """
-    return _binary_product(patches, kernel, conv_codes, _conv_gradient)
 
 
 @jax.custom_vjp
@@ -211,7 +150,7 @@ def binarize_dense(kernel: Array) -> Array:
 
 binarize_dense.defvjp(
     lambda kernel: (binarize_dense(kernel), kernel),
-    lambda kernel, gradient: (_dense_gradient(kernel, gradient),),
+    lambda kernel, gradient: (dense_gradient(kernel, gradient),),
 )
 
 
@@ -226,7 +165,7 @@ def binarize_conv(kernel: Array) -> Array:
 
 binarize_conv.defvjp(
     lambda kernel: (binarize_conv(kernel), kernel),
-    lambda kernel, gradient: (_conv_gradient(kernel, gradient),),
+    lambda kernel, gradient: (conv_gradient(kernel, gradient),),
 )
 
 

@@ -26,15 +26,15 @@ _RULES: tuple[tuple[str, str], ...] = (
     # between stages
     (r"^downsample(\d+)/positions$", r"vit/encoder/patch_embed\1/position_embeddings"),
     (r"^downsample(\d+)/input_norm/", r"vit/encoder/patch_embed\1/norm0/"),
-    (r"^downsample(\d+)/conv/", r"vit/encoder/patch_embed\1/proj/"),
+    (r"^downsample(\d+)/conv/kernel$", r"vit/encoder/patch_embed\1/proj/kernel"),
     (r"^downsample(\d+)/", r"vit/encoder/patch_embed\1/"),
     # blocks
     (r"^block(\d+)/", r"vit/encoder/layer/\1/"),
     (r"/attention_norm/", "/layernorm_before/"),
     (r"/mlp_norm/", "/layernorm_after/"),
     (r"/pool_([hw]\d+)/", r"/layerscale_\1/"),
-    (r"/attention/(query|key|value)_shift/move$", lambda m: f"/attention/attention/move{_unit(m)}2"),
-    (r"/attention/(query|key|value|reduce)/shift/move$", lambda m: f"/attention/attention/move{_unit(m)}"),
+    (r"/attention/(query|key|value)_move$", lambda m: f"/attention/attention/move{_unit(m)}2"),
+    (r"/attention/(query|key|value|reduce)/dense/move$", lambda m: f"/attention/attention/move{_unit(m)}"),
     (r"/attention/reduce/dense/", "/attention/attention/reduction/"),
     (r"/attention/reduce/norm/", "/attention/attention/norm_r/"),
     (r"/attention/(query|key|value)/dense/", r"/attention/attention/\1/"),
@@ -54,7 +54,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"/mlp_in/", "/intermediate/dense/"),
     (r"/mlp_out/", "/output/dense/"),
     # leaves
-    (r"/shift/move$", "/move"),
+    (r"/(dense|conv)/move$", "/move"),
     (r"/slope$", "/prelu/weight"),
     (r"/(kernel|scale)$", "/weight"),
     (r"/mean$", "/running_mean"),
@@ -82,7 +82,7 @@ def _torch_axes(path: str, ndim: int) -> tuple[int, ...]:
     """Returns our axes in PyTorch's order."""
     if path.endswith("/kernel"):  # (in, out) and (height, width, in, out)
         return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
-    if path.endswith("/shift/move") and ndim == 4:  # (1, 1, 1, channels)
+    if path.endswith("/move") and ndim == 4:  # (1, 1, 1, channels)
         return (0, 3, 1, 2)
     return tuple(range(ndim))
 

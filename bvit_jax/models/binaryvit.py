@@ -13,7 +13,6 @@ from jax import Array
 from bvit_jax.layers import (
     BinaryPatchConv,
     RPReLU,
-    Shift,
     average_pool,
     drop_path_rates,
     make_norm,
@@ -53,9 +52,7 @@ class Downsample(nn.Module):
             )
             y = norm(to_tokens(conv(to_grid(x))), train=train)
         else:
-            # Four dimensions as in PyTorch, where this shift, unlike all others, decays.
-            grid = Shift(rank=4, name="shift")(to_grid(x))
-            y = BinaryPatchConv(self.features, STRIDE, name="conv", **c.quantizer())(grid)
+            y = BinaryPatchConv(self.features, STRIDE, name="conv", **c.quantizer())(to_grid(x))
             shortcut = jnp.tile(average_pool(x, STRIDE), (1, 1, self.features // width))
             y = RPReLU(name="rprelu")(norm(y, train=train) + shortcut)
         positions = self.param("positions", position_init, (1, y.shape[1], self.features))

@@ -6,14 +6,15 @@ of github.com/Phuoc-Hoan-Le/BinaryViT. Tokens are (batch, tokens, channels) thro
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
-from bvit_jax import quantize
+from bvit_jax import products, quantize
 from bvit_jax.layers import (
     BinaryDense,
     DropPath,
@@ -21,8 +22,6 @@ from bvit_jax.layers import (
     LayerScale,
     NormName,
     RPReLU,
-    Shift,
-    accumulator_dtype,
     average_line,
     average_pool,
     make_norm,
@@ -30,6 +29,7 @@ from bvit_jax.layers import (
     to_tokens,
     upsample,
 )
+from bvit_jax.products import accumulator_dtype
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ class BinaryUnit(nn.Module):
     @nn.compact
     def __call__(self, x: Array, shortcut: Array, *, train: bool) -> Array:
         c = self.config
-        y = Shift(name="shift")(x)
-        y = BinaryDense(self.features, name="dense", **c.quantizer())(y)
+        y = BinaryDense(self.features, name="dense", **c.quantizer())(x)
         y = make_norm(c.norm, c.norm_epsilon, "norm")(y, train=train) + shortcut
         return RPReLU(name="rprelu")(y).astype(c.dtype)
 
@@ -106,44 +105,47 @@ class BinaryAttention(nn.Module):
         k = BinaryUnit(width, c, name="key")(z, z, train=train)
         v = BinaryUnit(width, c, name="value")(z, z, train=train)
 
-        context, probs = self._attend(
-            self._heads(q, "query_shift"),
-            self._heads(k, "key_shift"),
-            self._heads(v, "value_shift"),
+        attend = self._attend_binary if c.act_bits == 1 else self._attend_real
+        context, probs = attend(
+            self._heads(q, "query_move"),
+            self._heads(k, "key_move"),
+            self._heads(v, "value_move"),
             train=train,
         )
+        context = context.reshape(x.shape)
         context = make_norm(c.norm, c.norm_epsilon, "norm")(context, train=train)
         if self.reduction > 1:
             k, v = upsample(k, self.reduction), upsample(v, self.reduction)
         context = RPReLU(name="rprelu")(context + q + k + v)
         return context.astype(c.dtype), probs
 
-    def _heads(self, x: Array, shift: str) -> Array:
-        """Shifts, binarises and splits (batch, tokens, channels) into (batch, tokens, heads, size)."""
-        x = Shift(name=shift)(x)
-        x = (quantize.sign(x) if self.config.act_bits == 1 else x).astype(self.config.dtype)
+    def _heads(self, x: Array, move: str) -> Array:
+        """Shifts (batch, tokens, channels) and splits it into (batch, tokens, heads, size)."""
+        shift = self.param(move, nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(accumulator_dtype(x.dtype)) + shift
         return x.reshape(*x.shape[:2], self.num_heads, -1)
 
-    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
+    def _attend_binary(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
         c = self.config
-        accumulator = accumulator_dtype(c.dtype)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=accumulator)
-        probs = nn.softmax(scores / math.sqrt(q.shape[-1]))
-        drop = nn.Dropout(c.attention_dropout)
-        if c.act_bits != 1:
-            probs = drop(probs, deterministic=not train)
-            context = jnp.einsum(
-                "bhqk,bkhd->bqhd", probs.astype(c.dtype), v, preferred_element_type=accumulator
-            )
-            return context.reshape(*context.shape[:2], -1), probs
+        scores = products.binary_scores(q, k, c.dtype) / math.sqrt(q.shape[-1])
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
-        codes = drop(quantize.prob_codes(probs, scale), deterministic=not train)
-        context = jnp.einsum(
-            "bhqk,bkhd->bqhd", codes.astype(c.dtype), v, preferred_element_type=accumulator
-        )
+        codes = quantize.prob_codes(nn.softmax(scores), scale)
         # The codes' gradient rule already accounts for the scale: see quantize.prob_codes.
-        scale = jax.lax.stop_gradient(scale)
-        return (context * scale).reshape(*context.shape[:2], -1), codes * scale
+        scale = lax.stop_gradient(scale)
+        if train and c.attention_dropout > 0:
+            kept = 1 - c.attention_dropout
+            # What is left stays in {0, 1}, so that the product stays exact.
+            codes *= jax.random.bernoulli(self.make_rng("dropout"), kept, codes.shape)
+            scale /= kept
+        return products.binary_context(codes, v, c.dtype) * scale, codes * scale
+
+    def _attend_real(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
+        c = self.config
+        product = partial(jnp.einsum, preferred_element_type=q.dtype)
+        q, k, v = (a.astype(c.dtype) for a in (q, k, v))
+        probs = nn.softmax(product("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1]))
+        probs = nn.Dropout(c.attention_dropout)(probs, deterministic=not train)
+        return product("bhqk,bkhd->bqhd", probs.astype(c.dtype), v), probs
 
 
 class BinaryFeedForward(nn.Module):
