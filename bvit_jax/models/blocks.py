@@ -22,6 +22,7 @@ from bvit_jax.layers import (
     LayerScale,
     NormName,
     RPReLU,
+    average_channels,
     average_line,
     average_pool,
     make_norm,
@@ -161,8 +162,7 @@ class BinaryFeedForward(nn.Module):
         u = BinaryUnit(self.mlp_dim, self.config, name="expand")(
             x, jnp.tile(x, (1, 1, expansion)), train=train
         )
-        neighbours = u.reshape(*u.shape[:-1], width, expansion)
-        shortcut = jnp.mean(neighbours, axis=-1, dtype=accumulator_dtype(u.dtype))
+        shortcut = average_channels(u.astype(accumulator_dtype(u.dtype)), expansion, train=train)
         return BinaryUnit(width, self.config, name="contract")(u, shortcut, train=train)
 
 
