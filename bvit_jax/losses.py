@@ -32,7 +32,7 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
 def soft_cross_entropy(logits: Array, target_logits: Array) -> Array:
     """Returns -Σ softmax(target) · log_softmax(logits) of each example: [B, C], [B, C] -> [B].
 
-    The distillation loss of BinaryViT (He et al., 2023) and Bi-ViT, at temperature 1.
+    The distillation loss of BinaryViT (``losses.py`` of its code), at temperature 1.
     """
     return cross_entropy(logits, jax.nn.softmax(_at_least_float32(target_logits), axis=-1))
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import typing
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.layers import WeightInit, NormName
@@ -16,6 +16,9 @@ from bvit_jax.models.binaryvit import STRIDE, BinaryViT
 from bvit_jax.models.blocks import BlockConfig
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.extra_res import ExtraRes
+
+if TYPE_CHECKING:  # models also run where ml-collections is not installed
+    from ml_collections import ConfigDict
 
 MODELS: dict[str, type[nn.Module]] = {"binaryvit": BinaryViT, "deit": DeiT, "extra_res": ExtraRes}
 _NOT_SETTINGS = {"parent", "name", "dtype", "block"}
@@ -31,37 +34,48 @@ def _defaults(name: str) -> dict[str, Any]:
     return {field.name: field.default for field in fields if field.name not in _NOT_SETTINGS}
 
 
-def model_config(name: str, **settings: Any) -> ConfigDict:
+def _complete(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all settings of a model, the given ones in place of the defaults."""
+    defaults = _defaults(name)
+    for key in settings:
+        if key not in defaults:
+            raise UserError(f"config.model.{key} is not a setting of {name}" + nearest(key, defaults))
+    return {**defaults, **settings}
+
+
+def model_config(name: str, **settings: Any) -> "ConfigDict":
     """Returns the complete configuration of a model, ``settings`` in place of its defaults.
 
     Raises:
       UserError: there is no such model or setting.
     """
-    defaults = _defaults(name)
-    for key in settings:
-        if key not in defaults:
-            raise UserError(f"config.model.{key} is not a setting of {name}" + nearest(key, defaults))
-    return ConfigDict({"name": name, **defaults, **settings})
+    from ml_collections import ConfigDict
+
+    return ConfigDict({"name": name, **_complete(name, settings)})
 
 
-def create_model(config: ConfigDict, dtype: DTypeLike = jnp.float32) -> nn.Module:
-    """Returns the model that ``config`` (from `model_config`) describes, computing in ``dtype``.
+def create_model(config: "Mapping[str, Any] | ConfigDict", dtype: DTypeLike = jnp.float32) -> nn.Module:
+    """Returns the model that ``config`` describes, computing in ``dtype``.
+
+    Args:
+      config: ``name`` and any settings of the model, as `model_config` returns them.
+      dtype: dtype of the activations; parameters are float32 whatever it is.
 
     Raises:
-      UserError: a setting is unknown, missing or out of range, or sizes do not divide; the message
-        names the key.
+      UserError: a setting is unknown or out of range, or sizes do not divide; the message names the
+        key.
     """
-    settings = {key: config[key] for key in config if key != "name"}
-    settings = dict(model_config(config.name, **settings))  # rejects unknown keys, adds the missing
-    settings.pop("name")
-    _check(config.name, settings)
-    if config.name == "deit":
+    settings = {key: config[key] for key in config}
+    name = settings.pop("name")
+    settings = _complete(name, settings)
+    _check(name, settings)
+    if name == "deit":
         return DeiT(**settings, dtype=dtype)
     shared = {field.name for field in dataclasses.fields(BlockConfig)}
     block = BlockConfig(
         **{key: settings.pop(key) for key in list(settings) if key in shared}, dtype=dtype
     )
-    return MODELS[config.name](**settings, block=block)
+    return MODELS[name](**settings, block=block)
 
 
 def num_params(params: Any) -> int:
