@@ -319,9 +319,7 @@ def test_constant_weights_are_kept(value):
     w = jnp.full((4, 3), value)
     for quantizer in MANY_BITS.values():
         expected = np.clip(value, -CLIP, CLIP)
-        np.testing.assert_allclose(
-            quantizer(w, True), np.full((4, 3), expected), rtol=1e-7, err_msg=name
-        )
+        assert_close(quantizer(w, True), np.full((4, 3), expected), 1e-7)
 
 
 # --- the rule of the models --------------------------------------------------------------------
