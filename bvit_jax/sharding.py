@@ -44,7 +44,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     }
 
 
-def with_sharding(tree: Any, sharding: NamedSharding) -> Any:
+def with_sharding(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     """Returns the shapes and dtypes of a tree of arrays, all with one sharding."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree

@@ -1,0 +1,72 @@
+"""What the commands share: flags, logging, and one-line errors in place of tracebacks."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+
+from bvit_jax.errors import UserError
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Parses the flags and runs ``main``; a `UserError` becomes one line and exit status 1."""
+    app.run(_guarded(main), flags_parser=_parse)
+
+
+def no_arguments(argv: Sequence[str]) -> None:
+    """Raises `UserError` if words are left that are no flags."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
+
+
+def required(flag: str, value: str | None) -> str:
+    """Returns the value of a flag; raises `UserError` if it is missing."""
+    if not value:
+        raise UserError(f"--{flag} is missing; pass --{flag}=DIR")
+    return value
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(1)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(f"{error}; see --help")
+    except UserError as error:  # raised by the configuration file
+        _fail(str(error))
+    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        # What ml_collections raises for a wrong key, value or path of --config.
+        _fail(f"--config: {error.args[0] if error.args else error}")
+
+
+def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    def guarded(argv: list[str]) -> None:
+        _start_logging()
+        try:
+            main(argv)
+        except UserError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted; run the same command again to continue\n")
+            sys.exit(130)
+
+    return guarded
+
+
+def _start_logging() -> None:
+    """Sends this package's log to stderr, one line an event, from process 0 only."""
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every call otherwise
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("bvit_jax")
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)

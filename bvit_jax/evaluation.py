@@ -1,0 +1,101 @@
+"""Evaluation: one pass over a split, every image counted once."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bvit_jax import config as config_lib
+from bvit_jax import data, models
+from bvit_jax.checkpoint import Kind, restore_variables
+from bvit_jax.convert import abstract_variables
+from bvit_jax.errors import UserError
+from bvit_jax.sharding import check_batch_size, make_mesh, replicated, shard_batch, with_sharding
+from bvit_jax.step import Normalization, default_images_at_once, jit_eval_step, make_eval_step
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    step: Any, variables: Mapping[str, Any], batches: Iterable[data.Batch], mesh: Mesh
+) -> dict[str, float]:
+    """Returns top-1 and top-5 (shares of 1), the mean cross-entropy, and the number of images.
+
+    Args:
+      step: a compiled evaluation step, from `bvit_jax.step.jit_eval_step`.
+      variables: parameters and running statistics.
+      batches: this process's part of the split.
+      mesh: the mesh that the step was compiled for.
+    """
+    totals: dict[str, float] = {}
+    for sums in [step(variables, shard_batch(batch, mesh)) for batch in batches]:
+        for name, value in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    images = totals.pop("images")
+    return {name: total / images for name, total in totals.items()} | {"images": int(images)}
+
+
+def eval_batches(config: ConfigDict) -> Iterable[data.Batch]:
+    """Returns this process's part of the evaluation split of a run."""
+    return data.eval_batches(
+        config.data,
+        config.model.image_size,
+        config.eval_batch_size,
+        jax.process_index(),
+        jax.process_count(),
+    )
+
+
+def build_eval_step(config: ConfigDict, model: Any, mesh: Mesh) -> Any:
+    """Returns the compiled evaluation step of a run."""
+    check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+    normalize = Normalization(config.data.mean, config.data.std)
+    step = make_eval_step(model, normalize, images_at_once=default_images_at_once(mesh))
+    return jit_eval_step(step, mesh)
+
+
+def evaluate_workdir(workdir: Path, kind: Kind, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluates a checkpoint of a training run on the evaluation split of its configuration.
+
+    Args:
+      workdir: the directory that ``train.py`` wrote.
+      kind: "latest" or "best".
+      overrides: settings of ``config.data`` and ``eval_batch_size`` to use instead of the run's.
+
+    Returns:
+      The figures of `evaluate`, the step and the kind of the checkpoint.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or it does not fit.
+    """
+    config = config_lib.load(workdir / "config.json")
+    for key, value in overrides.items():
+        node, _, name = key.rpartition(".")
+        (config[node] if node else config)[name] = value
+    config_lib.validate(config)
+    mesh = make_mesh()
+    model = models.create_model(config.model, jnp.dtype(config.compute_dtype))
+    abstract = abstract_variables(model, config.model.image_size)
+    abstract.setdefault("batch_stats", {})
+    fields = with_sharding(abstract | {"step": np.int32(0)}, replicated(mesh))
+    restored = restore_variables(workdir, fields, kind)
+    if restored is None:
+        raise UserError(f"no {kind} checkpoint in {workdir}; train with train.py --workdir first")
+    variables, _ = restored
+    step = int(variables.pop("step"))
+    batches = eval_batches(config)
+    logger.info("evaluating the %s checkpoint, step %d", kind, step)
+    figures = evaluate(build_eval_step(config, model, mesh), variables, batches, mesh)
+    return {"checkpoint": kind, "step": step, **figures}
+
+
+def to_json(figures: Mapping[str, Any]) -> str:
+    """Returns figures as one line of JSON."""
+    return json.dumps(dict(figures), sort_keys=True)

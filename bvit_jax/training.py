@@ -1,0 +1,377 @@
+"""The training loop, top to bottom."""
+
+import hashlib
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bvit_jax import config as config_lib
+from bvit_jax import convert, data, models, optim
+from bvit_jax.checkpoint import Checkpoints
+from bvit_jax.errors import UserError
+from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
+from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
+from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated, shard_batch
+from bvit_jax.step import Normalization, jit_train_step, make_train_step
+from bvit_jax.train_state import TrainState, abstract_state, create_state
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The distillation teacher: an argument of the step, neither trained nor checkpointed.
+
+    Attributes:
+      model: None where there is no teacher.
+      variables: empty where there is none.
+      digest: SHA-256 of the weights' file; a run resumes only with the same teacher.
+    """
+
+    model: nn.Module | None
+    variables: dict[str, Any]
+    digest: str
+
+
+def load_teacher(config: ConfigDict) -> Teacher:
+    """Loads the teacher that ``config.teacher`` names.
+
+    Raises:
+      UserError: it cannot be read, or has other classes or another image size than the student.
+    """
+    if not config.teacher.path:
+        return Teacher(None, {}, "")
+    directory = Path(config.teacher.path).expanduser()
+    settings, variables = convert.load_pretrained(directory)
+    for key in ("num_classes", "image_size"):
+        if settings[key] != config.model[key]:
+            raise UserError(
+                f"the teacher in {directory} has {key} {settings[key]} and the student"
+                f" {config.model[key]}; use another config.teacher.path or config.model.{key}"
+            )
+    digest = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+    model = models.create_model(settings, jnp.dtype(config.compute_dtype))
+    return Teacher(model, variables, digest)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is built from a configuration before the first step.
+
+    Attributes:
+      mesh: all devices.
+      model: the student.
+      teacher: see `Teacher`.
+      schedule: learning rate of each step.
+      state: shapes and shardings of the state.
+      create: makes the initial state of a key, on the devices.
+      step: the training step, to be compiled by its first call or ahead of time.
+      steps_per_epoch, total_steps: lengths in steps.
+    """
+
+    mesh: Mesh
+    model: nn.Module
+    teacher: Teacher
+    schedule: Any
+    state: TrainState
+    create: Any
+    step: Any
+    steps_per_epoch: int
+    total_steps: int
+
+
+def build(config: ConfigDict, num_examples: int) -> Run:
+    """Builds everything that training needs but the data, and checks that it fits together."""
+    mesh = make_mesh()
+    check_batch_size("batch_size", config.batch_size, mesh)
+    check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+    image_size = config.model.image_size
+    model = models.create_model(config.model, jnp.dtype(config.compute_dtype))
+    teacher = load_teacher(config)
+    steps_per_epoch = data.steps_per_epoch(num_examples, config.batch_size)
+    schedule = optim.make_schedule(
+        config.optim,
+        batch_size=config.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        epochs=config.epochs,
+    )
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    step = make_train_step(
+        model,
+        optimizer,
+        Normalization(config.data.mean, config.data.std),
+        teacher=teacher.model,
+        distillation_weight=config.loss.distillation_weight,
+        label_smoothing=config.loss.label_smoothing,
+    )
+    return Run(
+        mesh=mesh,
+        model=model,
+        teacher=teacher,
+        schedule=schedule,
+        state=abstract_state(model, optimizer, image_size, replicated(mesh)),
+        create=jax.jit(
+            lambda key: create_state(key, model, optimizer, image_size),
+            out_shardings=replicated(mesh),
+        ),
+        step=jit_train_step(step, mesh),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=config.epochs * steps_per_epoch,
+    )
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains the model of ``config``, or continues the run that ``workdir`` holds.
+
+    The workdir receives ``config.json``, ``metrics.jsonl``, checkpoints and, with tensorboardX,
+    TensorBoard files. A run that was killed continues from its newest checkpoint, bit for bit as if
+    it had not been.
+
+    Returns:
+      The figures of the last evaluation and the best top-1, with their steps.
+
+    Raises:
+      UserError: a setting, a file or a directory is wrong, or the loss is no longer finite.
+    """
+    # --- build ---------------------------------------------------------------------------------
+    config_lib.validate(config)
+    num_examples = data.open_train_split(config.data).num_examples
+    _check_classes(config)
+    data.open_eval_split(config.data)
+    run = build(config, num_examples)
+    is_main = jax.process_index() == 0
+    logger.info(
+        "%s with %.2f M parameters on %d × %s, %d steps of %d images",
+        config.model.name,
+        models.num_params(run.state.params) / 1e6,
+        run.mesh.size,
+        run.mesh.devices.flat[0].device_kind,
+        run.total_steps,
+        config.batch_size,
+    )
+
+    # --- start or resume -----------------------------------------------------------------------
+    _make_workdir(workdir)
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+    key_init, key_train = jax.random.split(jax.random.key(config.seed))
+    restored = checkpoints.restore("latest", run.state)
+    window, best = MetricWindow(), {"top1": -1.0, "step": 0}
+    if restored is None:
+        state = run.create(key_init)
+    else:
+        state, metadata = restored
+        _check_teacher(metadata["teacher"], run.teacher, workdir)
+        window.restore(metadata["window"])
+        best = metadata["best"]
+        logger.info("continuing from step %d in %s", int(state.step), workdir)
+    start = int(state.step)
+    if start > run.total_steps:
+        raise UserError(
+            f"the run in {workdir} is at step {start}, beyond the {run.total_steps} steps of this"
+            " configuration; raise config.epochs or choose another workdir"
+        )
+    if is_main:
+        _write(workdir / "config.json", config)
+    writer = MetricWriter(workdir, active=is_main)
+    writer.truncate_after(start)
+    teacher_variables = jax.device_put(run.teacher.variables, replicated(run.mesh))
+
+    # --- train ---------------------------------------------------------------------------------
+    eval_step = build_eval_step(config, run.model, run.mesh)
+    batches = data.train_batches(
+        config.data,
+        config.model.image_size,
+        config.batch_size,
+        config.seed,
+        start,
+        jax.process_index(),
+        jax.process_count(),
+    )
+    progress = ProgressLine(run.total_steps, start)
+    checkpoint_every = config.checkpoint.every_steps or run.steps_per_epoch
+    eval_every = config.eval_every_epochs * run.steps_per_epoch
+    figures = metadata["figures"] if restored is not None else {}
+    clock = _Clock(start, config.batch_size)
+    try:
+        for step in range(start + 1, run.total_steps + 1):
+            batch = shard_batch(next(batches), run.mesh)
+            state, metrics = run.step(state, batch, teacher_variables, key_train)
+            window.add(metrics)
+            last = step == run.total_steps
+
+            if step % config.log_every_steps == 0 or last:
+                means = _finite(window.mean(), step, workdir)
+                means["learning_rate"] = float(run.schedule(step - 1))
+                means["epoch"] = step / run.steps_per_epoch
+                means |= clock.lap(step, run.total_steps)
+                writer.write(step, means)
+                progress.update(step, means)
+                if is_main and not progress.active:
+                    logger.info(format_line(step, run.total_steps, means))
+                window.reset()
+
+            if step % eval_every == 0 or last:
+                with clock.paused():
+                    figures = evaluate(eval_step, state.variables, eval_batches(config), run.mesh)
+                    figures["step"] = step
+                    writer.write(step, {f"eval_{k}": v for k, v in figures.items() if k != "step"})
+                    logger.info(
+                        "step %d/%d  top-1 %.2f %%  top-5 %.2f %%  loss %.4f  %d images",
+                        step,
+                        run.total_steps,
+                        100 * figures["top1"],
+                        100 * figures["top5"],
+                        figures["loss"],
+                        figures["images"],
+                    )
+                    if figures["top1"] > best["top1"]:
+                        best = {"top1": figures["top1"], "step": step}
+                        checkpoints.save_best(step, state, {"figures": figures})
+
+            if step % checkpoint_every == 0 or last:
+                with clock.paused():
+                    _finite(window.mean(), step, workdir)
+                    checkpoints.save_latest(
+                        step,
+                        state,
+                        {
+                            "window": window.state(),
+                            "best": best,
+                            "figures": figures,
+                            "teacher": run.teacher.digest,
+                        },
+                    )
+    finally:
+        batches.close()
+        progress.close()
+        writer.close()
+        checkpoints.close()
+    return {**figures, "best_top1": best["top1"], "best_step": best["step"]}
+
+
+def dry_run(config: ConfigDict) -> dict[str, Any]:
+    """Builds everything, compiles the step from shapes alone, and returns what it would cost.
+
+    Returns:
+      Parameters, and by the compiler's analysis: floating-point operations and bytes of a step, and
+      megabytes of a device's memory for arguments, temporaries and in total.
+    """
+    config_lib.validate(config)
+    _check_classes(config)
+    run = build(config, data.open_train_split(config.data).num_examples)
+    size = config.model.image_size
+    sharding = batch_sharded(run.mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), np.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32, sharding=sharding),
+    }
+    start = time.perf_counter()
+    compiled = run.step.lower(run.state, batch, run.teacher.variables, jax.random.key(0)).compile()
+    cost = compiled.cost_analysis() or {}
+    memory = compiled.memory_analysis()
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    arguments -= memory.alias_size_in_bytes
+    return {
+        "model": config.model.name,
+        "parameters": models.num_params(run.state.params),
+        "devices": run.mesh.size,
+        "steps": run.total_steps,
+        "compile_seconds": round(time.perf_counter() - start, 1),
+        "gflops_per_step": round(cost.get("flops", math.nan) / 1e9, 3),
+        "gb_accessed_per_step": round(cost.get("bytes accessed", math.nan) / 1e9, 3),
+        "arguments_mb": round(arguments / 1e6, 1),
+        "temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
+        "total_mb": round((arguments + memory.temp_size_in_bytes) / 1e6, 1),
+    }
+
+
+class _Clock:
+    """Speed and time left, without the time spent in evaluation and saving."""
+
+    def __init__(self, step: int, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._step, self._start = step, time.perf_counter()
+
+    def lap(self, step: int, total: int) -> dict[str, float]:
+        """Returns images a second since the last lap and the seconds left at that speed."""
+        now = time.perf_counter()
+        seconds_per_step = (now - self._start) / (step - self._step)
+        self._step, self._start = step, now
+        return {
+            "images_per_second": self._batch_size / seconds_per_step,
+            "seconds_left": (total - step) * seconds_per_step,
+        }
+
+    def paused(self) -> "_Pause":
+        """Returns a context whose duration does not count."""
+        return _Pause(self)
+
+    def skip(self, seconds: float) -> None:
+        """Takes a duration out of the current lap."""
+        self._start += seconds
+
+
+class _Pause:
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self._clock.skip(time.perf_counter() - self._start)
+
+
+def _finite(means: dict[str, float], step: int, workdir: Path) -> dict[str, float]:
+    loss = means.get("loss", 0.0)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step} or shortly before; the last good checkpoint is kept"
+            f" in {workdir}: lower config.optim.learning_rate or set config.optim.clip_grad_norm"
+        )
+    return means
+
+
+def _check_classes(config: ConfigDict) -> None:
+    classes = data.open_train_split(config.data).num_classes
+    if classes != config.model.num_classes:
+        raise UserError(
+            f"config.model.num_classes is {config.model.num_classes}; the dataset"
+            f" {config.data.dataset} has {classes} classes"
+        )
+
+
+def _check_teacher(digest: str, teacher: Teacher, workdir: Path) -> None:
+    if digest != teacher.digest:
+        raise UserError(
+            f"the run in {workdir} was started with another teacher than config.teacher.path;"
+            " use that one or choose another workdir"
+        )
+
+
+def _make_workdir(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot create the workdir {workdir}: {error.strerror}; choose another --workdir"
+        ) from error
+
+
+def _write(path: Path, config: ConfigDict) -> None:
+    try:
+        config_lib.save(config, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; choose another --workdir"
+        ) from error

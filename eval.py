@@ -1,0 +1,35 @@
+"""Evaluates a checkpoint: ``python eval.py --workdir=DIR [--checkpoint=best]``; the last line is JSON."""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from bvit_jax import commands
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory that train.py wrote.")
+_CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint", "latest", ["latest", "best"], "Which checkpoint: the newest or the best by top-1."
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Data directory in place of the run's.")
+_SPLIT = flags.DEFINE_string("split", None, "Split in place of the run's evaluation split.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Global batch in place of the run's.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    commands.no_arguments(argv)
+    from bvit_jax.evaluation import evaluate_workdir, to_json
+
+    workdir = Path(commands.required("workdir", _WORKDIR.value)).expanduser()
+    overrides = {
+        "data.data_dir": _DATA_DIR.value,
+        "data.eval_split": _SPLIT.value,
+        "eval_batch_size": _BATCH_SIZE.value,
+    }
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    sys.stdout.write(to_json(evaluate_workdir(workdir, _CHECKPOINT.value, overrides)) + "\n")
+
+
+if __name__ == "__main__":
+    commands.run(main)

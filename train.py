@@ -1,0 +1,39 @@
+"""Trains a model: ``python train.py --config=configs/digits.py --workdir=DIR``."""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from bvit_jax import commands
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    str(Path(__file__).parent / "configs" / "digits.py"),
+    "Experiment, one file of configs/ with an argument after a colon where it takes one.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run: checkpoints, metrics, config.json. Continues what is there."
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Build everything, compile the step, print its cost as JSON, and stop."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    commands.no_arguments(argv)
+    from bvit_jax.evaluation import to_json
+    from bvit_jax.training import dry_run, train_and_evaluate
+
+    if _DRY_RUN.value:
+        sys.stdout.write(to_json(dry_run(_CONFIG.value)) + "\n")
+        return
+    workdir = commands.required("workdir", _WORKDIR.value)
+    sys.stdout.write(to_json(train_and_evaluate(_CONFIG.value, Path(workdir).expanduser())) + "\n")
+
+
+if __name__ == "__main__":
+    commands.run(main)
