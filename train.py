@@ -10,8 +10,8 @@ from bvit_jax import commands
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
-    str(Path(__file__).parent / "configs" / "digits.py"),
-    "Experiment, one file of configs/ with an argument after a colon where it takes one.",
+    None,
+    "Experiment (default: configs/digits.py), one file of configs/ with an argument after a colon where it takes one.",
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
@@ -28,12 +28,14 @@ def main(argv: list[str]) -> None:
     from bvit_jax.evaluation import to_json
     from bvit_jax.training import dry_run, train_and_evaluate
 
+    config = commands.loaded_config(_CONFIG.value)
     if _DRY_RUN.value:
-        sys.stdout.write(to_json(dry_run(_CONFIG.value)) + "\n")
-        return
-    workdir = commands.required("workdir", _WORKDIR.value)
-    sys.stdout.write(to_json(train_and_evaluate(_CONFIG.value, Path(workdir).expanduser())) + "\n")
+        figures = dry_run(config)
+    else:
+        workdir = commands.required("workdir", _WORKDIR.value)
+        figures = train_and_evaluate(config, Path(workdir).expanduser())
+    sys.stdout.write(to_json(figures) + "\n")
 
 
 if __name__ == "__main__":
-    commands.run(main)
+    commands.run(main, default_config=Path(__file__).parent / "configs" / "digits.py")

@@ -1,20 +1,30 @@
 """What the commands share: flags, logging, and one-line errors in place of tracebacks."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
 
 from bvit_jax.errors import UserError
 
 
-def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Parses the flags and runs ``main``; a `UserError` becomes one line and exit status 1."""
-    app.run(_guarded(main), flags_parser=_parse)
+def run(main: Callable[[list[str]], None], default_config: Path | None = None) -> NoReturn:
+    """Parses the flags and runs ``main``; a `UserError` becomes one line and exit status 1.
+
+    Args:
+      main: the command, given what is left of the arguments.
+      default_config: file that ``--config`` stands for where it is not given. The default of the
+        flag itself cannot be used: it is parsed, overrides included, before errors can be caught.
+    """
+    app.run(_guarded(main), flags_parser=partial(_parse, default_config))
 
 
 def no_arguments(argv: Sequence[str]) -> None:
@@ -30,12 +40,23 @@ def required(flag: str, value: str | None) -> str:
     return value
 
 
+def loaded_config(value: Any) -> ConfigDict:
+    """Returns the value of a config flag; raises `UserError` if its file could not be loaded."""
+    if isinstance(value, ConfigDict):
+        return value
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    raise UserError(f"--config: cannot load {path}; expected a file of configs/")
+
+
 def _fail(message: str) -> NoReturn:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.exit(1)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(default_config: Path | None, argv: list[str]) -> list[str]:
+    given = any(re.match(r"--?config(=|$)", argument) for argument in argv)
+    if default_config is not None and not given:
+        argv = [argv[0], f"--config={default_config}", *argv[1:]]
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -44,7 +65,9 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(str(error))
     except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         # What ml_collections raises for a wrong key, value or path of --config.
-        _fail(f"--config: {error.args[0] if error.args else error}")
+        message = str(error.args[0] if error.args else error)
+        kind = "unknown key " if isinstance(error, KeyError | AttributeError) else ""
+        _fail(f"--config: {kind}" + message.replace("\\n", ". ").replace("\\", "").replace("'", ""))
 
 
 def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:

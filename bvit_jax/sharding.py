@@ -1,6 +1,6 @@
 """The mesh, and where every array lives: images over ``data``, everything else on all devices."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,11 @@ from bvit_jax.errors import UserError
 DATA_AXIS = "data"
 
 
-def make_mesh() -> Mesh:
-    """Returns a one-dimensional mesh of all devices of all processes."""
-    return jax.make_mesh((jax.device_count(),), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a one-dimensional mesh of the devices, by default all of all processes."""
+    devices = jax.devices() if devices is None else devices
+    auto = (AxisType.Auto,)
+    return jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=auto, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
