@@ -1,0 +1,193 @@
+"""The benchmark of the step: a tiny run of each side, and what it says when something is wrong."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "train_step.py"
+TINY = {
+    "image_size": "32",
+    "num_classes": "10",
+    "width": "(8,)",
+    "depth": "(1,)",
+    "num_heads": "(1,)",
+    "mlp_dim": "(16,)",
+    "reduction": "(2,)",
+}
+TINY_DEIT = {
+    "image_size": "32",
+    "num_classes": "10",
+    "width": "16",
+    "depth": "1",
+    "num_heads": "2",
+    "mlp_dim": "32",
+}
+QUICK = ("--repeats", "2", "--forward-steps", "1", "--training-steps", "1")
+
+# A stand-in for the PyTorch code: the parameters of the tiny DeiT above, and imports that may be
+# missing. Printing while a model is built must not reach the benchmark's output.
+MODELS_PY = """
+import torch
+from timm.models.layers import DropPath, to_2tuple, trunc_normal_
+from torch import nn
+from transformers import ViTConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
+from transformers.utils import logging
+
+
+class ViTForImageClassification(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("building")
+        width = config.hidden_size
+        self.classifier = nn.Linear(width, config.num_labels)
+        patches = (config.image_size // config.patch_size) ** 2
+        per_block = 4 * width * (width + 1) + width * (2 * config.intermediate_size + 5)
+        others = 3 * config.patch_size**2 * width + width * (patches + 5)
+        others += per_block + config.intermediate_size
+        self.others = nn.Parameter(torch.zeros(others + config.extra))
+        self.drop = DropPath(0.5)
+
+    def forward(self, pixel_values):
+        pooled = self.others[: self.classifier.in_features] + pixel_values.mean((1, 2, 3))[:, None]
+        output = BaseModelOutput(last_hidden_state=self.drop(pooled))
+        return ImageClassifierOutput(logits=self.classifier(output[0]))
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    one_device = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env={**os.environ, **one_device},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def settings(values: dict[str, str]) -> list[str]:
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+def make_checkout(path: Path, extra_parameters: int = 0) -> Path:
+    configs = path / "configs" / "deit-small-patch16-224"
+    configs.mkdir(parents=True)
+    (path / "models.py").write_text(MODELS_PY)
+    values = {"hidden_act": "gelu", "extra": extra_parameters}
+    (configs / "config.json").write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.slow
+def test_measures_the_jax_side(tmp_path):
+    file = tmp_path / "found.json"
+    ran = run("--model", "binaryvit", "--batch", "4", *QUICK, *settings(TINY), "--json", str(file))
+    assert ran.returncode == 0, ran.stderr
+    assert "training, images/s" in ran.stdout
+    found = json.loads(file.read_text())
+    side = found["sides"]["bvit_jax"]
+    assert list(found["sides"]) == ["bvit_jax"]
+    assert side["settings"]["width"] == [8]
+    assert side["parameters"] > 1000
+    for kind in ("forward", "training"):
+        assert len(side["images_per_second"][kind]) == 2
+        assert min(side["images_per_second"][kind]) > 0
+        assert side["compile_seconds"][kind] > 0
+    assert side["memory"]["peak"] > 2**20
+
+
+@pytest.mark.slow
+def test_measures_the_reference_beside_it(tmp_path):
+    pytest.importorskip("torch")
+    checkout = make_checkout(tmp_path / "checkout")
+    file = tmp_path / "found.json"
+    ran = run(
+        *("--model", "deit_small", "--batch", "2", *QUICK, *settings(TINY_DEIT)),
+        *("--reference", str(checkout), "--json", str(file)),
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "building" not in ran.stdout
+    found = json.loads(file.read_text())
+    ours, theirs = found["sides"]["bvit_jax"], found["sides"]["reference"]
+    assert ours["parameters"] == theirs["parameters"]
+    speeds = [side["images_per_second"]["training"] for side in (ours, theirs)]
+    assert [len(rounds) for rounds in speeds] == [2, 2]
+    ratios = [a / b for a, b in zip(*speeds, strict=True)]
+    assert min(ratios) <= found["ratios"]["training"] <= max(ratios)
+
+
+def test_refuses_another_model_than_ours(tmp_path):
+    pytest.importorskip("torch")
+    checkout = make_checkout(tmp_path / "checkout", extra_parameters=7)
+    ran = run(
+        *("--model", "deit_small", "--batch", "2", *QUICK, *settings(TINY_DEIT)),
+        *("--reference", str(checkout)),
+    )
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: the two models differ: ")
+    assert len(ran.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "binaryvt"], "--model is 'binaryvt'; did you mean 'binaryvit'?"),
+        (["--model", "binaryvit", "--set", "width"], "--set is 'width'; expected KEY=VALUE"),
+        (["--model", "binaryvit", "--set", "wdth=3"], "config.model.wdth is not a setting"),
+        (["--model", "binaryvit", "--reference", "nowhere"], "--reference is nowhere: there is no"),
+        (["--model", "binaryvit", "--compile"], "--compile is for the reference"),
+        (["--model", "binaryvit", "--json", "nowhere/x.json"], "--json is nowhere/x.json"),
+        (["--config", "nowhere.py:x"], "--config is nowhere.py:x: there is no Python file"),
+    ],
+)
+def test_says_what_is_wrong_in_one_line(arguments, message):
+    ran = run(*arguments, "--batch", "2")
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    assert ran.stderr.startswith(f"error: {message}")
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_says_that_torch_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    spec = importlib.util.spec_from_file_location("train_step_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    checkout = make_checkout(tmp_path / "checkout")
+    command = [
+        "train_step.py",
+        "--model",
+        "binaryvit",
+        "--batch",
+        "2",
+        "--reference",
+        str(checkout),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    assert module.main() == 1
+    assert capsys.readouterr().err.startswith("error: --reference needs torch")
+
+
+def test_reads_a_config_file(tmp_path):
+    config = tmp_path / "experiment.py"
+    config.write_text(
+        "from bvit_jax.config import default_config\n"
+        "from bvit_jax.models import model_config\n"
+        "def get_config(argument):\n"
+        "    config = default_config()\n"
+        "    config.model = model_config('deit', depth=1, mlp_dim=int(argument))\n"
+        "    return config\n"
+    )
+    ran = run("--config", f"{config}:32", "--batch", "2", "--set", "width=7")
+    assert ran.returncode == 1
+    assert "config.model.width is 7: expected a multiple of its 6 heads" in ran.stderr
