@@ -1,0 +1,326 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bvit_jax import config as config_lib
+from bvit_jax import models, optim
+from bvit_jax.checkpoint import Checkpoints
+from bvit_jax.errors import UserError
+from bvit_jax.sharding import make_mesh, replicated, shard_batch
+from bvit_jax.step import Normalization, jit_train_step, make_eval_step, make_train_step
+from bvit_jax.train_state import abstract_state, create_state
+from bvit_jax.training import build, train_and_evaluate
+from tests.configs import tiny
+
+ROOT = Path(__file__).parent.parent
+TIMES = ("images_per_second", "seconds_left")
+
+
+def command(script: str, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / script), *flags]
+
+
+CACHE = tempfile.mkdtemp(prefix="bvit_jax_compiled_")
+
+
+def environment() -> dict[str, str]:
+    """One CPU device, whatever this process simulates, and what earlier processes compiled."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": CACHE,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def run(script: str, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(script, *flags), env=environment(), cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def training_flags(workdir: Path, data_dir: Path) -> list[str]:
+    return [
+        f"--config={ROOT}/tests/configs/tiny.py",
+        f"--workdir={workdir}",
+        f"--config.data.data_dir={data_dir}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> tuple[Path, dict]:
+    """A finished run and what it printed last."""
+    workdir = tmp_path_factory.mktemp("runs") / "unbroken"
+    result = run("train.py", *training_flags(workdir, data_dir))
+    assert result.returncode == 0, result.stderr
+    return workdir, json.loads(result.stdout.splitlines()[-1])
+
+
+def metrics_of(workdir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def final_state(workdir: Path) -> dict[str, np.ndarray]:
+    config = config_lib.load(workdir / "config.json")
+    model = models.create_model(config.model)
+    optimizer = optim.make_optimizer(config.optim, lambda step: 1.0)
+    whole = replicated(make_mesh(jax.devices()[:1]))
+    checkpoints = Checkpoints(workdir, keep=2)
+    restored = checkpoints.restore(
+        "latest", abstract_state(model, optimizer, config.model.image_size, whole)
+    )
+    checkpoints.close()
+    assert restored is not None
+    leaves = jax.tree_util.tree_leaves_with_path(restored[0])
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_a_run_writes_what_it_promises(unbroken: tuple[Path, dict]) -> None:
+    workdir, printed = unbroken
+    assert printed["step"] == 18
+    assert printed["images"] == 360
+    lines = metrics_of(workdir)
+    assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12, 15, 18]
+    assert [line["step"] for line in lines if "eval_top1" in line] == [9, 18]
+    assert lines[-1]["eval_top1"] == printed["top1"]
+    assert config_lib.load(workdir / "config.json").model.name == "binaryvit"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_after", ["step 6/18", "step 12/18"])
+def test_a_killed_run_continues_bit_for_bit(
+    kill_after: str, unbroken: tuple[Path, dict], data_dir: Path, tmp_path: Path
+) -> None:
+    whole, printed = unbroken
+    broken = tmp_path / "broken"
+    flags = training_flags(broken, data_dir)
+    process = subprocess.Popen(
+        command("train.py", *flags), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if kill_after in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL
+
+    result = run("train.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "continuing from step" in result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == printed
+    assert metrics_of(broken) == metrics_of(whole)
+    ours, theirs = final_state(broken), final_state(whole)
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+def test_evaluation_prints_the_same_figures(unbroken: tuple[Path, dict]) -> None:
+    workdir, printed = unbroken
+    result = run("eval.py", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert {k: figures[k] for k in ("top1", "top5", "loss", "images", "step")} == {
+        k: printed[k] for k in ("top1", "top5", "loss", "images", "step")
+    }
+    best = json.loads(run("eval.py", f"--workdir={workdir}", "--checkpoint=best").stdout)
+    assert best["top1"] == printed["best_top1"]
+    assert best["step"] == printed["best_step"]
+
+
+def test_a_finished_run_only_reports(unbroken: tuple[Path, dict], data_dir: Path) -> None:
+    workdir, printed = unbroken
+    before = metrics_of(workdir)
+    result = run("train.py", *training_flags(workdir, data_dir))
+    assert json.loads(result.stdout.splitlines()[-1]) == printed
+    assert metrics_of(workdir) == before
+
+
+def test_another_model_is_refused_and_nothing_overwritten(
+    unbroken: tuple[Path, dict], data_dir: Path
+) -> None:
+    workdir, _ = unbroken
+    files = ("config.json", "metrics.jsonl")
+    before = [(workdir / name).read_bytes() for name in files]
+    flags = [*training_flags(workdir, data_dir), "--config.model.mlp_dim=(32,32)"]
+    result = run("train.py", *flags)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 2  # the announcement and the error
+    assert "does not fit this configuration" in result.stderr
+    assert [(workdir / name).read_bytes() for name in files] == before
+    assert run("eval.py", f"--workdir={workdir}").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("train.py", ["--config.modle.width=1"], 'Did you mean "model"'),
+        ("train.py", ["--config.model.image_size=18"], "config.model.image_size is 18"),
+        ("train.py", ["--config=nowhere.py"], "cannot load nowhere.py"),
+        ("train.py", ["--nonsense"], "Unknown command line flag 'nonsense'"),
+        ("train.py", ["word"], "unexpected argument 'word'"),
+        ("eval.py", [], "--workdir is missing"),
+        ("eval.py", ["--workdir=/nowhere"], "no config.json in /nowhere"),
+    ],
+)
+def test_wrong_flags_end_with_one_line(script: str, flags: list[str], message: str) -> None:
+    result = run(script, *flags, *(["--workdir=/nowhere"] if script == "train.py" else []))
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def tiny_config(data_dir: Path, **settings: object) -> config_lib.ConfigDict:
+    config = tiny.get_config()
+    config.data.data_dir = str(data_dir)
+    for key, value in settings.items():
+        node, _, name = key.replace("__", ".").rpartition(".")
+        (config[node] if node else config)[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data__dataset": "imagenet2012"}, "config.data.dataset 'imagenet2012' is not prepared"),
+        ({"data__train_split": "trian"}, "trian"),
+        ({"teacher__path": "/nowhere"}, "no config.json in /nowhere"),
+        ({"model__num_classes": 11}, "config.model.num_classes is 11"),
+        ({"batch_size": 12}, "config.batch_size is 12; expected a multiple of the 8 devices"),
+        ({"optim__schedule": "linear"}, "config.optim.schedule is 'linear'"),
+        ({"loss__label_smoothing": 2.0}, "config.loss.label_smoothing is 2.0"),
+        ({"epochs": 0}, "config.epochs is 0"),
+    ],
+)
+def test_wrong_settings_are_named(
+    settings: dict, message: str, data_dir: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(data_dir, **settings)
+    with pytest.raises(UserError) as error:
+        train_and_evaluate(config, tmp_path / "run")
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_with_other_classes_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(data_dir)
+    config.teacher.path = str(ROOT / "bvit_jax" / "assets" / "deit_digits")
+    with pytest.raises(UserError, match="the teacher in .* has image_size 32 and the student 16"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_workdir_that_cannot_be_made_is_named(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot create the workdir"):
+        train_and_evaluate(tiny_config(data_dir), tmp_path / "file" / "run")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run(data_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(data_dir, optim__learning_rate=1e30)
+    with pytest.raises(UserError, match="the loss is (nan|inf) at step"):
+        train_and_evaluate(config, tmp_path)
+    assert Checkpoints(tmp_path, keep=1).latest_step() is None
+
+
+# --- devices -----------------------------------------------------------------------------------
+
+
+def ten_steps(config: config_lib.ConfigDict, num_devices: int, dtype: type) -> tuple:
+    """Returns the losses and the final state on a number of devices."""
+    model = models.create_model(config.model, dtype)
+    schedule = optim.make_schedule(config.optim, batch_size=16, steps_per_epoch=10, epochs=2)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    step = make_train_step(model, optimizer, Normalization((0.5,) * 3, (0.5,) * 3))
+    mesh = make_mesh(jax.devices()[:num_devices])
+    compiled = jit_train_step(step, mesh)
+    create = jax.jit(lambda key: create_state(key, model, optimizer, 16))
+    state = jax.device_put(create(jax.random.key(0)), replicated(mesh))
+    generator, losses = np.random.default_rng(0), []
+    for _ in range(10):
+        batch = {
+            "image": generator.integers(0, 256, (16, 16, 16, 3), np.uint8),
+            "label": generator.integers(0, 10, 16, np.int32),
+        }
+        state, metrics = compiled(state, shard_batch(batch, mesh), {}, jax.random.key(1))
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_one_and_eight_devices_agree(dtype: type, data_dir: Path) -> None:
+    """Losses agree in float32; in float64 the whole state does.
+
+    In float32 a parameter without influence, such as a shift before a batch norm, follows the rounding
+    noise of its gradient, which Adam scales up to the learning rate.
+    """
+    assert len(jax.devices()) >= 8
+    config = tiny_config(data_dir)
+    config.model = models.model_config(
+        "extra_res", image_size=16, patch_size=4, num_classes=10, width=8, depth=1, num_heads=2, mlp_dim=16
+    )
+    with jax.enable_x64(dtype is jnp.float64):
+        losses, state = ten_steps(config, 1, dtype)
+        losses8, state8 = ten_steps(config, 8, dtype)
+    np.testing.assert_allclose(losses, losses8, rtol=1e-5)
+    if dtype is jnp.float64:
+        for one, eight in zip(jax.tree.leaves(state), jax.tree.leaves(state8), strict=True):
+            scale = np.max(np.abs(one), initial=1e-3)
+            np.testing.assert_allclose(one, eight, rtol=0, atol=1e-5 * scale)
+
+
+def test_batch_norm_statistics_are_those_of_the_global_batch(data_dir: Path) -> None:
+    config = tiny_config(data_dir)
+    run = build(config, num_examples=160)
+    assert run.mesh.size == 8
+    state = run.create(jax.random.key(0))
+    images = np.zeros((144, 16, 16, 3), np.uint8)
+    images[:18] = 255  # all of the first device's images are white, all others black
+    batch = {"image": images, "label": np.zeros(144, np.int32)}
+    kernel = np.asarray(state.params["embedding"]["patches"]["kernel"], np.float64)
+    bias = np.asarray(state.params["embedding"]["patches"]["bias"], np.float64)
+    new, _ = run.step(state, shard_batch(batch, run.mesh), {}, jax.random.key(0))
+    white = kernel.sum((0, 1, 2))  # (1 - 0.5) / 0.5 = 1
+    expected = 0.1 * (white / 8 - white * 7 / 8 + bias)
+    np.testing.assert_allclose(
+        new.batch_stats["embedding"]["norm"]["mean"], expected, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_evaluation_in_groups_gives_the_same_sums() -> None:
+    config = tiny.get_config()
+    model = models.create_model(config.model)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    generator = np.random.default_rng(0)
+    batch = {
+        "image": generator.integers(0, 256, (8, 16, 16, 3), np.uint8),
+        "label": generator.integers(0, 10, 8, np.int32),
+        "mask": np.arange(8) < 7,
+    }
+    normalize = Normalization((0.5,) * 3, (0.5,) * 3)
+    whole = jax.jit(make_eval_step(model, normalize))(variables, batch)
+    groups = jax.jit(make_eval_step(model, normalize, images_at_once=2))(variables, batch)
+    assert float(whole["images"]) == 7
+    for name in whole:
+        np.testing.assert_allclose(whole[name], groups[name], rtol=1e-5, err_msg=name)
+
