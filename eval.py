@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import cast
 
 from absl import flags
 
@@ -19,16 +20,18 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Global batch in place of
 def main(argv: list[str]) -> None:
     """Runs the command."""
     commands.no_arguments(argv)
+    from bvit_jax.checkpoint import Kind
     from bvit_jax.evaluation import evaluate_workdir, to_json
 
     workdir = Path(commands.required("workdir", _WORKDIR.value)).expanduser()
+    kind = cast(Kind, _CHECKPOINT.value)
     overrides = {
         "data.data_dir": _DATA_DIR.value,
         "data.eval_split": _SPLIT.value,
         "eval_batch_size": _BATCH_SIZE.value,
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    sys.stdout.write(to_json(evaluate_workdir(workdir, _CHECKPOINT.value, overrides)) + "\n")
+    sys.stdout.write(to_json(evaluate_workdir(workdir, kind, overrides)) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,14 @@ from bvit_jax import commands
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Experiment (default: configs/digits.py), one file of configs/ with an argument after a colon where it takes one.",
+    "Experiment, a file of configs/, with an argument after a colon where it takes one"
+    " (default: configs/digits.py).",
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run: checkpoints, metrics, config.json. Continues what is there."
+    "workdir",
+    None,
+    "Directory of the run: checkpoints, metrics, config.json. Continues what is there.",
 )
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Build everything, compile the step, print its cost as JSON, and stop."

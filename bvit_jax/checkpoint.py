@@ -152,9 +152,7 @@ class _Series:
             return
         if step in self.manager.all_steps():
             self._delete(step)
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata)
-        )
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata))
         _writing(self.folder, lambda: self.manager.save(step, args=args, force=True))
         self.manager.wait_until_finished()
         if jax.process_index() == 0:

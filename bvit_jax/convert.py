@@ -78,8 +78,7 @@ def from_state_dict(
         return np.array(array, dtype, order="C")
 
     return {
-        collection: jax.tree_util.tree_map_with_path(convert, tree)
-        for collection, tree in abstract.items()
+        collection: jax.tree_util.tree_map_with_path(convert, tree) for collection, tree in abstract.items()
     }
 
 

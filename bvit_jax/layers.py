@@ -6,8 +6,9 @@ activations in memory casts them back.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,9 @@ def torch_uniform(fan_in: int) -> Initializer:
     """
     bound = 1 / math.sqrt(fan_in)
 
-    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+    def init(key: Array, shape: Sequence[int], dtype: Any = None, out_sharding: Any = None) -> Array:
+        dtype = jnp.zeros((), dtype).dtype  # None: the default dtype
+        return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
     return init
 
@@ -202,7 +204,13 @@ def real_dense(features: int, fan_in: int, weight_init: WeightInit, dtype: DType
 
 
 def real_patch_conv(
-    features: int, size: int, fan_in: int, weight_init: WeightInit, dtype: DTypeLike, name: str, use_bias: bool
+    features: int,
+    size: int,
+    fan_in: int,
+    weight_init: WeightInit,
+    dtype: DTypeLike,
+    name: str,
+    use_bias: bool,
 ) -> nn.Conv:
     """Returns a real convolution of (batch, height, width, channels) whose stride is its kernel size."""
     return nn.Conv(

@@ -119,9 +119,7 @@ class MetricWriter:
             raise self._user_error(error) from error
 
     def _user_error(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write {self.path}: {error.strerror}; make room or choose another workdir"
-        )
+        return UserError(f"cannot write {self.path}: {error.strerror}; make room or choose another workdir")
 
 
 def _summary_writer(directory: Path, purge_step: int | None) -> Any:

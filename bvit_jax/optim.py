@@ -70,8 +70,7 @@ def make_schedule(
 def _check_schedule(optim: "ConfigDict", peak: float, epochs: int) -> None:
     if optim.schedule not in SCHEDULES:
         raise UserError(
-            f"config.optim.schedule is {optim.schedule!r}, unknown"
-            + nearest(str(optim.schedule), SCHEDULES)
+            f"config.optim.schedule is {optim.schedule!r}, unknown" + nearest(str(optim.schedule), SCHEDULES)
         )
     if optim.warmup_epochs >= epochs:
         raise UserError(

@@ -227,7 +227,10 @@ def _loss(model: nn.Module) -> Any:
 
     def loss(params: Any, images: Any, statistics: Any, teacher_logits: Any) -> tuple[Any, Any]:
         output, updates = model.apply(
-            {"params": params, "batch_stats": statistics}, images, train=True, mutable=["batch_stats"]
+            {"params": params, "batch_stats": statistics},
+            images,
+            train=True,
+            mutable=["batch_stats"],
         )
         value = jnp.mean(losses.soft_cross_entropy(output.logits, teacher_logits))
         return value, (output.logits, updates.get("batch_stats", {}))

@@ -144,9 +144,7 @@ def _binary_scores_backward(
     )
 
 
-binary_scores.defvjp(
-    lambda q, k, dtype: (binary_scores(q, k, dtype), (q, k)), _binary_scores_backward
-)
+binary_scores.defvjp(lambda q, k, dtype: (binary_scores(q, k, dtype), (q, k)), _binary_scores_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -187,6 +185,4 @@ binary_context.defvjp(
 
 def real_product(x: Array, kernel: Array) -> Array:
     """Returns ``x @ kernel`` in the accumulator of x's dtype; x (..., in), kernel (in, out)."""
-    return jnp.matmul(
-        x, kernel.astype(x.dtype), preferred_element_type=accumulator_dtype(x.dtype)
-    )
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=accumulator_dtype(x.dtype))

@@ -32,22 +32,15 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
 def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
     """Raises `UserError` if a global batch does not divide over the devices."""
     if batch_size % mesh.size:
-        raise UserError(
-            f"config.{key} is {batch_size}; expected a multiple of the {mesh.size} devices"
-        )
+        raise UserError(f"config.{key} is {batch_size}; expected a multiple of the {mesh.size} devices")
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns the global arrays of a batch of which this process holds its part."""
     sharding = batch_sharded(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 def with_sharding(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     """Returns the shapes and dtypes of a tree of arrays, all with one sharding."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)

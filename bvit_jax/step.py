@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from bvit_jax.losses import cross_entropy, label_targets, topk_correct, training_loss
+from bvit_jax.models.head import ModelOutput
 from bvit_jax.sharding import batch_sharded, replicated
 from bvit_jax.train_state import TrainState
 
@@ -61,7 +62,8 @@ def make_train_step(
         rngs = {"dropout": jax.random.fold_in(key, state.step)}
         teacher_logits = None
         if teacher is not None:
-            teacher_logits = teacher.apply(teacher_variables, images).logits
+            output: ModelOutput = teacher.apply(teacher_variables, images)  # type: ignore[assignment]
+            teacher_logits = output.logits
 
         def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Array, Any]]:
             output, updates = model.apply(
@@ -99,9 +101,7 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(
-    model: nn.Module, normalize: Normalization, *, images_at_once: int = 0
-) -> EvalStep:
+def make_eval_step(model: nn.Module, normalize: Normalization, *, images_at_once: int = 0) -> EvalStep:
     """Returns the pure evaluation step.
 
     It takes variables and a batch of ``image``, ``label`` and ``mask``, and returns sums over the
@@ -116,7 +116,8 @@ def make_eval_step(
     """
 
     def logits_of(variables: Variables, images: Array) -> Array:
-        return model.apply(variables, normalize(images)).logits
+        output: ModelOutput = model.apply(variables, normalize(images))  # type: ignore[assignment]
+        return output.logits
 
     def eval_step(variables: Variables, batch: Batch) -> Metrics:
         images, labels, mask = batch["image"], batch["label"], batch["mask"]

@@ -1,12 +1,13 @@
 """Names and layouts: where each array of our trees lives in a PyTorch state dict.
 
 The rules turn the path of an array, ``block0/attention/query/dense/kernel``, into the name that both
-Hugging Face's ViT and the BinaryViT reference give it, ``vit.encoder.layer.0.attention.attention.query.weight``.
+Hugging Face's ViT and the BinaryViT reference give it,
+``vit.encoder.layer.0.attention.attention.query.weight``.
 Only this direction is written down; the way back is the same table read from the names of a model.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 _UNIT_LEAVES = {"query": "q", "key": "k", "value": "v", "reduce": "r"}
 
 # Applied in order to "/"-joined paths; every rule whose pattern occurs rewrites its part.
-_RULES: tuple[tuple[str, str], ...] = (
+_RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     # ends of the network
     (r"^embedding/patches/", "vit/embeddings/patch_embeddings/projection/"),
     (r"^embedding/class_token$", "vit/embeddings/cls_token"),
@@ -34,12 +35,18 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"/mlp_norm/", "/layernorm_after/"),
     (r"/pool_([hw]\d+)/", r"/layerscale_\1/"),
     (r"/attention/(query|key|value)_move$", lambda m: f"/attention/attention/move{_unit(m)}2"),
-    (r"/attention/(query|key|value|reduce)/dense/move$", lambda m: f"/attention/attention/move{_unit(m)}"),
+    (
+        r"/attention/(query|key|value|reduce)/dense/move$",
+        lambda m: f"/attention/attention/move{_unit(m)}",
+    ),
     (r"/attention/reduce/dense/", "/attention/attention/reduction/"),
     (r"/attention/reduce/norm/", "/attention/attention/norm_r/"),
     (r"/attention/(query|key|value)/dense/", r"/attention/attention/\1/"),
     (r"/attention/(query|key|value)/norm/", lambda m: f"/attention/attention/norm{_unit(m)}/"),
-    (r"/attention/(query|key|value|reduce)/rprelu/", lambda m: f"/attention/attention/rprelu{_unit(m)}/"),
+    (
+        r"/attention/(query|key|value|reduce)/rprelu/",
+        lambda m: f"/attention/attention/rprelu{_unit(m)}/",
+    ),
     (r"/attention/norm/", "/attention/attention/norm_context/"),
     (r"/attention/rprelu/", "/attention/attention/rprelu_context/"),
     (r"/attention/prob_scale$", "/attention/attention/att_prob_clip"),

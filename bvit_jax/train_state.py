@@ -55,7 +55,5 @@ def abstract_state(
     sharding: jax.sharding.NamedSharding,
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state, without computing anything."""
-    shapes = jax.eval_shape(
-        lambda key: create_state(key, model, optimizer, image_size), jax.random.key(0)
-    )
+    shapes = jax.eval_shape(lambda key: create_state(key, model, optimizer, image_size), jax.random.key(0))
     return with_sharding(shapes, sharding)

@@ -372,6 +372,4 @@ def _write(path: Path, config: ConfigDict) -> None:
     try:
         config_lib.save(config, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; choose another --workdir"
-        ) from error
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --workdir") from error

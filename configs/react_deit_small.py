@@ -9,13 +9,15 @@ Expected: not run; the paper's figures for these rows are in its ablation table.
 Hardware and cost: not run.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from bvit_jax.config import default_config
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.models import model_config
 
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "cls": {"class_token": True, "pool_branches": (), "layer_scale": False},
     "avg_pool": {"pool_branches": (), "layer_scale": False},
     "multi_branch": {"layer_scale": False},

@@ -82,9 +82,7 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
     optimizer = optim.make_optimizer(config.optim, lambda step: 1.0)
     whole = replicated(make_mesh(jax.devices()[:1]))
     checkpoints = Checkpoints(workdir, keep=2)
-    restored = checkpoints.restore(
-        "latest", abstract_state(model, optimizer, config.model.image_size, whole)
-    )
+    restored = checkpoints.restore("latest", abstract_state(model, optimizer, config.model.image_size, whole))
     checkpoints.close()
     assert restored is not None
     leaves = jax.tree_util.tree_leaves_with_path(restored[0])
@@ -211,9 +209,7 @@ def tiny_config(data_dir: Path, **settings: object) -> config_lib.ConfigDict:
         ({"epochs": 0}, "config.epochs is 0"),
     ],
 )
-def test_wrong_settings_are_named(
-    settings: dict, message: str, data_dir: Path, tmp_path: Path
-) -> None:
+def test_wrong_settings_are_named(settings: dict, message: str, data_dir: Path, tmp_path: Path) -> None:
     config = tiny_config(data_dir, **settings)
     with pytest.raises(UserError) as error:
         train_and_evaluate(config, tmp_path / "run")
@@ -224,7 +220,7 @@ def test_wrong_settings_are_named(
 def test_a_teacher_with_other_classes_is_refused(data_dir: Path, tmp_path: Path) -> None:
     config = tiny_config(data_dir)
     config.teacher.path = str(ROOT / "bvit_jax" / "assets" / "deit_digits")
-    with pytest.raises(UserError, match="the teacher in .* has image_size 32 and the student 16"):
+    with pytest.raises(UserError, match=r"the teacher in .* has image_size 32 and the student 16"):
         train_and_evaluate(config, tmp_path / "run")
 
 
@@ -237,7 +233,7 @@ def test_a_workdir_that_cannot_be_made_is_named(data_dir: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(data_dir: Path, tmp_path: Path) -> None:
     config = tiny_config(data_dir, optim__learning_rate=1e30)
-    with pytest.raises(UserError, match="the loss is (nan|inf) at step"):
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step"):
         train_and_evaluate(config, tmp_path)
     assert Checkpoints(tmp_path, keep=1).latest_step() is None
 
@@ -277,7 +273,14 @@ def test_one_and_eight_devices_agree(dtype: type, data_dir: Path) -> None:
     assert len(jax.devices()) >= 8
     config = tiny_config(data_dir)
     config.model = models.model_config(
-        "extra_res", image_size=16, patch_size=4, num_classes=10, width=8, depth=1, num_heads=2, mlp_dim=16
+        "extra_res",
+        image_size=16,
+        patch_size=4,
+        num_classes=10,
+        width=8,
+        depth=1,
+        num_heads=2,
+        mlp_dim=16,
     )
     with jax.enable_x64(dtype is jnp.float64):
         losses, state = ten_steps(config, 1, dtype)
@@ -302,9 +305,7 @@ def test_batch_norm_statistics_are_those_of_the_global_batch(data_dir: Path) -> 
     new, _ = run.step(state, shard_batch(batch, run.mesh), {}, jax.random.key(0))
     white = kernel.sum((0, 1, 2))  # (1 - 0.5) / 0.5 = 1
     expected = 0.1 * (white / 8 - white * 7 / 8 + bias)
-    np.testing.assert_allclose(
-        new.batch_stats["embedding"]["norm"]["mean"], expected, rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(new.batch_stats["embedding"]["norm"]["mean"], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_evaluation_in_groups_gives_the_same_sums() -> None:
@@ -323,4 +324,3 @@ def test_evaluation_in_groups_gives_the_same_sums() -> None:
     assert float(whole["images"]) == 7
     for name in whole:
         np.testing.assert_allclose(whole[name], groups[name], rtol=1e-5, err_msg=name)
-

@@ -191,9 +191,7 @@ def _local_size(key: str, batch_size: int, process_index: int, process_count: in
         raise ValueError(f"process {process_index} of {process_count}")
     _check_integer(f"config.{key}", batch_size, 1)
     if batch_size % process_count:
-        raise UserError(
-            f"config.{key} is {batch_size}; expected a multiple of the {process_count} hosts"
-        )
+        raise UserError(f"config.{key} is {batch_size}; expected a multiple of the {process_count} hosts")
     return batch_size // process_count
 
 
@@ -219,7 +217,5 @@ def _range(config: ConfigDict, key: str, maximum: float = float("inf")) -> trans
 def _interpolation(config: ConfigDict, key: str) -> str:
     name = config[key]
     if name not in transforms.INTERPOLATIONS:
-        raise UserError(
-            f"config.data.{key} is {name!r}{nearest(str(name), transforms.INTERPOLATIONS)}"
-        )
+        raise UserError(f"config.data.{key} is {name!r}{nearest(str(name), transforms.INTERPOLATIONS)}")
     return name

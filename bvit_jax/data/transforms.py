@@ -72,9 +72,7 @@ def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Imag
     width, height = image.size
     long_side = int(size * max(width, height) / min(width, height))
     new_size = (size, long_side) if width <= height else (long_side, size)
-    return (
-        image if new_size == image.size else image.resize(new_size, INTERPOLATIONS[interpolation])
-    )
+    return image if new_size == image.size else image.resize(new_size, INTERPOLATIONS[interpolation])
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -75,9 +75,7 @@ class BinaryViT(nn.Module):
     block: BlockConfig = BlockConfig()
 
     @nn.compact
-    def __call__(
-        self, images: Array, *, train: bool = False, capture: bool = False
-    ) -> ModelOutput:
+    def __call__(self, images: Array, *, train: bool = False, capture: bool = False) -> ModelOutput:
         """Classifies images; the arguments are those of `bvit_jax.models.deit.DeiT`."""
         c = self.block
         x = ImageEmbedding(
@@ -96,14 +94,12 @@ class BinaryViT(nn.Module):
         stages = zip(self.depth, self.num_heads, self.mlp_dim, self.reduction, strict=True)
         for stage, (depth, num_heads, mlp_dim, reduction) in enumerate(stages):
             if stage > 0:
-                x = Downsample(self.width[stage], self.some_fp, c, name=f"downsample{stage}")(
-                    x, train=train
-                )
+                x = Downsample(self.width[stage], self.some_fp, c, name=f"downsample{stage}")(x, train=train)
                 hidden[-1] = x
             for i, drop_path in itertools.islice(blocks, depth):
-                x, probs = BinaryBlock(
-                    num_heads, mlp_dim, reduction, drop_path, c, name=f"block{i}"
-                )(x, train=train)
+                x, probs = BinaryBlock(num_heads, mlp_dim, reduction, drop_path, c, name=f"block{i}")(
+                    x, train=train
+                )
                 hidden.append(x)
                 attentions.append(probs)
         x = make_norm(c.norm, c.norm_epsilon, "norm")(x, train=train)

@@ -18,10 +18,10 @@ from bvit_jax import products, quantize
 from bvit_jax.layers import (
     BinaryDense,
     DropPath,
-    WeightInit,
     LayerScale,
     NormName,
     RPReLU,
+    WeightInit,
     average_channels,
     average_line,
     average_pool,
@@ -185,9 +185,7 @@ class BinaryBlock(nn.Module):
         width = x.shape[-1]
         normed = make_norm(c.norm, c.norm_epsilon, "attention_norm")(x, train=train)
         normed = normed.astype(c.dtype)
-        y, probs = BinaryAttention(self.num_heads, self.reduction, c, name="attention")(
-            normed, train=train
-        )
+        y, probs = BinaryAttention(self.num_heads, self.reduction, c, name="attention")(normed, train=train)
         y = BinaryUnit(width, c, name="attention_output")(y, y, train=train)
         x = x + self._branch_end(y, "attention_scale", train=train)
 

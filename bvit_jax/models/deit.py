@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 
 from bvit_jax.layers import (
     DropPath,
-    WeightInit,
     LayerNorm,
+    WeightInit,
     accumulator_dtype,
     drop_path_rates,
     real_dense,
@@ -51,9 +51,7 @@ class DeiTBlock(nn.Module):
         batch, tokens, width = x.shape
         split = (batch, tokens, self.num_heads, -1)
         q, k, v = (self._dense(width, x, name).reshape(split) for name in ("query", "key", "value"))
-        scores = jnp.einsum(
-            "bqhd,bkhd->bhqk", q, k, preferred_element_type=accumulator_dtype(self.dtype)
-        )
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=accumulator_dtype(self.dtype))
         probs = nn.softmax(scores / math.sqrt(q.shape[-1])).astype(self.dtype)
         kept = nn.Dropout(self.attention_dropout)(probs, deterministic=not train)
         context = jnp.einsum("bhqk,bkhd->bqhd", kept, v).reshape(batch, tokens, width)
@@ -86,9 +84,7 @@ class DeiT(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, images: Array, *, train: bool = False, capture: bool = False
-    ) -> ModelOutput:
+    def __call__(self, images: Array, *, train: bool = False, capture: bool = False) -> ModelOutput:
         """Classifies images.
 
         Args:

@@ -32,9 +32,7 @@ class ExtraRes(nn.Module):
     block: BlockConfig = BlockConfig()
 
     @nn.compact
-    def __call__(
-        self, images: Array, *, train: bool = False, capture: bool = False
-    ) -> ModelOutput:
+    def __call__(self, images: Array, *, train: bool = False, capture: bool = False) -> ModelOutput:
         """Classifies images; the arguments are those of `bvit_jax.models.deit.DeiT`."""
         c = self.block
         x = ImageEmbedding(

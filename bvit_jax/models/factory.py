@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from bvit_jax.errors import UserError, nearest
-from bvit_jax.layers import WeightInit, NormName
+from bvit_jax.layers import NormName, WeightInit
 from bvit_jax.models.binaryvit import STRIDE, BinaryViT
 from bvit_jax.models.blocks import BlockConfig
 from bvit_jax.models.deit import DeiT
@@ -72,9 +72,7 @@ def create_model(config: "Mapping[str, Any] | ConfigDict", dtype: DTypeLike = jn
     if name == "deit":
         return DeiT(**settings, dtype=dtype)
     shared = {field.name for field in dataclasses.fields(BlockConfig)}
-    block = BlockConfig(
-        **{key: settings.pop(key) for key in list(settings) if key in shared}, dtype=dtype
-    )
+    block = BlockConfig(**{key: settings.pop(key) for key in list(settings) if key in shared}, dtype=dtype)
     return MODELS[name](**settings, block=block)
 
 
