@@ -69,7 +69,7 @@ class TorchSide:
         self._model: Any = torch.compile(model) if plan.compiled else model
         threads = "" if amp else f", {torch.get_num_threads()} threads"
         self.facts = Facts(
-            version=torch.__version__,
+            version=str(torch.__version__),  # its own class, which would travel as torch
             device=torch.cuda.get_device_name() if amp else "cpu",
             precision=("float16 autocast" if amp else "float32")
             + (", torch.compile" if plan.compiled else ", eager")
@@ -154,18 +154,14 @@ def _build(checkout: Path, settings: Mapping[str, Any]) -> nn.Module:
         try:
             models = importlib.import_module("models")
         except ImportError as error:
-            raise UserError(
-                f"--reference is {checkout}: cannot import its models: {error}"
-            ) from error
+            raise UserError(f"--reference is {checkout}: cannot import its models: {error}") from error
         if not hasattr(models, class_name):
             raise UserError(f"--reference is {checkout}: its models.py has no {class_name}")
         config = _config(models, values, settings)
         try:
             return getattr(models, class_name)(config=config)
         except Exception as error:  # code that is not ours: it writes some sizes of 224 as numbers
-            raise UserError(
-                f"the reference cannot build this model: {error!r}; check --set"
-            ) from error
+            raise UserError(f"the reference cannot build this model: {error!r}; check --set") from error
 
 
 def _config(models: ModuleType, values: dict[str, Any], settings: Mapping[str, Any]) -> Any:
@@ -228,7 +224,9 @@ class Output:
     """A model's output of transformers: names, and the values that are not None by index."""
 
     def __init__(self, **values: Any) -> None:
-        self.__dict__.update(hidden_states=None, attentions=None, **values)
+        self.__dict__.update(values)
+        for name in ("hidden_states", "attentions"):
+            self.__dict__.setdefault(name, None)
 
     def __getitem__(self, index: int | slice) -> Any:
         return tuple(value for value in self.__dict__.values() if value is not None)[index]

@@ -103,8 +103,7 @@ def _ratios(rounds: dict[str, Rounds], memory: dict[str, Memory]) -> dict[str, f
     """Returns ours over the reference's: of the speeds, the median of the rounds' ratios."""
     speeds: dict[str, float] = {
         kind: statistics.median(
-            ours / theirs
-            for ours, theirs in zip(rounds[OURS][kind], rounds[REFERENCE][kind], strict=True)
+            ours / theirs for ours, theirs in zip(rounds[OURS][kind], rounds[REFERENCE][kind], strict=True)
         )
         for kind in KINDS
     }
@@ -125,8 +124,7 @@ def _start_torch(plan: Plan, context: dict[str, Any]) -> Side:
 
 def _print_progress(number: int, repeats: int, rounds: dict[str, Rounds]) -> None:
     speeds = "; ".join(
-        f"{side} " + ", ".join(f"{kind} {rounds[side][kind][-1]:.2f}" for kind in KINDS)
-        for side in rounds
+        f"{side} " + ", ".join(f"{kind} {rounds[side][kind][-1]:.2f}" for kind in KINDS) for side in rounds
     )
     print(f"round {number}/{repeats}, images/s: {speeds}", file=sys.stderr, flush=True)
 
@@ -258,9 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", metavar="NAME", help=", ".join(MODELS))
-    which.add_argument(
-        "--config", metavar="FILE[:ARG]", help="the model of an experiment in configs/"
-    )
+    which.add_argument("--config", metavar="FILE[:ARG]", help="the model of an experiment in configs/")
     parser.add_argument(
         "--set",
         action="append",
@@ -268,9 +264,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="a setting of the model, such as image_size=32 or 'width=(8,16)'; repeatable",
     )
-    parser.add_argument(
-        "--batch", type=_positive, required=True, metavar="N", help="images of a step"
-    )
+    parser.add_argument("--batch", type=_positive, required=True, metavar="N", help="images of a step")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -279,12 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", type=Path, metavar="CHECKOUT", help="the PyTorch code")
     parser.add_argument("--compile", action="store_true", help="torch.compile the reference")
     parser.add_argument("--repeats", type=_positive, default=5, metavar="K", help="rounds (5)")
-    parser.add_argument(
-        "--forward-steps", type=_positive, default=5, metavar="N", help="of a round (5)"
-    )
-    parser.add_argument(
-        "--training-steps", type=_positive, default=3, metavar="N", help="of a round (3)"
-    )
+    parser.add_argument("--forward-steps", type=_positive, default=5, metavar="N", help="of a round (5)")
+    parser.add_argument("--training-steps", type=_positive, default=3, metavar="N", help="of a round (3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
     return parser
 

@@ -143,9 +143,7 @@ class Worker:
         self._title = title
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(
-            target=_serve, args=(theirs, start, plan, context), daemon=True
-        )
+        self._process = spawn.Process(target=_serve, args=(theirs, start, plan, context), daemon=True)
         self._process.start()
         theirs.close()
         self.facts: Facts = self._receive()
@@ -174,9 +172,7 @@ class Worker:
             self._process.join()
             code = self._process.exitcode
             out_of_memory = "; out of memory?" if code == -9 else ""
-            raise UserError(
-                f"the process of {self._title} ended with status {code}{out_of_memory}"
-            ) from None
+            raise UserError(f"the process of {self._title} ended with status {code}{out_of_memory}") from None
         if isinstance(result, UserError):
             raise result
         return result

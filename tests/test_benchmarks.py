@@ -1,5 +1,6 @@
 """The benchmark of the step: a tiny run of each side, and what it says when something is wrong."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -176,6 +177,14 @@ def test_says_that_torch_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     assert module.main() == 1
     assert capsys.readouterr().err.startswith("error: --reference needs torch")
+
+
+def test_stands_in_for_the_outputs_of_transformers(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    output = importlib.import_module("torch_side").Output(last_hidden_state=1, hidden_states=None)
+    assert output.attentions is None
+    assert (output[0], output[1:]) == (1, ())
 
 
 def test_reads_a_config_file(tmp_path):
