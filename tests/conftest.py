@@ -25,6 +25,14 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def compile_quickly() -> Iterator[None]:
+    """Trades the speed of compiled functions for that of their compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def units() -> dict[str, np.ndarray]:
     """What PyTorch computed for single quantisers and layers."""

@@ -15,12 +15,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.torch_names import to_state_dict
 
 
-@pytest.fixture(autouse=True)
-def _compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TINY = {
     "deit": {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 16, "image_size": 8},
@@ -157,9 +152,7 @@ def value_and_gradients(model, variables, images):
 
     @jax.jit
     def run():
-        (_, (logits, updates)), gradients = jax.value_and_grad(loss, has_aux=True)(
-            variables["params"]
-        )
+        (_, (logits, updates)), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
         return logits, updates, gradients
 
     return run()
@@ -248,9 +241,7 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "rate"), [(name, r) for name, rates in RATES.items() for r in rates]
-)
+@pytest.mark.parametrize(("name", "rate"), [(name, r) for name, rates in RATES.items() for r in rates])
 def test_rates_change_training_and_not_evaluation(name, rate):
     model, config = tiny(name, **{rate: 0.5})
     plain, _ = tiny(name)
@@ -475,9 +466,7 @@ class Slow:
 
         normed = self.norm(f"{name}.layernorm_after", x)
         expansion = len(self.state[f"{name}.intermediate.dense.weight"]) // x.shape[-1]
-        u = self.dense_unit(
-            f"{name}.intermediate", normed, np.concatenate([normed] * expansion, -1)
-        )
+        u = self.dense_unit(f"{name}.intermediate", normed, np.concatenate([normed] * expansion, -1))
         means = u.reshape(*u.shape[:2], -1, expansion).mean(-1)
         y = self.dense_unit(f"{name}.output", u, means)
         x = x + scaled(f"{name}.output.layerscale", y)
@@ -552,10 +541,7 @@ CHANGES = [
     ("extra_res", "mlp_dim", 20),
     ("extra_res", "class_token", True),
     *[("binaryvit", key, (2,)) for key in ("depth", "num_heads", "mlp_dim", "reduction")],
-    *[
-        ("binaryvit", key, (2, 0))
-        for key in ("width", "depth", "num_heads", "mlp_dim", "reduction")
-    ],
+    *[("binaryvit", key, (2, 0)) for key in ("width", "depth", "num_heads", "mlp_dim", "reduction")],
     ("binaryvit", "mlp_dim[1]", (8, 12)),
     ("binaryvit", "mlp_dim[0]", (9, 16)),
     ("binaryvit", "width[1]", (4, 9)),  # two heads
@@ -571,9 +557,7 @@ def test_values_out_of_range_are_refused_by_name(name, key, value):
     with pytest.raises(UserError) as error:
         tiny(name, **mlp_dim, **{key.partition("[")[0]: value})
     message = str(error.value)
-    assert message.startswith(
-        f"config.model.{key} is {value[int(key[-2])] if '[' in key else value!r}"
-    )
+    assert message.startswith(f"config.model.{key} is {value[int(key[-2])] if '[' in key else value!r}")
     assert ": " in message
     assert "\n" not in message
 
@@ -588,9 +572,7 @@ def test_widths_need_not_divide_without_the_shortcut():
 
 
 def test_names_of_models_and_settings_are_suggested():
-    with pytest.raises(
-        UserError, match=r"config.model.name is 'binary_vit'; did you mean 'binaryvit'"
-    ):
+    with pytest.raises(UserError, match=r"config.model.name is 'binary_vit'; did you mean 'binaryvit'"):
         models.model_config("binary_vit")
     with pytest.raises(UserError, match="'binaryvit'"):
         models.create_model({"name": "binaryvti"})
@@ -610,9 +592,7 @@ def test_configurations_are_complete():
     assert "dtype" not in config
 
 
-@pytest.mark.xfail(
-    strict=True, raises=(TypeError, ValueError, KeyError, IndexError, AssertionError)
-)
+@pytest.mark.xfail(strict=True, raises=(TypeError, ValueError, KeyError, IndexError, AssertionError))
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [
