@@ -14,7 +14,6 @@ from bvit_jax.convert import abstract_variables
 from bvit_jax.errors import UserError
 from bvit_jax.torch_names import to_state_dict
 
-
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TINY = {
