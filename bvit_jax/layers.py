@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from bvit_jax import products, quantize
+from bvit_jax import fused, products, quantize
 from bvit_jax.products import accumulator_dtype
 
 NormName = Literal["batch_norm", "layer_norm"]
@@ -61,8 +61,7 @@ class RPReLU(nn.Module):
         move1 = self.param("move1", nn.initializers.zeros, channels)
         slope = self.param("slope", nn.initializers.constant(0.25), channels)
         move2 = self.param("move2", nn.initializers.zeros, channels)
-        shifted = x - move1
-        return jnp.where(shifted > 0, shifted, slope * shifted) + move2
+        return fused.rprelu(x, move1, slope, move2)
 
 
 class LayerScale(nn.Module):
@@ -99,15 +98,13 @@ class BatchNorm(nn.Module):
         if not train:
             factor = scale * lax.rsqrt(running_var.value + self.epsilon)
             return x * factor + (bias - running_mean.value * factor)
-        axes = tuple(range(x.ndim - 1))
-        mean = jnp.mean(x, axis=axes)
-        var = jnp.mean(jnp.square(x - mean), axis=axes)
+        y, mean, var = fused.batch_norm(x, scale, bias, self.epsilon)
         if not self.is_initializing():
             count = x.size // x.shape[-1]
             unbiased = var * (count / max(count - 1, 1))
-            running_mean.value += self.momentum * (lax.stop_gradient(mean) - running_mean.value)
-            running_var.value += self.momentum * (lax.stop_gradient(unbiased) - running_var.value)
-        return (x - mean) * (scale * lax.rsqrt(var + self.epsilon)) + bias
+            running_mean.value += self.momentum * (mean - running_mean.value)
+            running_var.value += self.momentum * (unbiased - running_var.value)
+        return y
 
 
 class LayerNorm(nn.LayerNorm):

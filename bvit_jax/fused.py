@@ -1,0 +1,73 @@
+"""Layer functions with closed-form gradients that keep only their inputs for the backward pass.
+
+Automatic differentiation keeps an intermediate array for every operation; in a binary network, whose
+products are cheap, writing and reading those is most of a training step.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def _sum_to_channels(x: Array) -> Array:
+    return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+
+
+@jax.custom_vjp
+def rprelu(x: Array, move1: Array, slope: Array, move2: Array) -> Array:
+    """Returns ``prelu(x - move1) + move2`` with a slope for each channel, the last axis."""
+    shifted = x - move1
+    return jnp.where(shifted > 0, shifted, slope * shifted) + move2
+
+
+def _rprelu_forward(x: Array, move1: Array, slope: Array, move2: Array) -> tuple[Array, tuple]:
+    return rprelu(x, move1, slope, move2), (x, move1, slope)
+
+
+def _rprelu_backward(residuals: tuple, gradient: Array) -> tuple[Array, Array, Array, Array]:
+    x, move1, slope = residuals
+    shifted = x - move1
+    positive = shifted > 0
+    to_x = jnp.where(positive, gradient, slope * gradient)
+    to_slope = _sum_to_channels(jnp.where(positive, 0, gradient * shifted))
+    return to_x, -_sum_to_channels(to_x), to_slope, _sum_to_channels(gradient)
+
+
+rprelu.defvjp(_rprelu_forward, _rprelu_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
+    """Normalises by the mean and the biased variance over every axis but the last.
+
+    Returns:
+      The normalised input, the mean and the variance; no gradient passes through the latter two.
+    """
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(x, axis=axes)
+    var = jnp.mean(jnp.square(x - mean), axis=axes)
+    return (x - mean) * (scale * lax.rsqrt(var + epsilon)) + bias, mean, var
+
+
+def _batch_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[tuple, tuple]:
+    y, mean, var = batch_norm(x, scale, bias, epsilon)
+    return (y, mean, var), (x, scale, mean, var)
+
+
+def _batch_norm_backward(
+    epsilon: float, residuals: tuple, gradients: tuple
+) -> tuple[Array, Array, Array]:
+    x, scale, mean, var = residuals
+    gradient, _, _ = gradients
+    inverse = lax.rsqrt(var + epsilon)
+    normalized = (x - mean) * inverse
+    to_bias = _sum_to_channels(gradient)
+    to_scale = _sum_to_channels(gradient * normalized)
+    count = x.size // x.shape[-1]
+    to_x = (scale * inverse) * (gradient - to_bias / count - normalized * (to_scale / count))
+    return to_x, to_scale, to_bias
+
+
+batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
