@@ -124,6 +124,9 @@ def test_measures_the_reference_beside_it(tmp_path):
     assert [len(rounds) for rounds in speeds] == [2, 2]
     ratios = [a / b for a, b in zip(*speeds, strict=True)]
     assert min(ratios) <= found["ratios"]["training"] <= max(ratios)
+    best = max(speeds[0]) / max(speeds[1])
+    assert found["ratios"]["best_training"] == best
+    assert f"(best {best:.2f})" in ran.stdout
 
 
 def test_refuses_another_model_than_ours(tmp_path):
