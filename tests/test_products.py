@@ -73,13 +73,9 @@ def test_binary_product_equals_the_plain_path(rule_name, binary_input, dtype):
     assert [g.dtype for g in gradients] == [dtype, parameter_dtype, parameter_dtype]
 
     plain = plain_product(rule_name, binary_input)
-    expected, expected_gradients = forward_and_gradients(
-        plain, gradient, *map(jnp.array, (x, move, kernel))
-    )
+    expected, expected_gradients = forward_and_gradients(plain, gradient, *map(jnp.array, (x, move, kernel)))
     # A real operand is rounded to the compute dtype; binary ones are exact in all of them.
-    assert_close(
-        y, expected, TOLERANCE["float32" if binary_input and dtype != "float64" else dtype]
-    )
+    assert_close(y, expected, TOLERANCE["float32" if binary_input and dtype != "float64" else dtype])
     for actual, wanted in zip(gradients, expected_gradients):
         assert_close(actual, wanted, TOLERANCE[dtype])
 
@@ -99,7 +95,8 @@ def test_binary_forward_is_bit_identical(rule_name, dtype):
     np.testing.assert_array_equal(np.asarray(y), np.asarray(expected))
 
 
-def test_long_sums_are_exact_in_bfloat16():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_long_sums_are_exact_in_bfloat16(compiled):
     rng = np.random.default_rng(0)
     x = rng.choice([-1.5, -0.25, 0.0, 0.5, 2.0], (64, 2048))
     kernel = jnp.array(rng.choice([-1.0, 1.0], (2048, 16)), jnp.float32)
@@ -109,9 +106,9 @@ def test_long_sums_are_exact_in_bfloat16():
     scale = quantize.weight_scale(kernel)
     config = products.ProductConfig(products.DENSE, True, jnp.bfloat16)
     move = jnp.zeros(2048, jnp.float32)
-    y = jax.jit(products.binary_product, static_argnums=3)(
-        jnp.array(x, jnp.bfloat16), move, kernel, config
-    )
+    product = products.binary_product  # one by one, XLA keeps no excess precision
+    product = jax.jit(product, static_argnums=3) if compiled else product
+    y = product(jnp.array(x, jnp.bfloat16), move, kernel, config)
     whole = np.sign(x) @ np.sign(np.asarray(kernel, np.float64))
     assert whole.max() == 2047
     np.testing.assert_array_equal(y, jnp.array(whole, jnp.float32) * scale)
@@ -134,9 +131,7 @@ def test_rounding_makes_no_zeros_before_the_sign():
     config = products.ProductConfig(products.DENSE, True, jnp.bfloat16)
     y = products.binary_product(x, move, kernel, config)
     codes = np.sign(kernel - np.mean(kernel, axis=0))
-    np.testing.assert_array_equal(
-        y, codes.sum(axis=0, keepdims=True) * quantize.weight_scale(kernel)
-    )
+    np.testing.assert_array_equal(y, codes.sum(axis=0, keepdims=True) * quantize.weight_scale(kernel))
 
 
 # --- against PyTorch ---------------------------------------------------------------------------
@@ -212,9 +207,7 @@ def check_attention(plain, product, dtype, gradient, *arguments):
         gradient,
         *(jnp.array(a, accumulator) for a in arguments),
     )
-    expected, expected_gradients = forward_and_gradients(
-        plain, gradient, *map(jnp.array, arguments)
-    )
+    expected, expected_gradients = forward_and_gradients(plain, gradient, *map(jnp.array, arguments))
     assert y.dtype == accumulator
     np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(expected))
     for actual, wanted in zip(gradients, expected_gradients):
