@@ -133,9 +133,7 @@ def test_arrays_that_do_not_fit_are_named():
         from_state_dict(state | {name: np.zeros((8, 9))}, abstract)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=(KeyError, ValueError), reason="transposed before it is checked"
-)
+@pytest.mark.xfail(strict=True, raises=(KeyError, ValueError), reason="transposed before it is checked")
 @pytest.mark.parametrize("shape", [(8,), (8, 8, 1), ()])
 def test_arrays_of_another_rank_are_named(shape):
     _, abstract = tiny("deit")
@@ -331,9 +329,7 @@ def test_transformers_reads_what_we_write(hugging_face, tmp_path):
     theirs, directory = hugging_face
     config, variables = load_pretrained(directory)
     save_pretrained(tmp_path, config, variables, [f"class {i}" for i in range(5)])
-    again = transformers.ViTForImageClassification.from_pretrained(
-        tmp_path, attn_implementation="sdpa"
-    )
+    again = transformers.ViTForImageClassification.from_pretrained(tmp_path, attn_implementation="sdpa")
     assert again.config.id2label[4] == "class 4"
     pixels = torch.from_numpy(np.random.default_rng(2).standard_normal((2, 3, 16, 16)))
     with torch.no_grad():

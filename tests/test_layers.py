@@ -340,15 +340,11 @@ def test_layers_initialise_with_their_own_fan_in(weight_init):
     image, x = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 2, 48))
     kernels = {
         "dense": layers.BinaryDense(64, weight_init=weight_init).init(jax.random.key(0), x),
-        "conv": layers.BinaryPatchConv(64, 4, weight_init=weight_init).init(
+        "conv": layers.BinaryPatchConv(64, 4, weight_init=weight_init).init(jax.random.key(0), image),
+        "real dense": layers.real_dense(64, 48, weight_init, jnp.float32, None).init(jax.random.key(0), x),
+        "real conv": layers.real_patch_conv(64, 4, 48, weight_init, jnp.float32, None, use_bias=True).init(
             jax.random.key(0), image
         ),
-        "real dense": layers.real_dense(64, 48, weight_init, jnp.float32, None).init(
-            jax.random.key(0), x
-        ),
-        "real conv": layers.real_patch_conv(
-            64, 4, 48, weight_init, jnp.float32, None, use_bias=True
-        ).init(jax.random.key(0), image),
     }
     for name, variables in kernels.items():
         params = variables["params"]
