@@ -20,7 +20,7 @@ from bvit_jax import data, models
 from bvit_jax.checkpoint import Kind, restore_variables
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.sharding import with_sharding
-from bvit_jax.torch_names import from_torch_layout, path_name, to_state_dict, torch_name
+from bvit_jax.torch_names import from_torch_layout, path_name, to_state_dict, to_torch_layout, torch_name
 
 Variables = dict[str, Any]
 
@@ -69,12 +69,14 @@ def from_state_dict(
     def convert(key_path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         path = path_name(key_path)
         name = torch_name(path)
-        array = from_torch_layout(path, np.asarray(arrays[name]))
-        if array.shape != leaf.shape:
+        array = np.asarray(arrays[name])
+        expected_shape = to_torch_layout(path, np.empty(leaf.shape, np.bool_)).shape
+        if array.shape != expected_shape:
             raise UserError(
-                f"{name!r} has shape {np.shape(arrays[name])}, which is {array.shape} here; the "
-                f"model has {leaf.shape}: is it a checkpoint of another model?"
+                f"{name!r} has shape {array.shape}; the model expects {expected_shape}:"
+                " is it a checkpoint of another model?"
             )
+        array = from_torch_layout(path, array)
         return np.array(array, dtype, order="C")
 
     return {

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from bvit_jax.errors import UserError
 from bvit_jax.sharding import check_batch_size, make_mesh, replicated, shard_batch, with_sharding
 from bvit_jax.step import Normalization, default_images_at_once, jit_eval_step, make_eval_step
 
+BATCHES_IN_FLIGHT = 2  # while the device computes, the next batches are loaded
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,9 +38,18 @@ def evaluate(
       mesh: the mesh that the step was compiled for.
     """
     totals: dict[str, float] = {}
-    for sums in [step(variables, shard_batch(batch, mesh)) for batch in batches]:
-        for name, value in jax.device_get(sums).items():
+    in_flight: deque[Any] = deque()
+
+    def collect() -> None:
+        for name, value in jax.device_get(in_flight.popleft()).items():
             totals[name] = totals.get(name, 0.0) + float(value)
+
+    for batch in batches:
+        in_flight.append(step(variables, shard_batch(batch, mesh)))
+        if len(in_flight) > BATCHES_IN_FLIGHT:
+            collect()
+    while in_flight:
+        collect()
     images = totals.pop("images")
     return {name: total / images for name, total in totals.items()} | {"images": int(images)}
 

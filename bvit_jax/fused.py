@@ -56,9 +56,7 @@ def _batch_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> 
     return (y, mean, var), (x, scale, mean, var)
 
 
-def _batch_norm_backward(
-    epsilon: float, residuals: tuple, gradients: tuple
-) -> tuple[Array, Array, Array]:
+def _batch_norm_backward(epsilon: float, residuals: tuple, gradients: tuple) -> tuple[Array, Array, Array]:
     x, scale, mean, var = residuals
     gradient, _, _ = gradients
     inverse = lax.rsqrt(var + epsilon)

@@ -38,13 +38,13 @@ def torch_uniform(fan_in: int) -> Initializer:
     return init
 
 
-# Truncated at two units, a hundred standard deviations: the cut of the original never bites.
-position_init = nn.initializers.normal(0.02)
+# PyTorch's trunc_normal_ cuts at two units, a hundred of these standard deviations: the cut never bites.
+normal_init = nn.initializers.normal(0.02)
 
 
 def kernel_init(weight_init: WeightInit, fan_in: int) -> Initializer:
     """Returns the initialiser of a weight matrix."""
-    return torch_uniform(fan_in) if weight_init == "torch" else nn.initializers.truncated_normal(0.02)
+    return torch_uniform(fan_in) if weight_init == "torch" else normal_init
 
 
 def bias_init(weight_init: WeightInit, fan_in: int) -> Initializer:

@@ -39,6 +39,17 @@ EXIT_FAILED, EXIT_UNREADABLE = 1, 2
 
 Arrays = dict[str, np.ndarray]
 
+# What numpy, zipfile and json raise for damaged files, and for files of another kind.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -72,14 +83,15 @@ class GoldenFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            # Opened here, because numpy does not close what it cannot read.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 self.arrays: Arrays = {name: archive[name] for name in archive.files}
-            self.meta: dict[str, Any] = json.loads(str(self.arrays.pop("meta")[()]))
+            self.meta: dict[str, Any] = dict(json.loads(str(self.arrays.pop("meta")[()])))
         except FileNotFoundError:
             raise UserError(f"no file {path}; expected a golden .npz file") from None
         except KeyError:
             raise UserError(f"{path} has no 'meta': it is not a golden file") from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _UNREADABLE as error:
             raise UserError(f"cannot read {path}: {error}; expected a golden .npz file") from error
 
     def group(self, prefix: str) -> Arrays:
@@ -87,11 +99,15 @@ class GoldenFile:
         start = prefix + "/"
         return {n[len(start) :]: a for n, a in self.arrays.items() if n.startswith(start)}
 
-    def float64(self, name: str) -> np.ndarray:
-        """Returns one array in float64; raises `UserError` if there is none."""
+    def array(self, name: str) -> np.ndarray:
+        """Returns one array; raises `UserError` if there is none."""
         if name not in self.arrays:
             raise UserError(f"the golden file has no array {name!r}")
-        return self.arrays[name].astype(np.float64)
+        return self.arrays[name]
+
+    def float64(self, name: str) -> np.ndarray:
+        """Returns one array in float64."""
+        return self.array(name).astype(np.float64)
 
     def images(self, name: str = "input/images") -> np.ndarray:
         """Returns images in float64, channels last; leading axes are kept."""
@@ -163,7 +179,7 @@ def config_of(meta: Mapping[str, Any]) -> ConfigDict:
             settings["class_token"] = args["enable_cls_token"]
         if name == "binaryvit":
             settings["some_fp"] = args["some_fp"]
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"the golden file's meta has no or an unknown {error}") from error
     return models.model_config(name, **settings)
 
@@ -184,12 +200,15 @@ _REFERENCE_KEYS = {
 def _check_model(golden: GoldenFile, config: ConfigDict) -> Iterator[Row]:
     model = models.create_model(config, jnp.float64)
     abstract = abstract_variables(model, config.image_size)
+    size = (config.image_size, config.image_size, 3)
+    if golden.images().shape[1:] != size:
+        raise UserError(f"its images are {golden.images().shape[1:]}; its model takes {size}")
     variables = from_state_dict(golden.group("state"), abstract, np.float64)
     yield _compare_inputs(golden, config)
 
     apply = jax.jit(functools.partial(model.apply, capture=True))
     output = apply(variables, golden.images())
-    yield compare("eval logits", {"": output.logits}, {"": golden.arrays["eval/logits"]})
+    yield compare("eval logits", {"": output.logits}, {"": golden.array("eval/logits")})
     for group, ours in (("hidden", output.hidden_states), ("attention", output.attentions)):
         if theirs := golden.group(f"eval/{group}"):
             # Only what the file holds: files may leave out the large arrays.
@@ -246,8 +265,8 @@ def _check_training(golden: GoldenFile, model: nn.Module, variables: Variables) 
         variables.get("batch_stats", {}),
         golden.float64("input/teacher_logits"),
     )
-    yield compare("train logits", {"": logits}, {"": golden.arrays["train/logits"]})
-    yield compare("loss", {"": loss}, {"": golden.arrays["train/loss"]})
+    yield compare("train logits", {"": logits}, {"": golden.array("train/logits")})
+    yield compare("loss", {"": loss}, {"": golden.array("train/loss")})
     if theirs := golden.group("grad"):
         ours = to_state_dict({"params": to_params})
         floor = GRADIENT_FLOOR * max(_magnitudes(theirs).values())
@@ -274,9 +293,12 @@ def _buffers(golden: GoldenFile, expected: Arrays, steps: int) -> Arrays:
 
 def _check_steps(golden: GoldenFile, model: nn.Module, variables: Variables) -> Iterator[Row]:
     settings = default_config().optim
-    described = golden.meta["optimizer"]
-    settings.b1, settings.b2 = described["betas"]
-    settings.eps, settings.weight_decay = described["eps"], described["weight_decay"]
+    try:
+        described = golden.meta["optimizer"]
+        settings.b1, settings.b2 = described["betas"]
+        settings.eps, settings.weight_decay = described["eps"], described["weight_decay"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"its meta does not describe the optimizer: {error!r}") from error
     rates = golden.float64("steps/lr")
     optimizer = optim.make_optimizer(settings, lambda step: jnp.asarray(rates)[step])
     gradient = jax.value_and_grad(_loss(model), has_aux=True)
@@ -294,7 +316,7 @@ def _check_steps(golden: GoldenFile, model: nn.Module, variables: Variables) -> 
     ):
         params, statistics, state, loss = step(params, statistics, state, images, teacher)
         steps.append(loss)
-    yield compare("step losses", {"": np.array(steps)}, {"": golden.arrays["steps/loss"]})
+    yield compare("step losses", {"": np.array(steps)}, {"": golden.array("steps/loss")})
     theirs = golden.group("steps/final")
     ours = to_state_dict({"params": params, "batch_stats": statistics})
     ours |= _buffers(golden, theirs, len(steps))
@@ -309,7 +331,7 @@ def _final_floors(golden: GoldenFile, amplification: float) -> dict[str, float]:
     that the check of the gradients allows, amplified.
     """
     gradients = _magnitudes(golden.group("grad"))
-    largest = max(gradients.values())
+    largest = max(gradients.values(), default=0.0)
     return {
         name: GRADIENT_FLOOR * largest * amplification
         for name, gradient in gradients.items()

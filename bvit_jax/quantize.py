@@ -201,7 +201,8 @@ def _axes(w: Array, by_row: bool) -> tuple[int, ...]:
 def _ternary_forward(w: Array, by_row: bool) -> Array:
     axes = _axes(w, by_row)
     magnitude = jnp.abs(w)
-    mask = magnitude > 0.7 * jnp.mean(magnitude, axis=axes, keepdims=True)
+    # Negated, so that a NaN, for which every comparison is false, is kept and not hidden.
+    mask = ~(magnitude <= 0.7 * jnp.mean(magnitude, axis=axes, keepdims=True))
     total = jnp.sum(jnp.where(mask, magnitude, 0), axis=axes, keepdims=True)
     count = jnp.sum(mask, axis=axes, keepdims=True).astype(w.dtype)
     # All-zero weights have an empty mask: the reference divides 0 by 0 there.

@@ -38,9 +38,7 @@ def make_state(seed=0, width=200) -> dict[str, Any]:
 
 
 def abstract(state):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def assert_identical(actual, expected):

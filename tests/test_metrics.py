@@ -62,9 +62,7 @@ def lines(tmp_path):
 def test_writer_appends_lines(tmp_path):
     writer = MetricWriter(tmp_path, active=True)
     writer.write(10, {"loss": 0.1 + 0.2, "epoch": 1, "accuracy": np.float32(0.1)})
-    first = (
-        '{"step": 10, "accuracy": 0.10000000149011612, "epoch": 1, "loss": 0.30000000000000004}\n'
-    )
+    first = '{"step": 10, "accuracy": 0.10000000149011612, "epoch": 1, "loss": 0.30000000000000004}\n'
     assert (tmp_path / "metrics.jsonl").read_text() == first  # before it is closed
     writer.write(20, {"loss": math.nan, "norm": math.inf})
     writer.close()
@@ -76,9 +74,7 @@ def test_writer_appends_lines(tmp_path):
 
 def test_writer_truncates_when_a_run_resumes(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 1}\n{"step": 2, "a": 1}\n{"ste\n{"step": 3}\n{"step": 2}\n{"step": 1, "lo'
-    )
+    path.write_text('{"step": 1}\n{"step": 2, "a": 1}\n{"ste\n{"step": 3}\n{"step": 2}\n{"step": 1, "lo')
     writer = MetricWriter(tmp_path, active=True)
     writer.truncate_after(2)
     writer.write(3, {"a": 2.0})

@@ -27,9 +27,7 @@ def deit():
 
 
 def schedule_of(config, batch_size=512, steps_per_epoch=10, epochs=EPOCHS):
-    return optim.make_schedule(
-        config, batch_size=batch_size, steps_per_epoch=steps_per_epoch, epochs=epochs
-    )
+    return optim.make_schedule(config, batch_size=batch_size, steps_per_epoch=steps_per_epoch, epochs=epochs)
 
 
 @pytest.mark.parametrize(("name", "config"), [("binary", settings()), ("deit", deit())])

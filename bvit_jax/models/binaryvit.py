@@ -16,7 +16,7 @@ from bvit_jax.layers import (
     average_pool,
     drop_path_rates,
     make_norm,
-    position_init,
+    normal_init,
     real_patch_conv,
     to_grid,
     to_tokens,
@@ -55,7 +55,7 @@ class Downsample(nn.Module):
             y = BinaryPatchConv(self.features, STRIDE, name="conv", **c.quantizer())(to_grid(x))
             shortcut = jnp.tile(average_pool(x, STRIDE), (1, 1, self.features // width))
             y = RPReLU(name="rprelu")(norm(y, train=train) + shortcut)
-        positions = self.param("positions", position_init, (1, y.shape[1], self.features))
+        positions = self.param("positions", normal_init, (1, y.shape[1], self.features))
         return (y + positions).astype(c.dtype)
 
 

@@ -5,7 +5,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from bvit_jax.layers import WeightInit, make_norm, position_init, real_patch_conv, to_tokens
+from bvit_jax.layers import WeightInit, make_norm, normal_init, real_patch_conv, to_tokens
 from bvit_jax.models.blocks import NormName
 
 
@@ -37,5 +37,5 @@ class ImageEmbedding(nn.Module):
             token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, width))
             token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width))
             x = jnp.concatenate([token, x], axis=1)
-        x = x + self.param("positions", position_init, (1, x.shape[1], width))
+        x = x + self.param("positions", normal_init, (1, x.shape[1], width))
         return nn.Dropout(self.dropout)(x, deterministic=not train).astype(self.dtype)

@@ -1,6 +1,7 @@
 """From a configuration to a model: names, defaults and the checks of every size."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ _NOT_SETTINGS = {"parent", "name", "dtype", "block"}
 def _defaults(name: str) -> dict[str, Any]:
     """Returns the settings of a model and their defaults: its own fields and those of its blocks."""
     if name not in MODELS:
-        raise UserError(f"config.model.name is {name!r}" + nearest(name, MODELS))
+        raise UserError(f"config.model.name is {name!r}" + nearest(str(name), MODELS))
     fields = list(dataclasses.fields(MODELS[name]))
     if any(field.name == "block" for field in fields):
         fields += dataclasses.fields(BlockConfig)
@@ -66,7 +67,7 @@ def create_model(config: "Mapping[str, Any] | ConfigDict", dtype: DTypeLike = jn
         key.
     """
     settings = {key: config[key] for key in config}
-    name = settings.pop("name")
+    name = settings.pop("name", None)
     settings = _complete(name, settings)
     _check(name, settings)
     if name == "deit":
@@ -82,11 +83,13 @@ def num_params(params: Any) -> int:
 
 
 def _check(name: str, s: dict[str, Any]) -> None:
+    for key, default in _defaults(name).items():
+        _require(_is_like(s[key], default), key, s[key], f"expected {_KINDS[type(default)]}")
     if name == "binaryvit":
         _check_pyramid(s)
     else:
         for key in ("width", "depth", "num_heads", "mlp_dim"):
-            _require(_is_positive_int(s[key]), key, s[key], "expected a positive whole number")
+            _require(s[key] > 0, key, s[key], "expected a positive whole number")
         _check_grid(s)
         _check_heads(s["width"], s["num_heads"], "width")
     for key in ("drop_path", "dropout", "attention_dropout"):
@@ -100,8 +103,10 @@ def _check(name: str, s: dict[str, Any]) -> None:
     _require_choice("weight_bits", s["weight_bits"], (1, 2, 3, 4, 5, 6, 7, 8, 32))
     _require_choice("act_bits", s["act_bits"], (1, 32))
     _require(s["clip_val"] > 0, "clip_val", s["clip_val"], "expected above 0")
-    for size in s["pool_branches"]:
-        _require(size % 2 == 1, "pool_branches", s["pool_branches"], "expected odd kernel sizes")
+    sizes = s["pool_branches"]
+    odd = all(size > 0 and size % 2 == 1 for size in sizes)
+    _require(odd, "pool_branches", sizes, "expected odd kernel sizes")
+    _require(len(set(sizes)) == len(sizes), "pool_branches", sizes, "expected each size once")
     if name == "extra_res":
         _check_expansion(s["mlp_dim"], s["width"], "mlp_dim")
         _require(
@@ -115,9 +120,10 @@ def _check(name: str, s: dict[str, Any]) -> None:
 def _check_pyramid(s: dict[str, Any]) -> None:
     per_stage = ("width", "depth", "num_heads", "mlp_dim", "reduction")
     stages = len(s["width"])
+    _require(stages > 0, "width", s["width"], "expected one width a stage")
     for key in per_stage:
         _require(
-            len(s[key]) == stages and all(map(_is_positive_int, s[key])),
+            len(s[key]) == stages and all(value > 0 for value in s[key]),
             key,
             s[key],
             f"expected {stages} positive whole numbers, one a stage as in config.model.width",
@@ -154,9 +160,9 @@ def _check_pyramid(s: dict[str, Any]) -> None:
 
 def _check_grid(s: dict[str, Any]) -> int:
     image, patch = s["image_size"], s["patch_size"]
-    _require(_is_positive_int(patch), "patch_size", patch, "expected a positive whole number")
+    _require(patch > 0, "patch_size", patch, "expected a positive whole number")
     _require(
-        _is_positive_int(image) and image % patch == 0,
+        image > 0 and image % patch == 0,
         "image_size",
         image,
         f"expected a multiple of config.model.patch_size = {patch}",
@@ -172,8 +178,22 @@ def _check_expansion(mlp_dim: int, width: int, key: str) -> None:
     _require(mlp_dim % width == 0, key, mlp_dim, f"expected a multiple of the width {width}")
 
 
-def _is_positive_int(value: Any) -> bool:
-    return isinstance(value, int) and value > 0
+_KINDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "True or False",
+    str: "a name",
+    tuple: "a tuple of whole numbers",
+}
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Returns whether a value is of the kind of a setting's default."""
+    if isinstance(default, float):
+        return type(value) in (int, float) and math.isfinite(value)
+    if isinstance(default, tuple):
+        return isinstance(value, tuple | list) and all(type(item) is int for item in value)
+    return type(value) is type(default)
 
 
 def _require_choice(key: str, value: Any, choices: tuple) -> None:

@@ -95,9 +95,7 @@ def test_eval_counts_each_image_once(make_config: MakeConfig, hosts: int, per_ho
     config = make_config(eval_split="test[:100]")
     split = data.open_eval_split(config)
     expected = np.sort([split.source[index]["label"] for index in range(100)])
-    parts = [
-        list(data.eval_batches(config, 16, per_host * hosts, host, hosts)) for host in range(hosts)
-    ]
+    parts = [list(data.eval_batches(config, 16, per_host * hosts, host, hosts)) for host in range(hosts)]
     assert {len(part) for part in parts} == {-(-100 // (per_host * hosts))}
     batches = [batch for part in parts for batch in part]
     assert {batch["mask"].dtype for batch in batches} == {np.dtype(bool)}
@@ -113,9 +111,7 @@ def test_eval_counts_each_image_once(make_config: MakeConfig, hosts: int, per_ho
     assert not labels[~mask].any()
 
 
-def test_eval_images_are_torchvisions(
-    make_config: MakeConfig, golden: dict[str, np.ndarray]
-) -> None:
+def test_eval_images_are_torchvisions(make_config: MakeConfig, golden: dict[str, np.ndarray]) -> None:
     config = make_config(dataset="photos", eval_split="train", eval_resize=256)
     (batch,) = data.eval_batches(config, 224, 6)
     for index in (1, 4):

@@ -35,9 +35,7 @@ def test_resized_crop_equals_torchvision(
     golden: dict[str, np.ndarray], index: int, interpolation: str
 ) -> None:
     top, left, height, width = golden[f"{index}/box_tlhw"].tolist()
-    crop = transforms.resized_crop(
-        _photo(golden, index), (top, left, height, width), 224, interpolation
-    )
+    crop = transforms.resized_crop(_photo(golden, index), (top, left, height, width), 224, interpolation)
     _check(golden, f"{index}/crop_{interpolation}", np.asarray(crop))
 
 
@@ -45,10 +43,7 @@ def test_random_boxes_are_distributed_as_torchvisions(golden: dict[str, np.ndarr
     width, height = golden["rrc/size_wh"].tolist()
     rng = np.random.default_rng(0)
     boxes = np.array(
-        [
-            transforms.random_resized_crop_box(rng, width, height, SCALE, RATIO)
-            for _ in range(20_000)
-        ]
+        [transforms.random_resized_crop_box(rng, width, height, SCALE, RATIO) for _ in range(20_000)]
     )
     top, left, crop_height, crop_width = boxes.T
     assert (top >= 0).all()
@@ -116,9 +111,7 @@ def test_train_transform_flips_half(golden: dict[str, np.ndarray]) -> None:
     )
     flipped = 0
     for seed in range(200):
-        plain, maybe = (
-            transform(image, np.random.default_rng(seed), flip=flip) for flip in (False, True)
-        )
+        plain, maybe = (transform(image, np.random.default_rng(seed), flip=flip) for flip in (False, True))
         assert plain.shape == (16, 16, 3)
         mirrored = np.array_equal(plain[:, ::-1], maybe)
         assert mirrored or np.array_equal(plain, maybe)
