@@ -129,7 +129,7 @@ def test_arrays_that_do_not_fit_are_named():
     with pytest.raises(UserError, match=r"^1 arrays of the file .*'vit.pooler.weight'"):
         from_state_dict(state | {"vit.pooler.weight": np.zeros(3)}, abstract)
 
-    with pytest.raises(UserError, match=rf"'{name}' has shape \(8, 9\), .*\(9, 8\) .*\(8, 8\)"):
+    with pytest.raises(UserError, match=rf"'{name}' has shape \(8, 9\); .* \(8, 8\)"):
         from_state_dict(state | {name: np.zeros((8, 9))}, abstract)
 
 

@@ -326,7 +326,7 @@ def test_trunc_normal():
 
 
 def test_positions_have_a_standard_deviation_of_one_fiftieth():
-    w = np.asarray(layers.position_init(jax.random.key(0), (400, 500)))
+    w = np.asarray(layers.normal_init(jax.random.key(0), (400, 500)))
     assert abs(w.std() / 0.02 - 1) < 0.01
 
 

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-from flax.errors import FlaxError
 
 from bvit_jax import parity
 from bvit_jax.errors import UserError
