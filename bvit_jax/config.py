@@ -88,11 +88,11 @@ def default_config() -> ConfigDict:
     optim.clip_grad_norm = 0.0  # 0: off
 
     config.loss = loss = ConfigDict()
-    loss.distillation_weight = 1.0  # the rest goes to the labels; needs a teacher
+    loss.distillation_weight = 1.0  # the rest goes to the labels; 0: no teacher
     loss.label_smoothing = 0.1
 
     config.teacher = teacher = ConfigDict()
-    teacher.path = ""  # directory with config.json and model.safetensors; "": train on labels
+    teacher.path = ""  # directory with config.json and model.safetensors
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 0  # 0: once an epoch

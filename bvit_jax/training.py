@@ -47,9 +47,21 @@ def load_teacher(config: ConfigDict) -> Teacher:
     """Loads the teacher that ``config.teacher`` names.
 
     Raises:
-      UserError: it cannot be read, or has other classes or another image size than the student.
+      UserError: distillation is asked for without a teacher or the other way round; it cannot be read,
+        or has other classes or another image size than the student.
     """
-    if not config.teacher.path:
+    distills, path = config.loss.distillation_weight > 0, config.teacher.path
+    if distills and not path:
+        raise UserError(
+            "config.teacher.path is empty; name the teacher's directory, or train on the labels with"
+            " config.loss.distillation_weight=0"
+        )
+    if path and not distills:
+        raise UserError(
+            "config.loss.distillation_weight is 0, so that the teacher would do nothing; raise it or"
+            " leave config.teacher.path empty"
+        )
+    if not path:
         return Teacher(None, {}, "")
     directory = Path(config.teacher.path).expanduser()
     settings, variables = convert.load_pretrained(directory)
@@ -145,10 +157,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     # --- build ---------------------------------------------------------------------------------
     config_lib.validate(config)
-    num_examples = data.open_train_split(config.data).num_examples
-    _check_classes(config)
-    data.open_eval_split(config.data)
-    run = build(config, num_examples)
+    run = build(config, _open_splits(config))
     is_main = jax.process_index() == 0
     logger.info(
         "%s with %.2f M parameters on %d × %s, %d steps of %d images",
@@ -264,11 +273,16 @@ def dry_run(config: ConfigDict) -> dict[str, Any]:
 
     Returns:
       Parameters, and by the compiler's analysis: floating-point operations and bytes of a step, and
-      megabytes of a device's memory for arguments, temporaries and in total.
+      megabytes of a device's memory for arguments, temporaries and in total. Without the dataset,
+      which is not needed for this, the number of steps is null.
     """
     config_lib.validate(config)
-    _check_classes(config)
-    run = build(config, data.open_train_split(config.data).num_examples)
+    try:
+        num_examples = _open_splits(config)
+    except UserError as error:
+        logger.warning("the data was not checked: %s", error)
+        num_examples = 0
+    run = build(config, num_examples)
     size = config.model.image_size
     sharding = batch_sharded(run.mesh)
     batch = {
@@ -285,7 +299,7 @@ def dry_run(config: ConfigDict) -> dict[str, Any]:
         "model": config.model.name,
         "parameters": models.num_params(run.state.params),
         "devices": run.mesh.size,
-        "steps": run.total_steps,
+        "steps": run.total_steps if num_examples else None,
         "compile_seconds": round(time.perf_counter() - start, 1),
         "gflops_per_step": round(cost.get("flops", math.nan) / 1e9, 3),
         "gb_accessed_per_step": round(cost.get("bytes accessed", math.nan) / 1e9, 3),
@@ -342,13 +356,16 @@ def _finite(means: dict[str, float], step: int, workdir: Path) -> dict[str, floa
     return means
 
 
-def _check_classes(config: ConfigDict) -> None:
-    classes = data.open_train_split(config.data).num_classes
-    if classes != config.model.num_classes:
-        raise UserError(
-            f"config.model.num_classes is {config.model.num_classes}; the dataset"
-            f" {config.data.dataset} has {classes} classes"
-        )
+def _open_splits(config: ConfigDict) -> int:
+    """Checks both splits and returns the number of training images."""
+    train = data.open_train_split(config.data)
+    for split in (train, data.open_eval_split(config.data)):
+        if split.num_classes != config.model.num_classes:
+            raise UserError(
+                f"config.model.num_classes is {config.model.num_classes}; the dataset"
+                f" {config.data.dataset} has {split.num_classes} classes"
+            )
+    return train.num_examples
 
 
 def _check_teacher(digest: str, teacher: Teacher, workdir: Path) -> None:

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     """Returns the configuration of ``run_deit-small-patch16-224.sh`` of the reference."""
     config = default_config()
     config.model = model_config("deit", norm_epsilon=1e-5, drop_path=0.1)
+    config.loss.distillation_weight = 0.0
     config.data.crop_interpolation = "bicubic"
     config.optim.warmup_epochs = 5
     config.optim.weight_decay = 0.05

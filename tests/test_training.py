@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from bvit_jax import config as config_lib
 from bvit_jax import models, optim
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.errors import UserError
+from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.sharding import make_mesh, replicated, shard_batch
 from bvit_jax.step import Normalization, jit_train_step, make_eval_step, make_train_step
 from bvit_jax.train_state import abstract_state, create_state
-from bvit_jax.training import build, train_and_evaluate
+from bvit_jax.training import build, load_teacher, train_and_evaluate
+from configs import digits
 from tests.configs import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -201,7 +204,12 @@ def tiny_config(data_dir: Path, **settings: object) -> config_lib.ConfigDict:
     [
         ({"data__dataset": "imagenet2012"}, "config.data.dataset 'imagenet2012' is not prepared"),
         ({"data__train_split": "trian"}, "trian"),
-        ({"teacher__path": "/nowhere"}, "no config.json in /nowhere"),
+        (
+            {"teacher__path": "/nowhere", "loss__distillation_weight": 0.9},
+            "no config.json in /nowhere",
+        ),
+        ({"teacher__path": "/nowhere"}, "config.loss.distillation_weight is 0"),
+        ({"loss__distillation_weight": 1.0}, "config.teacher.path is empty"),
         ({"model__num_classes": 11}, "config.model.num_classes is 11"),
         ({"batch_size": 12}, "config.batch_size is 12; expected a multiple of the 8 devices"),
         ({"optim__schedule": "linear"}, "config.optim.schedule is 'linear'"),
@@ -219,6 +227,7 @@ def test_wrong_settings_are_named(settings: dict, message: str, data_dir: Path, 
 
 def test_a_teacher_with_other_classes_is_refused(data_dir: Path, tmp_path: Path) -> None:
     config = tiny_config(data_dir)
+    config.loss.distillation_weight = 1.0
     config.teacher.path = str(ROOT / "bvit_jax" / "assets" / "deit_digits")
     with pytest.raises(UserError, match=r"the teacher in .* has image_size 32 and the student 16"):
         train_and_evaluate(config, tmp_path / "run")
@@ -236,6 +245,42 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir: Path, tmp_path: Path)
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step"):
         train_and_evaluate(config, tmp_path)
     assert Checkpoints(tmp_path, keep=1).latest_step() is None
+
+
+# --- teachers ----------------------------------------------------------------------------------
+
+
+def test_the_teacher_that_ships_knows_its_digits(data_dir: Path) -> None:
+    config = digits.get_config()
+    config.data.data_dir = str(data_dir)
+    teacher = load_teacher(config)
+    mesh = make_mesh()
+    step = build_eval_step(config, teacher.model, mesh)
+    figures = evaluate(step, teacher.variables, eval_batches(config), mesh)
+    assert figures["images"] == 360
+    assert figures["top1"] >= 0.97
+
+
+@pytest.mark.slow
+def test_distillation_mixed_with_labels_in_bfloat16(data_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(data_dir, epochs=1, batch_size=480, compute_dtype="bfloat16")
+    config.model.image_size = config.data.eval_resize = 32
+    config.teacher.path = digits.get_config().teacher.path
+    config.loss.distillation_weight = 0.9
+    figures = train_and_evaluate(config, tmp_path)
+    assert figures["step"] == 2
+    (line,) = [line for line in metrics_of(tmp_path) if "loss" in line]
+    mixed = 0.9 * line["distillation_loss"] + 0.1 * line["label_loss"]
+    assert line["loss"] == pytest.approx(mixed, rel=1e-6)
+
+    config.teacher.path = str(tmp_path / "other")
+    shutil.copytree(digits.get_config().teacher.path, config.teacher.path)
+    weights = tmp_path / "other" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="was started with another teacher"):
+        train_and_evaluate(config, tmp_path)
 
 
 # --- devices -----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
         drop_path=0.1,
     )
     config.teacher.path = ""
+    config.loss.distillation_weight = 0.0
     config.batch_size = 144
     config.epochs = 2
     config.eval_every_epochs = 1
