@@ -3,7 +3,7 @@
 Command: python train.py --config=configs/deit_digits.py --workdir=runs/deit_digits
 Data: scikit-learn's 1,797 digits, prepared on first use; 360 are held out.
 Expected: 97.5 % top-1 on the held-out digits after 2,200 steps.
-Hardware and cost: 8 minutes on two cores of an AMD EPYC, which other programs used too.
+Hardware and cost: 13 minutes on two cores of an AMD EPYC that other programs used too.
 """
 
 from ml_collections import ConfigDict
