@@ -84,10 +84,17 @@ def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     return guarded
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to what ``sys.stderr`` is at the time: the progress line takes its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
 def _start_logging() -> None:
     """Sends this package's log to stderr, one line an event, from process 0 only."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every call otherwise
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("bvit_jax")
     logger.addHandler(handler)
