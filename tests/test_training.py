@@ -225,7 +225,14 @@ def test_wrong_settings_are_named(settings: dict, message: str, data_dir: Path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_with_other_classes_is_refused(data_dir: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_other_classes_is_refused() -> None:
+    config = digits.get_config()
+    config.model.num_classes = 11
+    with pytest.raises(UserError, match=r"the teacher in .* has num_classes 10 and the student 11"):
+        load_teacher(config)
+
+
+def test_a_teacher_with_another_image_size_is_refused(data_dir: Path, tmp_path: Path) -> None:
     config = tiny_config(data_dir)
     config.loss.distillation_weight = 1.0
     config.teacher.path = str(ROOT / "bvit_jax" / "assets" / "deit_digits")
