@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from bvit_jax import config as config_lib
 from bvit_jax import data, models
 from bvit_jax.checkpoint import Kind, restore_variables
-from bvit_jax.convert import abstract_variables
 from bvit_jax.errors import UserError
+from bvit_jax.pretrained import abstract_variables
 from bvit_jax.sharding import check_batch_size, make_mesh, replicated, shard_batch, with_sharding
 from bvit_jax.step import Normalization, default_images_at_once, jit_eval_step, make_eval_step
 

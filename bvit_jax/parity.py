@@ -27,8 +27,8 @@ from ml_collections import ConfigDict
 
 from bvit_jax import losses, models, optim
 from bvit_jax.config import default_config
-from bvit_jax.convert import BUFFERS, Variables, abstract_variables, from_state_dict
 from bvit_jax.errors import UserError
+from bvit_jax.pretrained import BUFFERS, Variables, abstract_variables, from_state_dict
 from bvit_jax.torch_names import to_state_dict
 
 FLOAT64_TOLERANCE = 1e-10

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import convert, data, models, optim
+from bvit_jax import data, models, optim
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
+from bvit_jax.pretrained import load_pretrained
 from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated, shard_batch
 from bvit_jax.step import Normalization, jit_train_step, make_train_step
 from bvit_jax.train_state import TrainState, abstract_state, create_state
@@ -64,7 +65,7 @@ def load_teacher(config: ConfigDict) -> Teacher:
     if not path:
         return Teacher(None, {}, "")
     directory = Path(config.teacher.path).expanduser()
-    settings, variables = convert.load_pretrained(directory)
+    settings, variables = load_pretrained(directory)
     for key in ("num_classes", "image_size"):
         if settings[key] != config.model[key]:
             raise UserError(
@@ -174,14 +175,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     key_init, key_train = jax.random.split(jax.random.key(config.seed))
     restored = checkpoints.restore("latest", run.state)
-    window, best = MetricWindow(), {"top1": -1.0, "step": 0}
+    window, best, figures = MetricWindow(), {"top1": -1.0, "step": 0}, {}
     if restored is None:
         state = run.create(key_init)
     else:
         state, metadata = restored
         _check_teacher(metadata["teacher"], run.teacher, workdir)
         window.restore(metadata["window"])
-        best = metadata["best"]
+        best, figures = metadata["best"], metadata["figures"]
         logger.info("continuing from step %d in %s", int(state.step), workdir)
     start = int(state.step)
     if start > run.total_steps:
@@ -209,7 +210,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     progress = ProgressLine(run.total_steps, start)
     checkpoint_every = config.checkpoint.every_steps or run.steps_per_epoch
     eval_every = config.eval_every_epochs * run.steps_per_epoch
-    figures = metadata["figures"] if restored is not None else {}
     clock = _Clock(start, config.batch_size)
     try:
         for step in range(start + 1, run.total_steps + 1):

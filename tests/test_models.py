@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bvit_jax import models
-from bvit_jax.convert import abstract_variables
 from bvit_jax.errors import UserError
+from bvit_jax.pretrained import abstract_variables
 from bvit_jax.torch_names import to_state_dict
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
