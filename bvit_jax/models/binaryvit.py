@@ -23,7 +23,7 @@ from bvit_jax.layers import (
 )
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
-from bvit_jax.models.head import ModelOutput, classify
+from bvit_jax.models.head import ModelOutput, classify, model_output
 
 STRIDE = 2  # between stages
 
@@ -81,7 +81,7 @@ class BinaryViT(nn.Module):
         x = ImageEmbedding(
             self.width[0],
             self.patch_size,
-            class_token=False,
+            tokens=(),
             norm=c.norm,
             norm_epsilon=c.norm_epsilon,
             dropout=c.dropout,
@@ -103,5 +103,5 @@ class BinaryViT(nn.Module):
                 hidden.append(x)
                 attentions.append(probs)
         x = make_norm(c.norm, c.norm_epsilon, "norm")(x, train=train)
-        logits = classify(x, self.num_classes, class_token=False, weight_init=c.weight_init)
-        return ModelOutput(logits, tuple(hidden), tuple(attentions)) if capture else ModelOutput(logits)
+        logits = classify(jnp.mean(x, axis=1), self.num_classes, c.weight_init, "head")
+        return model_output((logits,), hidden, attentions, capture)

@@ -1,4 +1,4 @@
-"""From images to tokens: patches, class token, position embeddings."""
+"""From images to tokens: patches, class and distillation tokens, position embeddings."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,17 +10,18 @@ from bvit_jax.models.blocks import NormName
 
 
 class ImageEmbedding(nn.Module):
-    """Real patch embedding, an optional norm, an optional class token, position embeddings.
+    """Real patch embedding, then as asked for: norm, extra tokens, position embeddings.
 
-    Takes images (batch, size, size, 3) and returns tokens (batch, tokens, width), the class token
-    first, in the compute dtype.
+    Takes images (batch, size, size, 3) and returns tokens (batch, tokens, width) in the compute dtype,
+    the extra ``tokens`` first, in their order; a name such as "class_token" is that of its parameter.
     """
 
     width: int
     patch_size: int
-    class_token: bool
+    tokens: tuple[str, ...]
     norm: NormName | None = None
     norm_epsilon: float = 1e-5
+    positions: bool = True
     dropout: float = 0.0
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
@@ -33,9 +34,10 @@ class ImageEmbedding(nn.Module):
         x = to_tokens(conv(images))
         if self.norm is not None:
             x = make_norm(self.norm, self.norm_epsilon, "norm")(x, train=train)
-        if self.class_token:
-            token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, width))
-            token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width))
-            x = jnp.concatenate([token, x], axis=1)
-        x = x + self.param("positions", normal_init, (1, x.shape[1], width))
+        if self.tokens:
+            tokens = [self.param(name, nn.initializers.normal(1e-6), (1, 1, width)) for name in self.tokens]
+            first = jnp.concatenate(tokens, axis=1).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], *first.shape[1:])), x], axis=1)
+        if self.positions:
+            x = x + self.param("positions", normal_init, (1, x.shape[1], width))
         return nn.Dropout(self.dropout)(x, deterministic=not train).astype(self.dtype)

@@ -4,13 +4,14 @@ Source: BinaryViT (CVPRW 2023), section 3 and table of ablations, in the behavio
 ``modeling_vit_extra_res.py`` of github.com/Phuoc-Hoan-Le/BinaryViT.
 """
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
 from bvit_jax.layers import drop_path_rates, make_norm
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
-from bvit_jax.models.head import ModelOutput, classify
+from bvit_jax.models.head import ModelOutput, classify, model_output
 
 
 class ExtraRes(nn.Module):
@@ -38,7 +39,7 @@ class ExtraRes(nn.Module):
         x = ImageEmbedding(
             self.width,
             self.patch_size,
-            class_token=self.class_token,
+            tokens=("class_token",) if self.class_token else (),
             dropout=c.dropout,
             weight_init=c.weight_init,
             dtype=c.dtype,
@@ -52,5 +53,6 @@ class ExtraRes(nn.Module):
             hidden.append(x)
             attentions.append(probs)
         x = make_norm(c.norm, c.norm_epsilon, "norm")(x, train=train)
-        logits = classify(x, self.num_classes, class_token=self.class_token, weight_init=c.weight_init)
-        return ModelOutput(logits, tuple(hidden), tuple(attentions)) if capture else ModelOutput(logits)
+        pooled = x[:, 0] if self.class_token else jnp.mean(x, axis=1)
+        logits = classify(pooled, self.num_classes, c.weight_init, "head")
+        return model_output((logits,), hidden, attentions, capture)

@@ -14,14 +14,20 @@ from jax.typing import DTypeLike
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.layers import NormName, WeightInit
 from bvit_jax.models.binaryvit import STRIDE, BinaryViT
-from bvit_jax.models.blocks import BlockConfig
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.extra_res import ExtraRes
+from bvit_jax.models.swin import MERGE, Swin
 
 if TYPE_CHECKING:  # models also run where ml-collections is not installed
     from ml_collections import ConfigDict
 
-MODELS: dict[str, type[nn.Module]] = {"binaryvit": BinaryViT, "deit": DeiT, "extra_res": ExtraRes}
+MODELS: dict[str, type[nn.Module]] = {
+    "binaryvit": BinaryViT,
+    "deit": DeiT,
+    "extra_res": ExtraRes,
+    "swin": Swin,
+}
+REAL = ("deit", "swin")
 _NOT_SETTINGS = {"parent", "name", "dtype", "block"}
 
 
@@ -29,10 +35,14 @@ def _defaults(name: str) -> dict[str, Any]:
     """Returns the settings of a model and their defaults: its own fields and those of its blocks."""
     if name not in MODELS:
         raise UserError(f"config.model.name is {name!r}" + nearest(str(name), MODELS))
-    fields = list(dataclasses.fields(MODELS[name]))
-    if any(field.name == "block" for field in fields):
-        fields += dataclasses.fields(BlockConfig)
-    return {field.name: field.default for field in fields if field.name not in _NOT_SETTINGS}
+    own = {field.name: field.default for field in dataclasses.fields(MODELS[name])}
+    settings = own | vars(_default_block(name))
+    return {key: value for key, value in settings.items() if key not in _NOT_SETTINGS}
+
+
+def _default_block(name: str) -> Any:
+    """Returns what the blocks of a model have in common where nothing else is said."""
+    return next(f.default for f in dataclasses.fields(MODELS[name]) if f.name == "block")
 
 
 def _complete(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,11 +80,9 @@ def create_model(config: "Mapping[str, Any] | ConfigDict", dtype: DTypeLike = jn
     name = settings.pop("name", None)
     settings = _complete(name, settings)
     _check(name, settings)
-    if name == "deit":
-        return DeiT(**settings, dtype=dtype)
-    shared = {field.name for field in dataclasses.fields(BlockConfig)}
-    block = BlockConfig(**{key: settings.pop(key) for key in list(settings) if key in shared}, dtype=dtype)
-    return MODELS[name](**settings, block=block)
+    block = _default_block(name)
+    shared = {key: settings.pop(key) for key in vars(block) if key in settings}
+    return MODELS[name](**settings, block=dataclasses.replace(block, **shared, dtype=dtype))
 
 
 def num_params(params: Any) -> int:
@@ -87,6 +95,8 @@ def _check(name: str, s: dict[str, Any]) -> None:
         _require(_is_like(s[key], default), key, s[key], f"expected {_KINDS[type(default)]}")
     if name == "binaryvit":
         _check_pyramid(s)
+    elif name == "swin":
+        _check_swin(s)
     else:
         for key in ("width", "depth", "num_heads", "mlp_dim"):
             _require(s[key] > 0, key, s[key], "expected a positive whole number")
@@ -98,6 +108,13 @@ def _check(name: str, s: dict[str, Any]) -> None:
     _require(s["norm_epsilon"] > 0, "norm_epsilon", s["norm_epsilon"], "expected above 0")
     _require_choice("weight_init", s["weight_init"], typing.get_args(WeightInit))
     if name == "deit":
+        _require(
+            s["distillation_token"] or not s["distillation_head"],
+            "distillation_head",
+            True,
+            "it reads the distillation token; set distillation_token to True",
+        )
+    if name in REAL:
         return
     _require_choice("norm", s["norm"], typing.get_args(NormName))
     _require_choice("weight_bits", s["weight_bits"], (1, 2, 3, 4, 5, 6, 7, 8, 32))
@@ -156,6 +173,33 @@ def _check_pyramid(s: dict[str, Any]) -> None:
             wider,
             f"expected a multiple of the previous stage's {narrower}",
         )
+
+
+def _check_swin(s: dict[str, Any]) -> None:
+    stages = len(s["depth"])
+    _require(stages > 0, "depth", s["depth"], "expected one depth a stage")
+    for key in ("depth", "num_heads"):
+        _require(
+            len(s[key]) == stages and all(value > 0 for value in s[key]),
+            key,
+            s[key],
+            f"expected {stages} positive whole numbers, one a stage as in config.model.depth",
+        )
+    for key in ("width", "window_size", "mlp_ratio"):
+        _require(s[key] > 0, key, s[key], "expected a positive whole number")
+    side = _check_grid(s)
+    for stage, num_heads in enumerate(s["num_heads"]):
+        _check_heads(s["width"] * MERGE**stage, num_heads, "width")
+        window = min(s["window_size"], side)
+        _require(
+            side % window == 0 and (stage + 1 == stages or side % MERGE == 0),
+            "image_size",
+            s["image_size"],
+            f"stage {stage} has a {side}×{side} token grid, which windows of {window} must divide, and"
+            f" {MERGE} before another stage; use a multiple of"
+            f" {s['patch_size'] * MERGE ** (stages - 1) * s['window_size']}",
+        )
+        side //= MERGE
 
 
 def _check_grid(s: dict[str, Any]) -> int:

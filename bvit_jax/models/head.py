@@ -1,6 +1,7 @@
 """From tokens to what a model returns."""
 
-import jax.numpy as jnp
+from collections.abc import Sequence
+
 from flax import linen as nn
 from flax import struct
 from jax import Array
@@ -13,25 +14,37 @@ class ModelOutput:
     """What every model returns.
 
     Attributes:
-      logits: (batch, classes), float32 or float64.
+      logits: (batch, classes), float32 or float64: the mean over the heads.
+      head_logits: the logits of each head; the first is the class head, the last the one that is
+        distilled. Most models have one head, which is both.
       hidden_states: if asked for, the input of every block and the encoder's output, each
         (batch, tokens, channels) in the compute dtype; else empty.
       attentions: if asked for, the attention probabilities of every block, as the product with the
-        values sees them (binarised where the model does that), each (batch, heads, tokens, keys);
-        else empty.
+        values sees them (binarised where the model does that), each (batch, heads, tokens, keys), in
+        windows (batch * windows, heads, tokens, tokens); else empty.
     """
 
     logits: Array
+    head_logits: tuple[Array, ...]
     hidden_states: tuple[Array, ...] = ()
     attentions: tuple[Array, ...] = ()
 
 
-def classify(tokens: Array, num_classes: int, *, class_token: bool, weight_init: WeightInit) -> Array:
-    """Pools normalised tokens (batch, tokens, channels) and returns logits (batch, classes).
+def classify(pooled: Array, num_classes: int, weight_init: WeightInit, name: str) -> Array:
+    """Returns the logits (batch, classes) of pooled features (batch, channels).
 
-    The module is called ``head`` and belongs to the calling module; it computes in the dtype of the
-    tokens.
+    The module is called ``name`` and belongs to the calling module; it computes in the dtype of the
+    features.
     """
-    pooled = tokens[:, 0] if class_token else jnp.mean(tokens, axis=1)
-    head: nn.Dense = real_dense(num_classes, tokens.shape[-1], weight_init, tokens.dtype, "head")
+    head: nn.Dense = real_dense(num_classes, pooled.shape[-1], weight_init, pooled.dtype, name)
     return head(pooled)
+
+
+def model_output(
+    head_logits: tuple[Array, ...], hidden: Sequence[Array], attentions: Sequence[Array], capture: bool
+) -> ModelOutput:
+    """Returns the output of a model with the given heads, with what lies inside it if ``capture``."""
+    logits = sum(head_logits[1:], head_logits[0]) / len(head_logits) if head_logits[1:] else head_logits[0]
+    if not capture:
+        return ModelOutput(logits, head_logits)
+    return ModelOutput(logits, head_logits, tuple(hidden), tuple(attentions))
