@@ -11,6 +11,8 @@ import pytest
 
 from bvit_jax import parity
 from bvit_jax.errors import UserError
+from bvit_jax.parity import check as checking
+from bvit_jax.parity.__main__ import main
 
 MODELS = (
     "deit",
@@ -62,8 +64,8 @@ def check(golden_file):
             return compare(group, ours, golden, floors)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parity, "compare", record)
-            return list(parity.check(golden_file(name))), calls
+            patch.setattr(checking, "compare", record)
+            return list(checking.check(golden_file(name))), calls
 
     return run
 
@@ -85,7 +87,7 @@ def test_golden_files_pass(golden_file, check, name):
 
 
 def test_command_prints_a_table(golden_file, capsys):
-    assert parity.main(["check", str(golden_file("deit"))]) == 0
+    assert main(["check", str(golden_file("deit"))]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0] == str(golden_file("deit"))
@@ -131,14 +133,14 @@ def test_every_changed_output_is_found(check, golden_file):
 def test_every_changed_input_is_found(golden_file):
     golden = parity.GoldenFile(golden_file("react_deit_steps"))
     config = parity.config_of(golden.meta)
-    assert parity._compare_inputs(golden, config).passed
+    assert checking._compare_inputs(golden, config).passed
     names = [name for name in golden.arrays if name.startswith(("state/", "input/"))]
     assert len(names) > 100
     unnoticed = set()
     for name in names:
         original = golden.arrays[name]
         golden.arrays[name] = changed(original)
-        row = parity._compare_inputs(golden, config)
+        row = checking._compare_inputs(golden, config)
         golden.arrays[name] = original
         if row.passed:
             unnoticed.add(name)
@@ -166,7 +168,7 @@ def test_command_fails_on_a_changed_array(golden_file, tmp_path, capsys, compile
         arrays = {n: a for n, a in arrays.items() if not n.startswith(("steps/", "grad/"))}
     arrays[array] = changed(arrays[array])
     path = write(tmp_path / "changed.npz", arrays)
-    assert parity.main(["check", str(path)]) == 1
+    assert main(["check", str(path)]) == 1
     out, err = capsys.readouterr()
     failed = [line for line in out.splitlines() if "  FAIL  " in line]
     # Changed inputs may show in everything computed from them.
@@ -255,7 +257,7 @@ def unclosed_files():
 def refused(path, capsys):
     """Returns what the command says about a file it cannot read, and checks how it says it."""
     with unclosed_files():  # there is one test of them, below
-        assert parity.main(["check", str(path)]) == 2
+        assert main(["check", str(path)]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {path}: ")
     assert err.count("\n") == 1
@@ -267,7 +269,7 @@ def test_files_that_cannot_be_read_are_closed(tmp_path):
     path = tmp_path / "damaged.npz"
     path.write_bytes(b"PK\x03\x04")
     with unclosed_files() as messages:
-        assert parity.main(["check", str(path)]) == 2
+        assert main(["check", str(path)]) == 2
     assert messages == []
 
 
@@ -363,7 +365,7 @@ def test_a_single_array_is_refused(tmp_path, capsys):
 
 def test_the_worst_status_counts(golden_file, tmp_path, capsys):
     path = tmp_path / "nothing.npz"
-    assert parity.main(["check", str(path), str(golden_file("deit"))]) == 2
+    assert main(["check", str(path), str(golden_file("deit"))]) == 2
     assert "pass" in capsys.readouterr().out  # the other file was checked all the same
 
 

@@ -1,0 +1,10 @@
+"""Parity with PyTorch: ``python -m bvit_jax.parity {check,layers,dump}``; see ``docs/parity.md``.
+
+Golden files hold what the PyTorch code computed from some weights and images in float64. ``check``
+compares our model with them, group by group; ``layers`` does so layer by layer; ``dump`` writes them.
+"""
+
+from bvit_jax.parity.golden import GoldenFile, Row, compare
+from bvit_jax.parity.reference import config_of
+
+__all__ = ["GoldenFile", "Row", "compare", "config_of"]

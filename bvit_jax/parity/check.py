@@ -1,0 +1,185 @@
+"""Our model on a golden file, group by group: outputs, gradients, statistics, optimiser steps.
+
+A gradient's scale is at least 1e-4 of the largest gradient in the file, because a shift in front of a
+batch norm has a gradient of zero by cancellation, 1e-17 on both sides.
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from bvit_jax import losses, models, optim
+from bvit_jax.config import default_config
+from bvit_jax.errors import UserError
+from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
+from bvit_jax.parity.reference import config_of
+from bvit_jax.pretrained import BUFFERS, Variables, abstract_variables, from_state_dict
+from bvit_jax.torch_names import to_state_dict
+
+GRADIENT_FLOOR = 1e-4  # of the largest gradient
+CANCELLED = 1e-13  # of the largest gradient: below it there is only noise
+
+
+def check(path: Path) -> Iterator[Row]:
+    """Runs our model on a golden file in float64 and yields one row per group, as they are done.
+
+    Raises:
+      UserError: the file cannot be read, or holds a model or state dict that does not fit.
+    """
+    golden = GoldenFile(path)
+    config = config_of(golden.meta)
+    with jax.enable_x64(True):
+        yield from _check_model(golden, config)
+
+
+def _check_model(golden: GoldenFile, config: ConfigDict) -> Iterator[Row]:
+    model = models.create_model(config, jnp.float64)
+    abstract = abstract_variables(model, config.image_size)
+    size = (config.image_size, config.image_size, 3)
+    if golden.images().shape[1:] != size:
+        raise UserError(f"its images are {golden.images().shape[1:]}; its model takes {size}")
+    variables = from_state_dict(golden.group("state"), abstract, np.float64)
+    yield _compare_inputs(golden, config)
+
+    apply = jax.jit(functools.partial(model.apply, capture=True))
+    output = apply(variables, golden.images())
+    yield compare("eval logits", {"": output.logits}, {"": golden.array("eval/logits")})
+    for group, ours in (("hidden", output.hidden_states), ("attention", output.attentions)):
+        if theirs := golden.group(f"eval/{group}"):
+            # Only what the file holds: files may leave out the large arrays.
+            named = {str(i): array for i, array in enumerate(ours) if str(i) in theirs}
+            yield compare(f"eval {group}", named, theirs)
+
+    yield from _check_training(golden, model, variables)
+    if "steps/lr" in golden.arrays:
+        yield from _check_steps(golden, model, variables)
+
+
+def _compare_inputs(golden: GoldenFile, config: ConfigDict) -> Row:
+    """Checks what the format promises of weights and inputs: ``weights_dtype`` holds them exactly.
+
+    A parameter such as a key's bias has no influence on anything that is computed, so only this can
+    tell that it was damaged. The constants among the buffers must be those of the configuration.
+    """
+    theirs = {f"state/{name}": array for name, array in golden.group("state").items()}
+    theirs |= {f"input/{name}": array for name, array in golden.group("input").items()}
+    weights_dtype = golden.meta.get("weights_dtype", "float16")
+    if weights_dtype not in ("float16", "float32", "float64"):
+        raise UserError(f"its weights_dtype is {weights_dtype!r}; expected float16, float32 or float64")
+    ours = {
+        name: array.astype(weights_dtype).astype(array.dtype)
+        for name, array in theirs.items()
+        if array.dtype.kind == "f"
+    }
+    for name in theirs:
+        if name.endswith(("weight_clip_val", "act_clip_val")):
+            ours[name] = np.array([-config.clip_val, config.clip_val])
+        elif name not in ours:  # counters
+            ours[name] = np.asarray(theirs[name])
+    return compare("inputs", ours, theirs)
+
+
+def _loss(model: nn.Module) -> Any:
+    """Returns the reference's training loss as a function whose gradient is taken."""
+
+    def loss(params: Any, images: Any, statistics: Any, teacher_logits: Any) -> tuple[Any, Any]:
+        output, updates = model.apply(
+            {"params": params, "batch_stats": statistics},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        value = jnp.mean(losses.soft_cross_entropy(output.logits, teacher_logits))
+        return value, (output.logits, updates.get("batch_stats", {}))
+
+    return loss
+
+
+def _check_training(golden: GoldenFile, model: nn.Module, variables: Variables) -> Iterator[Row]:
+    gradient = jax.jit(jax.value_and_grad(_loss(model), argnums=(0, 1), has_aux=True))
+    (loss, (logits, statistics)), (to_params, to_images) = gradient(
+        variables["params"],
+        golden.images(),
+        variables.get("batch_stats", {}),
+        golden.float64("input/teacher_logits"),
+    )
+    yield compare("train logits", {"": logits}, {"": golden.array("train/logits")})
+    yield compare("loss", {"": loss}, {"": golden.array("train/loss")})
+    if theirs := golden.group("grad"):
+        ours = to_state_dict({"params": to_params})
+        floor = GRADIENT_FLOOR * max(_magnitudes(theirs).values())
+        yield compare("gradients", ours, theirs, dict.fromkeys(theirs, floor))
+    if theirs := golden.group("grad_input"):
+        yield compare("input gradient", {"images": np.moveaxis(to_images, -1, -3)}, theirs)
+    if theirs := golden.group("train_state"):
+        ours = to_state_dict({"batch_stats": statistics}) | _buffers(golden, theirs, steps=1)
+        yield compare("running statistics", ours, theirs)
+
+
+def _magnitudes(arrays: Arrays) -> dict[str, float]:
+    return {name: float(np.max(np.abs(array), initial=0)) for name, array in arrays.items()}
+
+
+def _buffers(golden: GoldenFile, expected: Arrays, steps: int) -> Arrays:
+    """Returns those of the ``expected`` arrays that are PyTorch's buffers, ``steps`` batches later."""
+    return {
+        name: array + steps if name.endswith(".num_batches_tracked") else array
+        for name, array in golden.group("state").items()
+        if name in expected and name.rpartition(".")[2] in BUFFERS
+    }
+
+
+def _check_steps(golden: GoldenFile, model: nn.Module, variables: Variables) -> Iterator[Row]:
+    settings = default_config().optim
+    try:
+        described = golden.meta["optimizer"]
+        settings.b1, settings.b2 = described["betas"]
+        settings.eps, settings.weight_decay = described["eps"], described["weight_decay"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"its meta does not describe the optimizer: {error!r}") from error
+    rates = golden.float64("steps/lr")
+    optimizer = optim.make_optimizer(settings, lambda step: jnp.asarray(rates)[step])
+    gradient = jax.value_and_grad(_loss(model), has_aux=True)
+
+    @jax.jit
+    def step(params: Any, statistics: Any, state: Any, images: Any, teacher: Any) -> tuple:
+        (loss, (_, statistics)), grads = gradient(params, images, statistics, teacher)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), statistics, state, loss
+
+    params, statistics = variables["params"], variables.get("batch_stats", {})
+    state, steps = optimizer.init(params), []
+    for images, teacher in zip(
+        golden.images("steps/images"), golden.float64("steps/teacher_logits"), strict=True
+    ):
+        params, statistics, state, loss = step(params, statistics, state, images, teacher)
+        steps.append(loss)
+    yield compare("step losses", {"": np.array(steps)}, {"": golden.array("steps/loss")})
+    theirs = golden.group("steps/final")
+    ours = to_state_dict({"params": params, "batch_stats": statistics})
+    ours |= _buffers(golden, theirs, len(steps))
+    yield compare("final state", ours, theirs, _final_floors(golden, rates.sum() / settings.eps))
+
+
+def _final_floors(golden: GoldenFile, amplification: float) -> dict[str, float]:
+    """Returns the least scales of final parameters whose gradient is zero by cancellation.
+
+    What is left of such a gradient is the rounding noise of either side, and Adam's normaliser
+    amplifies it by up to the sum of the learning rates over epsilon. The difference allowed is the one
+    that the check of the gradients allows, amplified.
+    """
+    gradients = _magnitudes(golden.group("grad"))
+    largest = max(gradients.values(), default=0.0)
+    return {
+        name: GRADIENT_FLOOR * largest * amplification
+        for name, gradient in gradients.items()
+        if gradient < CANCELLED * largest
+    }

@@ -1,0 +1,121 @@
+"""How the PyTorch reference spells its models, and which of ours they are.
+
+The reference describes a model by a configuration directory, a model type and command-line switches:
+those of its ``scripts/*.sh`` have the names of our ``configs/*.py`` here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bvit_jax import models
+from bvit_jax.errors import UserError, nearest
+
+_DEIT_DIRECTORY, _BINARYVIT_DIRECTORY = "deit-small-patch16-224", "binaryvit-small-patch4-224"
+
+# The switches and their values where a script does not give them.
+_SWITCHES: dict[str, Any] = {
+    "weight_bits": 1,
+    "input_bits": 1,
+    "nb_classes": 1000,
+    "avg_res3": False,
+    "avg_res5": False,
+    "replace_ln_bn": True,
+    "disable_layerscale": False,
+    "enable_cls_token": False,
+    "some_fp": False,
+}
+_POOLING = {"avg_res3": True, "avg_res5": True}
+
+
+def _react_deit(**switches: bool) -> dict[str, Any]:
+    return {"model": _DEIT_DIRECTORY, "model_type": "extra-res", **_SWITCHES, **switches}
+
+
+def _binaryvit(**switches: bool) -> dict[str, Any]:
+    return {
+        "model": _BINARYVIT_DIRECTORY,
+        "model_type": "extra-res-pyramid",
+        **_SWITCHES,
+        **_POOLING,
+        **switches,
+    }
+
+
+_NAMED: dict[str, dict[str, Any]] = {
+    "binaryvit_small": _binaryvit(),
+    "binaryvit_small:some_fp": _binaryvit(some_fp=True),
+    "react_deit_small:cls": _react_deit(enable_cls_token=True, disable_layerscale=True),
+    "react_deit_small:avg_pool": _react_deit(disable_layerscale=True),
+    "react_deit_small:multi_branch": _react_deit(disable_layerscale=True, **_POOLING),
+    "react_deit_small:ls": _react_deit(**_POOLING),
+    "deit_small": {
+        "model": _DEIT_DIRECTORY,
+        "model_type": "deit",
+        **_SWITCHES,
+        "weight_bits": 32,
+        "input_bits": 32,
+        "replace_ln_bn": False,
+    },
+}
+
+
+def named(name: str) -> dict[str, Any]:
+    """Returns the reference's arguments for one of our configurations.
+
+    They are ``model`` (a directory of its ``configs/``), ``model_type``, ``weight_bits``,
+    ``input_bits``, ``nb_classes`` and the switches.
+
+    Raises:
+      UserError: the reference has no such model.
+    """
+    if name not in _NAMED:
+        raise UserError(f"--model is {name!r}{nearest(name, _NAMED)}")
+    return dict(_NAMED[name])
+
+
+def config_of(meta: Mapping[str, Any]) -> ConfigDict:
+    """Returns our model configuration for the ``meta`` of a golden file of the BinaryViT code.
+
+    The reference spells a model as a base configuration, overrides of it, and command-line switches.
+
+    Raises:
+      UserError: something is missing, or we have no such model.
+    """
+    try:
+        name = {"extra-res-pyramid": "binaryvit", "extra-res": "extra_res", "deit": "deit"}[
+            meta["model_type"]
+        ]
+        args, overrides = meta["args"], meta["config"]
+        settings: dict[str, Any] = {"num_classes": meta["num_classes"], "norm_epsilon": 1e-5}
+        settings["drop_path"] = args["drop_path"]
+        for theirs, ours in _CONFIG_KEYS.items():
+            if theirs in overrides:
+                value = overrides[theirs]
+                settings[ours] = tuple(value) if isinstance(value, list) else value
+        if name != "deit":
+            settings["weight_bits"], settings["act_bits"] = meta["weight_bits"], meta["input_bits"]
+            settings["norm"] = "batch_norm" if args["replace_ln_bn"] else "layer_norm"
+            settings["layer_scale"] = not args["disable_layerscale"]
+            settings["pool_branches"] = tuple(k for k in (3, 5) if args[f"avg_res{k}"])
+        if name == "extra_res":
+            settings["class_token"] = args["enable_cls_token"]
+        if name == "binaryvit":
+            settings["some_fp"] = args["some_fp"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the golden file's meta has no or an unknown {error}") from error
+    return models.model_config(name, **settings)
+
+
+_CONFIG_KEYS = {  # config.json of the reference -> config.model
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "depths": "depth",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_dim",
+    "reduction_ratio": "reduction",
+    "clip_val": "clip_val",
+}
