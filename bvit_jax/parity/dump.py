@@ -1,0 +1,160 @@
+"""Golden files from a user's checkout of the PyTorch reference, run in its own environment."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from bvit_jax.errors import UserError
+from bvit_jax.parity.reference import named
+
+SCRIPT = Path(__file__).with_name("torch_side.py")
+DEFAULT_BATCH = 2
+
+
+def dump(
+    out: Path,
+    repo: Path,
+    *,
+    python: str = sys.executable,
+    model: str | None = None,
+    checkpoint: Path | None = None,
+    images: Sequence[Path] = (),
+    batch: int | None = None,
+    seed: int = 0,
+    compact: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> None:
+    """Runs the PyTorch code and writes what it computes as the golden file ``out``.
+
+    Args:
+      out: the file, which appears whole or not at all and must not exist.
+      repo: checkout of github.com/Phuoc-Hoan-Le/BinaryViT.
+      python: interpreter with the modules that the checkout needs.
+      model: one of our configurations; by default what the checkpoint's arguments say.
+      checkpoint: weights; without it, random ones.
+      images: files for the evaluation transform of the reference; without them, random images.
+      batch: number of random images.
+      seed: of everything random.
+      compact: whether to compress, and to store large outputs in float32.
+      overrides: values in place of the reference's arguments and of its config.json.
+
+    Raises:
+      UserError: a path or a file is wrong, or the PyTorch code refuses or fails.
+    """
+    _check_paths(out, repo, checkpoint)
+    if model is None and checkpoint is None:
+        raise UserError("neither --model nor --checkpoint is given; pass one of them")
+    if batch is not None and batch < 1:
+        raise UserError(f"--batch is {batch}; expected at least 1")
+    if images and batch not in (None, len(images)):
+        raise UserError(f"--batch is {batch}, but there are {len(images)} --images; leave --batch out")
+    # In the target's directory, so that the last step is a rename.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+        scratch = Path(name)
+        request = {
+            "repo": str(repo.resolve()),
+            "settings": named(model) if model is not None else None,
+            "overrides": dict(overrides or {}),
+            "checkpoint": str(checkpoint) if checkpoint is not None else None,
+            "images": None,
+            "batch": batch or DEFAULT_BATCH,
+            "seed": seed,
+            "compact": compact,
+            "out": str(scratch / "golden.npz"),
+        }
+        if images:
+            size = _image_size(_run(python, "describe", request, scratch), python)
+            request["images"] = str(scratch / "images.npy")
+            np.save(scratch / "images.npy", load_images(images, size))
+        _run(python, "dump", request, scratch)
+        written = scratch / "golden.npz"
+        if not written.is_file():
+            raise UserError(f"{python} wrote no file; is it a Python interpreter?")
+        written.rename(out)
+
+
+def _check_paths(out: Path, repo: Path, checkpoint: Path | None) -> None:
+    if not (repo / "models.py").is_file() or not (repo / "configs").is_dir():
+        raise UserError(
+            f"--repo is {repo}, which has no models.py and configs/; "
+            "expected a checkout of github.com/Phuoc-Hoan-Le/BinaryViT"
+        )
+    if checkpoint is not None and not checkpoint.is_file():
+        raise UserError(f"--checkpoint is {checkpoint}, which is no file; expected a .pth file")
+    if out.exists():
+        raise UserError(f"{out} exists; remove it or write to another file")
+    if not out.parent.is_dir():
+        raise UserError(f"no directory {out.parent} to write {out.name} in; create it first")
+
+
+def _image_size(description: str, python: str) -> int:
+    try:
+        return int(json.loads(description)["config"]["image_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{python} wrote no description of the model; is it a Python interpreter?") from error
+
+
+def load_images(paths: Sequence[Path], size: int) -> np.ndarray:
+    """Returns image files as the reference evaluates them: float32 (batch, 3, size, size).
+
+    Raises:
+      UserError: a file is missing or no image.
+    """
+    return np.stack([_load_image(path, size) for path in paths])
+
+
+def _load_image(path: Path, size: int) -> np.ndarray:
+    from bvit_jax.data.transforms import decode, eval_transform  # its package needs more than parity does
+
+    try:
+        image = decode(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"--images: no file {path}") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"--images: cannot read {path}: {error}; expected a JPEG or PNG file") from error
+    # 256 of 224 pixels, whatever the size.
+    pixels = eval_transform(image, size=size, resize=256 * size // 224, interpolation="bicubic")
+    mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
+    return ((pixels.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+
+
+def _run(python: str, command: str, request: Mapping[str, Any], scratch: Path) -> str:
+    """Runs the script on the PyTorch side and returns its stdout; one line of its stderr on failure."""
+    path = scratch / "request.json"
+    path.write_text(json.dumps(request))
+    # The checkout is only read.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        result = subprocess.run(
+            [python, str(SCRIPT), command, str(path)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
+    except OSError as error:
+        raise UserError(f"cannot run --python {python}: {error.strerror}") from error
+    if result.returncode < 0:
+        raise UserError(
+            f"the PyTorch side was ended by signal {-result.returncode}; did it run out of memory? "
+            "try a smaller --batch"
+        )
+    if result.returncode != 0:
+        raise UserError(_last_line(result.stderr, result.returncode))
+    return result.stdout
+
+
+def _last_line(stderr: str, status: int) -> str:
+    lines = stderr.strip().splitlines() or [f"no message, exit status {status}"]
+    if lines[-1].startswith("error: "):
+        return lines[-1].removeprefix("error: ")
+    return f"the PyTorch side failed: {lines[-1]}"

@@ -1,0 +1,170 @@
+"""Where two models part: our layers against a golden file's trace, and the signs that rounding flips.
+
+Layers have the names of PyTorch's modules. A layer is compared in float64 at the elements that the file
+holds of it; the flips say which share of the signs that a binary product sees differs in a narrower
+dtype from those in float64.
+"""
+
+import functools
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
+
+from bvit_jax import models
+from bvit_jax.errors import UserError
+from bvit_jax.layers import BatchNorm, BinaryDense, BinaryPatchConv, LayerScale, RPReLU
+from bvit_jax.parity.golden import GoldenFile, compare
+from bvit_jax.parity.reference import config_of
+from bvit_jax.pretrained import Variables, abstract_variables, from_state_dict
+from bvit_jax.products import accumulator_dtype
+from bvit_jax.torch_names import torch_name
+
+NARROW = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# Each kind of layer, and the parameter of it whose PyTorch name starts with the module's.
+_LAYERS: dict[type[nn.Module], str] = {
+    BinaryDense: "kernel",
+    BinaryPatchConv: "kernel",
+    nn.Dense: "kernel",
+    nn.Conv: "kernel",
+    BatchNorm: "scale",
+    nn.LayerNorm: "scale",
+    RPReLU: "move1",
+    LayerScale: "alpha",
+}
+_ATTENDED = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer.
+
+    Attributes:
+      name: PyTorch's name of it.
+      path: ours.
+      error: of its output in float64, relative to the largest magnitude in the trace.
+      passed: whether the error is within the tolerance.
+      flips: share of flipped signs by ``torch float32``, ``float32`` and ``bfloat16``; empty where the
+        layer sees no signs. For the RPReLU of queries, keys and values they are the signs of its shifted
+        output in the attention product, for all others those of its shifted input.
+    """
+
+    name: str
+    path: str
+    error: float
+    passed: bool
+    flips: Mapping[str, float]
+
+
+@dataclass
+class _Trace:
+    """What one run of our model did, by PyTorch's names of the layers."""
+
+    paths: dict[str, str]
+    outputs: dict[str, np.ndarray]
+    signs: dict[str, np.ndarray]
+
+
+def layer_rows(path: Path) -> Iterator[LayerRow]:
+    """Runs our model on a golden file and yields its layers in PyTorch's order of execution.
+
+    Raises:
+      UserError: the file cannot be read, has no trace, or holds a model that does not fit.
+    """
+    golden = GoldenFile(path)
+    trace, torch_flips = golden.group("trace"), golden.group("flips")
+    if not trace:
+        raise UserError(
+            "the file has no trace/* to compare layers with; write one with python -m bvit_jax.parity dump"
+        )
+    config = config_of(golden.meta)
+    with jax.enable_x64(True):
+        wide = _run(golden, config, jnp.float64)
+    flips = {}
+    for dtype_name, dtype in NARROW.items():
+        narrow = _run(golden, config, dtype).signs
+        flips[dtype_name] = {n: float(np.mean(signs != narrow[n])) for n, signs in wide.signs.items()}
+    for name in [*trace, *(n for n in wide.outputs if n not in trace)]:
+        ours, theirs = ({name: t[name]} if name in t else {} for t in (wide.outputs, trace))
+        row = compare(name, ours, theirs)
+        shares = {"torch float32": float(torch_flips[name])} if name in torch_flips else {}
+        shares |= {dtype: shares_of[name] for dtype, shares_of in flips.items() if name in shares_of}
+        yield LayerRow(name, wide.paths.get(name, ""), row.error, row.passed, shares)
+
+
+def _run(golden: GoldenFile, config: ConfigDict, dtype: DTypeLike) -> _Trace:
+    model = models.create_model(config, dtype)
+    weights = np.float64 if dtype == jnp.float64 else np.float32
+    state = golden.group("state")
+    variables = from_state_dict(state, abstract_variables(model, config.image_size), weights)
+    sizes = {name: array.size for name, array in golden.group("trace").items()}
+    paths: dict[str, str] = {}
+
+    def forward(variables: Variables, images: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+        recorder = _Recorder(variables["params"], sizes, dtype)
+        with nn.intercept_methods(recorder):
+            model.apply(variables, images)
+        paths.update(recorder.paths)
+        return recorder.outputs, recorder.signs
+
+    outputs, signs = jax.device_get(jax.jit(forward)(variables, golden.images().astype(weights)))
+    return _Trace(paths, outputs, signs)
+
+
+class _Recorder:
+    """An interceptor of linen's method calls that keeps what the layers compute."""
+
+    def __init__(self, params: Mapping[str, Any], sizes: Mapping[str, int], dtype: DTypeLike) -> None:
+        self.params, self.sizes, self.dtype = params, sizes, dtype
+        self.paths: dict[str, str] = {}
+        self.outputs: dict[str, Array] = {}
+        self.signs: dict[str, Array] = {}
+
+    def __call__(self, call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        output = call(*args, **kwargs)
+        module = context.module
+        leaf = next((leaf for kind, leaf in _LAYERS.items() if isinstance(module, kind)), None)
+        if leaf is None or context.method_name != "__call__":
+            return output
+        path = "/".join(module.path)
+        name = torch_name(f"{path}/{leaf}").rpartition(".")[0]
+        self.paths[name] = path
+        self.outputs[name] = _sample(output, self.sizes.get(name))
+        shifted = self._shifted(module, args, output)
+        if shifted is not None:
+            self.signs[name] = jnp.sign(shifted).astype(jnp.int8)
+        return output
+
+    def _shifted(self, module: nn.Module, args: Any, output: Array) -> Array | None:
+        """Returns the shifted activations whose signs enter a binary product at this layer, if any."""
+        accumulator = accumulator_dtype(self.dtype)
+        if isinstance(module, BinaryDense | BinaryPatchConv):
+            return (
+                args[0].astype(accumulator) + self._at(module.path)["move"] if module.act_bits == 1 else None
+            )
+        if isinstance(module, RPReLU) and module.path[-2] in _ATTENDED:
+            attention = self._at(module.path[:-2])
+            if "prob_scale" in attention:  # else the attention product is real
+                kept = output.astype(self.dtype).astype(accumulator)
+                return kept + attention[f"{module.path[-2]}_move"]
+        return None
+
+    def _at(self, path: tuple[str, ...]) -> Any:
+        return functools.reduce(operator.getitem, path, self.params)
+
+
+def _sample(array: Array, count: int | None) -> Array:
+    """Returns ``count`` evenly spaced elements, those that a golden file's trace holds."""
+    flat = array.reshape(-1)
+    count = min(count or 1, flat.size)
+    return flat[np.arange(count) * flat.size // count]
