@@ -15,6 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "compute_dtype": ("float32", "bfloat16"),
     "data.crop_interpolation": ("bilinear", "bicubic"),
     "data.eval_interpolation": ("bilinear", "bicubic"),
+    "loss.teacher_targets": ("soft", "hard"),
     "optim.schedule": ("cosine", "cosine_by_epoch"),
 }
 POSITIVE = (
@@ -89,10 +90,11 @@ def default_config() -> ConfigDict:
 
     config.loss = loss = ConfigDict()
     loss.distillation_weight = 1.0  # the rest goes to the labels; 0: no teacher
+    loss.teacher_targets = "soft"  # the teacher's probabilities; "hard": the class it prefers
     loss.label_smoothing = 0.1
 
     config.teacher = teacher = ConfigDict()
-    teacher.path = ""  # directory with config.json and model.safetensors
+    teacher.path = ""  # anything that python -m bvit_jax.convert reads, such as DeiT-S's .pth
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 0  # 0: once an epoch

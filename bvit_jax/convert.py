@@ -1,54 +1,142 @@
-"""From a training run to PyTorch's names: ``python -m bvit_jax.convert WORKDIR TARGET``."""
+"""Moves weights between PyTorch and JAX: ``python -m bvit_jax.convert SOURCE TARGET``
+
+SOURCE is a checkpoint of the BinaryViT code (.pth), DeiT or Swin of Facebook, Microsoft or timm (.pth or
+.safetensors), a directory of Hugging Face's ViT, DeiT or Swin, a directory or file that this command
+wrote, or the workdir of a training run. TARGET is a directory, or a file that ends in .safetensors or
+.pth; it must not exist, and appears whole or not at all.
+"""
 
 import argparse
+import ast
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from bvit_jax import config as config_lib
-from bvit_jax import data, models
-from bvit_jax.checkpoint import Kind, restore_variables
+from bvit_jax import labels, models, pretrained, runs
 from bvit_jax.errors import UserError
-from bvit_jax.pretrained import abstract_variables, save_pretrained
-from bvit_jax.sharding import with_sharding
+from bvit_jax.formats import FORMATS
+from bvit_jax.pretrained import NATIVE, Pretrained
+from bvit_jax.state_dicts import StateDictError
 
 
-def export_workdir(workdir: Path, target: Path, kind: Kind = "latest") -> None:
-    """Writes the DeiT of a training run as `load_pretrained` reads it.
+def convert(arguments: argparse.Namespace) -> Pretrained:
+    """Runs the conversion that the command line asks for, and returns what was written.
 
     Raises:
-      UserError: there is no such run or checkpoint, or its model is not a DeiT.
+      UserError: the source cannot be read or does not fit, or the target exists or cannot hold it.
     """
-    config = config_lib.load(workdir / "config.json")
-    if config.model.name != "deit":
-        raise UserError(
-            f"the run in {workdir} trained {config.model.name!r}; only 'deit' has a Hugging Face format"
-        )
-    abstract = abstract_variables(models.create_model(config.model), config.model.image_size)
-    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    restored = restore_variables(workdir, with_sharding(abstract, whole), kind)
-    if restored is None:
-        raise UserError(f"no {kind} checkpoint in {workdir}; train with train.py --workdir first")
-    class_names = data.open_train_split(config.data).class_names
-    save_pretrained(target, config.model, restored[0], list(class_names))
+    if arguments.target.exists():  # before the work
+        raise UserError(f"{arguments.target} exists; delete it or choose another target")
+    model = runs.load_model(
+        arguments.source,
+        kind=arguments.checkpoint,
+        config_file=arguments.config,
+        overrides=dict(arguments.set),
+        weights_key=arguments.key,
+    )
+    if arguments.image_size:
+        model = pretrained.resized(model, arguments.image_size)
+    names = class_names(arguments.class_names, arguments.reset_head or model.config.num_classes)
+    if arguments.reset_head:
+        model = pretrained.with_new_head(model, names or labels.default_names(arguments.reset_head))
+    elif names:
+        model = pretrained.with_class_names(model, names)
+    pretrained.save(model, arguments.target, arguments.format)
+    return model
+
+
+def class_names(path: Path | None, num_classes: int) -> tuple[str, ...]:
+    """Returns the lines of a file, none without a file; raises `UserError` for another number of them."""
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; expected a name on each line") from error
+    if len(lines) != num_classes:
+        raise UserError(f"{path} has {len(lines)} lines; expected the names of {num_classes} classes")
+    return labels.readable(lines)
+
+
+def _report(model: Pretrained, target: Path, file_format: str) -> None:
+    config = model.config
+    count = models.num_params(model.variables["params"])
+    print(
+        f"{target}: {config.name}, {count:,} parameters, {config.num_classes} classes,"
+        f" {config.image_size} pixels, format {file_format}"
+    )
+    if model.assumed:
+        print(f"  assumed, since the file does not say: {'; '.join(model.assumed)} (--set KEY=VALUE)")
+    if model.left_out:
+        print(f"  left out, no weights: {', '.join(model.left_out)}")
+    if model.bookkeeping and file_format not in (NATIVE, model.bookkeeping_format):
+        kinds = sorted({name.rpartition(".")[2] for name in model.bookkeeping})
+        print(f"  left out, no place in this format: {len(model.bookkeeping)} arrays {', '.join(kinds)}")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bvit_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("target", type=Path, metavar="TARGET")
+    parser.add_argument("--format", default=NATIVE, metavar="FORMAT", help=f"one of {_formats()}")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json for a SOURCE without one")
+    parser.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the model",
+    )
+    parser.add_argument("--key", help="entry of a .pth with the weights, such as model_ema")
+    parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="of a workdir")
+    parser.add_argument("--image_size", type=_positive, help="interpolates the position embeddings")
+    parser.add_argument("--reset_head", type=_positive, metavar="CLASSES", help="a new head, initialised")
+    parser.add_argument("--class_names", type=Path, metavar="FILE", help="a name on each line")
+    parser.add_argument("--verbose", action="store_true", help="list every array that does not fit")
+    return parser
+
+
+def _formats() -> str:
+    return ", ".join([NATIVE, *FORMATS])
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bvit_jax.convert",
-        description="Writes the DeiT of a training run in Hugging Face's ViT format.",
-    )
-    parser.add_argument("workdir", type=Path, help="directory that train.py wrote")
-    parser.add_argument("target", type=Path, help="directory for config.json and model.safetensors")
-    parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # there is nothing to compute
     try:
-        export_workdir(arguments.workdir, arguments.target, arguments.checkpoint)
+        model = convert(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        problems = error.problems if arguments.verbose and isinstance(error, StateDictError) else []
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    _report(model, arguments.target, arguments.format)
     return 0
 
 

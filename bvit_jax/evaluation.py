@@ -9,16 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, models
-from bvit_jax.checkpoint import Kind, restore_variables
-from bvit_jax.errors import UserError
-from bvit_jax.pretrained import abstract_variables
-from bvit_jax.sharding import check_batch_size, make_mesh, replicated, shard_batch, with_sharding
+from bvit_jax import data, models, runs
+from bvit_jax.checkpoint import Kind
+from bvit_jax.sharding import check_batch_size, make_mesh, replicated, shard_batch
 from bvit_jax.step import Normalization, default_images_at_once, jit_eval_step, make_eval_step
 
 BATCHES_IN_FLIGHT = 2  # while the device computes, the next batches are loaded
@@ -94,14 +91,7 @@ def evaluate_workdir(workdir: Path, kind: Kind, overrides: Mapping[str, Any]) ->
     config_lib.validate(config)
     mesh = make_mesh()
     model = models.create_model(config.model, jnp.dtype(config.compute_dtype))
-    abstract = abstract_variables(model, config.model.image_size)
-    abstract.setdefault("batch_stats", {})
-    fields = with_sharding(abstract | {"step": np.int32(0)}, replicated(mesh))
-    restored = restore_variables(workdir, fields, kind)
-    if restored is None:
-        raise UserError(f"no {kind} checkpoint in {workdir}; train with train.py --workdir first")
-    variables, _ = restored
-    step = int(variables.pop("step"))
+    variables, step = runs.restore(workdir, config, kind, replicated(mesh))
     batches = eval_batches(config)
     logger.info("evaluating the %s checkpoint, step %d", kind, step)
     figures = evaluate(build_eval_step(config, model, mesh), variables, batches, mesh)

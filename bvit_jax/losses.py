@@ -1,11 +1,13 @@
 """Losses and accuracy as pure functions of logits, at least float32 inside."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+TeacherTargets = Literal["soft", "hard"]
 
 
 def _at_least_float32(x: Array) -> Array:
@@ -37,25 +39,38 @@ def soft_cross_entropy(logits: Array, target_logits: Array) -> Array:
     return cross_entropy(logits, jax.nn.softmax(_at_least_float32(target_logits), axis=-1))
 
 
+def hard_cross_entropy(logits: Array, target_logits: Array) -> Array:
+    """Returns the cross-entropy with the class that the target prefers: [B, C], [B, C] -> [B].
+
+    The hard distillation of DeiT (Touvron et al., 2021, section 4).
+    """
+    logits = _at_least_float32(logits)
+    preferred = jnp.argmax(target_logits, axis=-1)
+    return cross_entropy(logits, label_targets(preferred, logits.shape[-1], 0.0, logits.dtype))
+
+
 def training_loss(
-    logits: Array,
+    head_logits: Sequence[Array],
     labels: Array,
     teacher_logits: Array | None,
     *,
     distillation_weight: float,
     label_smoothing: float,
+    teacher_targets: TeacherTargets = "soft",
 ) -> tuple[Array, dict[str, Array]]:
     """Returns the batch mean of the loss and its unweighted terms.
 
     With a teacher the loss is ``w · distillation + (1 - w) · label``, and the label term is left
-    out at w = 1; without one it is the label term alone.
+    out at w = 1; without one it is the label term alone. The labels go to the first head of the model,
+    the teacher's answers to the last.
 
     Args:
-      logits: [B, C].
+      head_logits: [B, C] of each head.
       labels: integers [B].
       teacher_logits: [B, C], or None for training on labels.
       distillation_weight: w, from 0 to 1.
       label_smoothing: see `label_targets`.
+      teacher_targets: "soft" for the teacher's probabilities, "hard" for the class it prefers.
 
     Returns:
       A scalar, float32 or wider, and ``{"distillation_loss", "label_loss"}``, those computed.
@@ -63,9 +78,10 @@ def training_loss(
     terms: dict[str, Array] = {}
     weight = 0.0 if teacher_logits is None else distillation_weight
     if teacher_logits is not None:
-        terms["distillation_loss"] = jnp.mean(soft_cross_entropy(logits, teacher_logits))
+        distillation = soft_cross_entropy if teacher_targets == "soft" else hard_cross_entropy
+        terms["distillation_loss"] = jnp.mean(distillation(head_logits[-1], teacher_logits))
     if weight < 1:
-        logits = _at_least_float32(logits)
+        logits = _at_least_float32(head_logits[0])
         targets = label_targets(labels, logits.shape[-1], label_smoothing, logits.dtype)
         terms["label_loss"] = jnp.mean(cross_entropy(logits, targets))
     if len(terms) == 1:

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
 
-from bvit_jax.losses import cross_entropy, label_targets, topk_correct, training_loss
+from bvit_jax.losses import TeacherTargets, cross_entropy, label_targets, topk_correct, training_loss
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.sharding import batch_sharded, replicated
 from bvit_jax.train_state import TrainState
@@ -43,6 +43,8 @@ def make_train_step(
     normalize: Normalization,
     *,
     teacher: nn.Module | None = None,
+    teacher_normalize: Normalization | None = None,
+    teacher_targets: TeacherTargets = "soft",
     distillation_weight: float = 1.0,
     label_smoothing: float = 0.1,
 ) -> TrainStep:
@@ -51,8 +53,8 @@ def make_train_step(
     The step takes the state, a batch of ``image`` (uint8) and ``label`` (int32), the teacher's
     variables (empty without one) and the key of the run, of which it folds in the step. It returns
     the next state and scalar metrics: the loss and its terms, the top-1 of the batch in training
-    mode, and the norm of the gradient. The teacher sees the same augmented images, in evaluation
-    mode, without gradient.
+    mode, and the norm of the gradient. The teacher sees the same augmented images, normalised as it
+    was trained with, in evaluation mode, without gradient.
     """
 
     def train_step(
@@ -62,7 +64,8 @@ def make_train_step(
         rngs = {"dropout": jax.random.fold_in(key, state.step)}
         teacher_logits = None
         if teacher is not None:
-            output: ModelOutput = teacher.apply(teacher_variables, images)  # type: ignore[assignment]
+            seen = images if teacher_normalize is None else teacher_normalize(batch["image"])
+            output: ModelOutput = teacher.apply(teacher_variables, seen)  # type: ignore[assignment]
             teacher_logits = output.logits
 
         def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Array, Any]]:
@@ -74,9 +77,10 @@ def make_train_step(
                 rngs=rngs,
             )
             loss, terms = training_loss(
-                output.logits,
+                output.head_logits,
                 labels,
                 teacher_logits,
+                teacher_targets=teacher_targets,
                 distillation_weight=distillation_weight,
                 label_smoothing=label_smoothing,
             )

@@ -1,22 +1,67 @@
 """Names and layouts: where each array of our trees lives in a PyTorch state dict.
 
-The rules turn the path of an array, ``block0/attention/query/dense/kernel``, into the name that both
-Hugging Face's ViT and the BinaryViT reference give it,
-``vit.encoder.layer.0.attention.attention.query.weight``.
-Only this direction is written down; the way back is the same table read from the names of a model.
+Rules turn the path of an array, ``block0/attention/query/dense/kernel``, into a name such as
+``vit.encoder.layer.0.attention.attention.query.weight``. Only this direction is written down; the way
+back is the same table read from the names of a model. Where a file stacks several arrays in one, as
+``blocks.0.attn.qkv.weight`` does, their paths have one name.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
+Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How one family of files names the arrays of one kind of model.
+
+    Attributes:
+      rules: (pattern, replacement), applied in order to "/"-joined paths.
+      bookkeeping: last parts of the names of arrays that say nothing about the function: counters
+        that PyTorch does not use, and constants that follow from the configuration.
+    """
+
+    rules: Rules
+    bookkeeping: tuple[str, ...] = ()
+
+    def name(self, path: str) -> str:
+        """Returns the state-dict name of the parameter or running statistic at ``path``."""
+        for pattern, replacement in self.rules:
+            path = re.sub(pattern, replacement, path)
+        return path.replace("/", ".")
+
+    def is_bookkeeping(self, name: str) -> bool:
+        """Returns whether an array of a file says nothing about the function."""
+        return name.rpartition(".")[2] in self.bookkeeping
+
+
 _UNIT_LEAVES = {"query": "q", "key": "k", "value": "v", "reduce": "r"}
 
-# Applied in order to "/"-joined paths; every rule whose pattern occurs rewrites its part.
-_RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+
+def _unit(match: re.Match[str]) -> str:
+    return _UNIT_LEAVES[match.group(1)]
+
+
+def _minus_one(match: re.Match[str]) -> str:
+    return str(int(match.group(1)) - 1)
+
+
+_LEAVES: Rules = (
+    (r"/(dense|conv)/move$", "/move"),
+    (r"/slope$", "/prelu/weight"),
+    (r"/(kernel|scale)$", "/weight"),
+    (r"/mean$", "/running_mean"),
+    (r"/var$", "/running_var"),
+)
+
+# The BinaryViT reference and Hugging Face's ViT, from which it descends.
+_VIT: Rules = (
     # ends of the network
     (r"^embedding/patches/", "vit/embeddings/patch_embeddings/projection/"),
     (r"^embedding/class_token$", "vit/embeddings/cls_token"),
@@ -60,17 +105,84 @@ _RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(layer/\d+)/(query|key|value)/", r"\1/attention/attention/\2/"),
     (r"/mlp_in/", "/intermediate/dense/"),
     (r"/mlp_out/", "/output/dense/"),
-    # leaves
-    (r"/(dense|conv)/move$", "/move"),
-    (r"/slope$", "/prelu/weight"),
-    (r"/(kernel|scale)$", "/weight"),
-    (r"/mean$", "/running_mean"),
-    (r"/var$", "/running_var"),
+    *_LEAVES,
 )
 
+_DEIT: Rules = (
+    (r"^embedding/distillation_token$", "vit/embeddings/distillation_token"),
+    *_VIT,
+    (r"^vit/", "deit/"),
+)
 
-def _unit(match: re.Match[str]) -> str:
-    return _UNIT_LEAVES[match.group(1)]
+_DEIT_HEADS: Rules = (
+    (r"^head/", "cls_classifier/"),
+    (r"^distillation_head/", "distillation_classifier/"),
+    *_DEIT,
+)
+
+_HUGGING_FACE_SWIN: Rules = (
+    (r"^embedding/patches/", "swin/embeddings/patch_embeddings/projection/"),
+    (r"^embedding/", "swin/embeddings/"),
+    (r"^norm/", "swin/layernorm/"),
+    (r"^head/", "classifier/"),
+    (r"^downsample(\d+)/", lambda m: f"swin/encoder/layers/{_minus_one(m)}/downsample/"),
+    (r"^stage(\d+)_block(\d+)/", r"swin/encoder/layers/\1/blocks/\2/"),
+    (r"/attention_norm/", "/layernorm_before/"),
+    (r"/mlp_norm/", "/layernorm_after/"),
+    (r"/(query|key|value)/", r"/attention/self/\1/"),
+    (r"/position_bias$", "/attention/self/relative_position_bias_table"),
+    (r"/attention_output/", "/attention/output/dense/"),
+    (r"/mlp_in/", "/intermediate/dense/"),
+    (r"/mlp_out/", "/output/dense/"),
+    *_LEAVES,
+)
+
+# Within a block, timm's names are also Facebook's and Microsoft's.
+_TIMM_BLOCK: Rules = (
+    (r"/attention_norm/", "/norm1/"),
+    (r"/mlp_norm/", "/norm2/"),
+    (r"/(query|key|value)/", "/attn/qkv/"),
+    (r"/position_bias$", "/attn/relative_position_bias_table"),
+    (r"/attention_output/", "/attn/proj/"),
+    (r"/mlp_in/", "/mlp/fc1/"),
+    (r"/mlp_out/", "/mlp/fc2/"),
+    *_LEAVES,
+)
+
+_TIMM_DEIT: Rules = (
+    (r"^embedding/patches/", "patch_embed/proj/"),
+    (r"^embedding/class_token$", "cls_token"),
+    (r"^embedding/distillation_token$", "dist_token"),
+    (r"^embedding/positions$", "pos_embed"),
+    (r"^distillation_head/", "head_dist/"),
+    (r"^block(\d+)/", r"blocks/\1/"),
+    *_TIMM_BLOCK,
+)
+
+_MICROSOFT_SWIN: Rules = (
+    (r"^embedding/patches/", "patch_embed/proj/"),
+    (r"^embedding/norm/", "patch_embed/norm/"),
+    (r"^downsample(\d+)/", lambda m: f"layers/{_minus_one(m)}/downsample/"),
+    (r"^stage(\d+)_block(\d+)/", r"layers/\1/blocks/\2/"),
+    *_TIMM_BLOCK,
+)
+
+_TIMM_SWIN: Rules = (
+    (r"^downsample(\d+)/", r"layers/\1/downsample/"),
+    (r"^head/", "head/fc/"),
+    *_MICROSOFT_SWIN,
+)
+
+_WINDOW_CONSTANTS = ("relative_position_index", "attn_mask")
+
+REFERENCE = Naming(_VIT, ("num_batches_tracked", "weight_clip_val", "act_clip_val"))
+HUGGING_FACE_VIT = Naming(_VIT)
+HUGGING_FACE_DEIT = Naming(_DEIT)
+HUGGING_FACE_DEIT_HEADS = Naming(_DEIT_HEADS)
+HUGGING_FACE_SWIN = Naming(_HUGGING_FACE_SWIN, _WINDOW_CONSTANTS)
+TIMM_DEIT = Naming(_TIMM_DEIT)
+TIMM_SWIN = Naming(_TIMM_SWIN, _WINDOW_CONSTANTS)
+MICROSOFT_SWIN = Naming(_MICROSOFT_SWIN, _WINDOW_CONSTANTS)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -79,10 +191,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def torch_name(path: str) -> str:
-    """Returns the state-dict name of the parameter or running statistic at ``path``."""
-    for pattern, replacement in _RULES:
-        path = re.sub(pattern, replacement, path)
-    return path.replace("/", ".")
+    """Returns the name that the BinaryViT reference gives the array at ``path``."""
+    return REFERENCE.name(path)
 
 
 def _torch_axes(path: str, ndim: int) -> tuple[int, ...]:
@@ -104,11 +214,7 @@ def from_torch_layout(path: str, array: np.ndarray) -> np.ndarray:
     return array.transpose(np.argsort(_torch_axes(path, array.ndim)))
 
 
-def to_state_dict(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns every array of ``params`` and ``batch_stats`` under its PyTorch name and layout."""
-    state = {}
-    for collection in ("params", "batch_stats"):
-        for key_path, array in jax.tree_util.tree_leaves_with_path(variables.get(collection, {})):
-            path = path_name(key_path)
-            state[torch_name(path)] = to_torch_layout(path, np.asarray(array))
-    return state
+def to_state_dict(variables):  # type: ignore[no-untyped-def]
+    from bvit_jax import state_dicts
+
+    return state_dicts.to_state_dict(variables)

@@ -1,9 +1,9 @@
 """The training loop, top to bottom."""
 
-import hashlib
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, models, optim
+from bvit_jax import data, models, optim, pretrained, runs
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
-from bvit_jax.pretrained import load_pretrained
 from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated, shard_batch
 from bvit_jax.step import Normalization, jit_train_step, make_train_step
 from bvit_jax.train_state import TrainState, abstract_state, create_state
@@ -36,12 +35,14 @@ class Teacher:
     Attributes:
       model: None where there is no teacher.
       variables: empty where there is none.
-      digest: SHA-256 of the weights' file; a run resumes only with the same teacher.
+      digest: SHA-256 of the weights; a run resumes only with the same teacher.
+      normalize: what its images go through, which need not be what the student's do.
     """
 
     model: nn.Module | None
     variables: dict[str, Any]
     digest: str
+    normalize: Normalization | None
 
 
 def load_teacher(config: ConfigDict) -> Teacher:
@@ -62,19 +63,24 @@ def load_teacher(config: ConfigDict) -> Teacher:
             "config.loss.distillation_weight is 0, so that the teacher would do nothing; raise it or"
             " leave config.teacher.path empty"
         )
+    if config.model.get("distillation_head") and not 0 < config.loss.distillation_weight < 1:
+        raise UserError(
+            "config.model.distillation_head needs a teacher for one head and labels for the other; set"
+            " config.loss.distillation_weight between 0 and 1, such as 0.5"
+        )
     if not path:
-        return Teacher(None, {}, "")
-    directory = Path(config.teacher.path).expanduser()
-    settings, variables = load_pretrained(directory)
+        return Teacher(None, {}, "", None)
+    origin = Path(config.teacher.path).expanduser()
+    teacher = pretrained.load(origin)
     for key in ("num_classes", "image_size"):
-        if settings[key] != config.model[key]:
+        if teacher.config[key] != config.model[key]:
             raise UserError(
-                f"the teacher in {directory} has {key} {settings[key]} and the student"
+                f"the teacher in {origin} has {key} {teacher.config[key]} and the student"
                 f" {config.model[key]}; use another config.teacher.path or config.model.{key}"
             )
-    digest = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
-    model = models.create_model(settings, jnp.dtype(config.compute_dtype))
-    return Teacher(model, variables, digest)
+    p = teacher.preprocessing
+    model = models.create_model(teacher.config, jnp.dtype(config.compute_dtype))
+    return Teacher(model, teacher.arrays(), teacher.digest(), Normalization(p.mean, p.std))
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,8 @@ def build(config: ConfigDict, num_examples: int) -> Run:
         optimizer,
         Normalization(config.data.mean, config.data.std),
         teacher=teacher.model,
+        teacher_normalize=teacher.normalize,
+        teacher_targets=config.loss.teacher_targets,
         distillation_weight=config.loss.distillation_weight,
         label_smoothing=config.loss.label_smoothing,
     )
@@ -158,7 +166,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     # --- build ---------------------------------------------------------------------------------
     config_lib.validate(config)
-    run = build(config, _open_splits(config))
+    train_split = _open_splits(config)
+    run = build(config, train_split.num_examples)
     is_main = jax.process_index() == 0
     logger.info(
         "%s with %.2f M parameters on %d × %s, %d steps of %d images",
@@ -191,7 +200,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             " configuration; raise config.epochs or choose another workdir"
         )
     if is_main:
-        _write(workdir / "config.json", config)
+        _describe(workdir, config, train_split.class_names)
     writer = MetricWriter(workdir, active=is_main)
     writer.truncate_after(start)
     teacher_variables = jax.device_put(run.teacher.variables, replicated(run.mesh))
@@ -278,7 +287,7 @@ def dry_run(config: ConfigDict) -> dict[str, Any]:
     """
     config_lib.validate(config)
     try:
-        num_examples = _open_splits(config)
+        num_examples = _open_splits(config).num_examples
     except UserError as error:
         logger.warning("the data was not checked: %s", error)
         num_examples = 0
@@ -356,8 +365,8 @@ def _finite(means: dict[str, float], step: int, workdir: Path) -> dict[str, floa
     return means
 
 
-def _open_splits(config: ConfigDict) -> int:
-    """Checks both splits and returns the number of training images."""
+def _open_splits(config: ConfigDict) -> data.Split:
+    """Checks both splits and returns the one to train on."""
     train = data.open_train_split(config.data)
     for split in (train, data.open_eval_split(config.data)):
         if split.num_classes != config.model.num_classes:
@@ -365,7 +374,7 @@ def _open_splits(config: ConfigDict) -> int:
                 f"config.model.num_classes is {config.model.num_classes}; the dataset"
                 f" {config.data.dataset} has {split.num_classes} classes"
             )
-    return train.num_examples
+    return train
 
 
 def _check_teacher(digest: str, teacher: Teacher, workdir: Path) -> None:
@@ -385,8 +394,9 @@ def _make_workdir(workdir: Path) -> None:
         ) from error
 
 
-def _write(path: Path, config: ConfigDict) -> None:
+def _describe(workdir: Path, config: ConfigDict, class_names: Sequence[str]) -> None:
     try:
-        config_lib.save(config, path)
+        config_lib.save(config, workdir / "config.json")
+        runs.write_class_names(workdir, class_names)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --workdir") from error
+        raise UserError(f"cannot write to {workdir}: {error.strerror}; choose another --workdir") from error

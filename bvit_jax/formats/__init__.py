@@ -1,0 +1,85 @@
+"""The file formats: how each names arrays, recognises its files and describes a model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bvit_jax.formats import huggingface, reference, timm
+from bvit_jax.formats.base import (
+    Preprocessing,
+    RawCheckpoint,
+    Understood,
+    deit_preprocessing,
+)
+from bvit_jax.torch_names import Naming
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Preprocessing",
+    "RawCheckpoint",
+    "Understood",
+    "deit_preprocessing",
+]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One family of PyTorch files.
+
+    Attributes:
+      models: names of our models that it can hold.
+      naming: from a model's configuration to the names of its arrays.
+      recognise: whether files are of this format.
+      understand: from files to a model.
+      describe: from (configuration, class names, preprocessing) to the ``config.json``.
+      bookkeeping: from a configuration and the names of a state dict to the arrays that PyTorch's
+        modules hold besides.
+    """
+
+    models: tuple[str, ...]
+    naming: Callable[[Mapping[str, Any]], Naming]
+    recognise: Callable[[RawCheckpoint], bool]
+    understand: Callable[[RawCheckpoint], Understood]
+    describe: Callable[[Mapping[str, Any], tuple[str, ...], Preprocessing], dict[str, Any]]
+    bookkeeping: Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+# In the order in which they are tried: a directory of Hugging Face's ViT before the bare names, which
+# the reference shares.
+FORMATS: dict[str, Format] = {
+    huggingface.NAME: Format(
+        huggingface.MODELS,
+        huggingface.naming,
+        huggingface.recognise,
+        huggingface.understand,
+        lambda config, names, _: huggingface.describe(config, names),
+        huggingface.bookkeeping,
+    ),
+    reference.NAME: Format(
+        reference.MODELS,
+        reference.naming,
+        reference.recognise,
+        reference.understand,
+        lambda config, names, _: reference.describe(config, names),
+        reference.bookkeeping,
+    ),
+    timm.NAME: Format(
+        timm.MODELS,
+        timm.naming,
+        timm.recognise,
+        timm.understand,
+        timm.describe,
+        timm.bookkeeping,
+    ),
+    timm.MICROSOFT: Format(
+        timm.MICROSOFT_MODELS,
+        timm.microsoft_naming,
+        timm.recognise_microsoft,
+        timm.understand,
+        timm.describe,
+        timm.microsoft_bookkeeping,
+    ),
+}

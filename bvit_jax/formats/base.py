@@ -1,0 +1,111 @@
+"""What all file formats share: what was read, and what is known after reading it."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bvit_jax.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+EVAL_CROP = 224 / 256  # share of the resized short side that the evaluation crop keeps
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image file to the input of a model.
+
+    Attributes:
+      resize: length of the short side after resizing, in pixels.
+      crop: side of the square that is cut out of the centre, in pixels: the model's image size.
+      interpolation: "bicubic" or "bilinear".
+      mean, std: of each colour, of images in [0, 1].
+      square: both sides are resized to ``resize``, whatever the aspect.
+    """
+
+    resize: int
+    crop: int
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    square: bool = False
+
+    def scaled_to(self, image_size: int) -> "Preprocessing":
+        """Returns the same for another image size."""
+        resize = round(self.resize * image_size / self.crop)
+        return dataclasses.replace(self, resize=resize, crop=image_size)
+
+
+def deit_preprocessing(image_size: int) -> Preprocessing:
+    """Returns what DeiT and BinaryViT evaluate with: 256 to 224 pixels and in proportion."""
+    return Preprocessing(resize=int(image_size / EVAL_CROP), crop=image_size)
+
+
+@dataclass(frozen=True)
+class RawCheckpoint:
+    """What the files say, before anyone understood it.
+
+    Attributes:
+      state: the arrays by their names in the files.
+      values: a configuration in the format's own terms, such as its ``config.json``; empty if none.
+      args: what the training script was called with; empty if unknown.
+      processor: Hugging Face's ``preprocessor_config.json``; empty if none.
+      document: what this project wrote about the model; empty for other people's files.
+      files: the files of the arrays.
+      origin: what messages call it.
+    """
+
+    state: Mapping[str, np.ndarray]
+    values: Mapping[str, Any] = field(default_factory=dict)
+    args: Mapping[str, Any] = field(default_factory=dict)
+    processor: Mapping[str, Any] = field(default_factory=dict)
+    document: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    origin: str = ""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of an array; raises `UserError` if there is none of that name."""
+        if name not in self.state:
+            raise UserError(f"{self.origin} has no array {name!r}; is it a checkpoint of another model?")
+        return self.state[name].shape
+
+    def numbers(self, before: str, after: str) -> list[int]:
+        """Returns the numbers between two parts of the arrays' names, sorted."""
+        found = set()
+        for name in self.state:
+            if name.startswith(before) and name.endswith(after):
+                middle = name[len(before) : len(name) - len(after)]
+                if middle.isdecimal():
+                    found.add(int(middle))
+        return sorted(found)
+
+
+@dataclass(frozen=True)
+class Understood:
+    """The model that a raw checkpoint holds.
+
+    Attributes:
+      model: its name here.
+      settings: those of its settings that the files determine.
+      preprocessing: what its images go through.
+      class_names: empty if the files do not say.
+      assumed: settings that the files do not determine, in words.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+
+
+def square_side(tokens: int, origin: str) -> int:
+    """Returns the side of a square grid of tokens; raises `UserError` if it is not square."""
+    side = round(max(tokens, 0) ** 0.5)
+    if side * side != tokens or side == 0:
+        raise UserError(f"{origin} has position embeddings of {tokens} patches, which is no square grid")
+    return side

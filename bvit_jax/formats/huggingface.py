@@ -1,0 +1,220 @@
+"""Directories of Hugging Face's ViT, DeiT and Swin: ``config.json`` and ``model.safetensors``.
+
+Source: ``models/{vit,deit,swin}`` of github.com/huggingface/transformers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bvit_jax.errors import UserError
+from bvit_jax.formats.base import Preprocessing, RawCheckpoint, Understood, deit_preprocessing
+from bvit_jax.formats.reference import labels_of
+from bvit_jax.torch_names import (
+    HUGGING_FACE_DEIT,
+    HUGGING_FACE_DEIT_HEADS,
+    HUGGING_FACE_SWIN,
+    HUGGING_FACE_VIT,
+    Naming,
+)
+
+NAME = "huggingface"
+MODELS = ("deit", "swin")
+PROCESSOR_FILE = "preprocessor_config.json"
+
+_SHARED_KEYS = {  # of config.json -> of ours
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "layer_norm_eps": "norm_epsilon",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
+_VIT_KEYS = {
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_dim",
+}
+_SWIN_KEYS = {
+    "embed_dim": "width",
+    "depths": "depth",
+    "num_heads": "num_heads",
+    "window_size": "window_size",
+    "drop_path_rate": "drop_path",
+}
+_FIXED = {  # what our models do, and cannot do otherwise
+    "hidden_act": "gelu",
+    "qkv_bias": True,
+    "num_channels": 3,
+    "use_absolute_embeddings": False,
+}
+SWIN_NORM_EPSILON = 1e-5  # transformers takes layer_norm_eps for some of Swin's norms only
+_PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+
+def naming(config: Mapping[str, Any]) -> Naming:
+    """Returns the names of the arrays of a model of `MODELS`."""
+    if config["name"] == "swin":
+        return HUGGING_FACE_SWIN
+    if config["distillation_head"]:
+        return HUGGING_FACE_DEIT_HEADS
+    return HUGGING_FACE_DEIT if config["distillation_token"] else HUGGING_FACE_VIT
+
+
+def recognise(raw: RawCheckpoint) -> bool:
+    """Returns whether the names are those of a transformers classifier with its configuration."""
+    names = ("vit.layernorm.weight", "deit.layernorm.weight", "swin.layernorm.weight")
+    known = any(name in raw.state for name in names)
+    binary = any(name.endswith(".moveq") for name in raw.state)
+    reference = isinstance(raw.values.get("hidden_size"), list)
+    return known and "model_type" in raw.values and not binary and not reference
+
+
+def understand(raw: RawCheckpoint) -> Understood:
+    """Finds the model that ``config.json`` describes."""
+    values = raw.values
+    kind = values.get("model_type")
+    if kind not in ("vit", "deit", "swin"):
+        raise UserError(f"{raw.origin}: model_type is {kind!r}; expected vit, deit or swin")
+    for key, expected in _FIXED.items():
+        if values.get(key, expected) != expected:
+            raise UserError(f"{raw.origin}: {key} is {values[key]!r}; only {expected!r} is supported")
+    keys = _SHARED_KEYS | (_SWIN_KEYS if kind == "swin" else _VIT_KEYS)
+    settings = {ours: _value(values[theirs]) for theirs, ours in keys.items() if theirs in values}
+    if absent := sorted(keys.keys() - values.keys() - {"drop_path_rate", *_dropouts()}):
+        raise UserError(f"{raw.origin}: its config.json has no {', '.join(absent)}")
+    if kind == "swin":
+        settings["mlp_ratio"] = _whole(values.get("mlp_ratio", 4), raw.origin)
+        if settings["norm_epsilon"] != SWIN_NORM_EPSILON:
+            raise UserError(
+                f"{raw.origin}: layer_norm_eps is {settings['norm_epsilon']}, which transformers takes"
+                f" for some norms of Swin only; expected {SWIN_NORM_EPSILON}"
+            )
+    two_heads = "cls_classifier.weight" in raw.state
+    classifier = "cls_classifier.weight" if two_heads else "classifier.weight"
+    settings["num_classes"] = raw.shape(classifier)[0]
+    if kind != "swin":
+        settings["distillation_token"] = kind == "deit"
+        settings["distillation_head"] = two_heads
+    model = "swin" if kind == "swin" else "deit"
+    labels = labels_of(values, settings["num_classes"])
+    return Understood(model, settings, _preprocessing(raw, settings["image_size"]), labels)
+
+
+def describe(config: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the ``config.json`` of a model of `MODELS`."""
+    swin = config["name"] == "swin"
+    if swin and config["norm_epsilon"] != SWIN_NORM_EPSILON:
+        raise UserError(
+            f"norm_epsilon is {config['norm_epsilon']}; transformers' Swin has {SWIN_NORM_EPSILON} in some"
+            " of its norms whatever its configuration says"
+        )
+    keys = _SHARED_KEYS | (_SWIN_KEYS if swin else _VIT_KEYS)
+    values = {theirs: config[ours] for theirs, ours in keys.items()}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    if swin:
+        kind, architecture = "swin", "SwinForImageClassification"
+        stages = len(config["depth"])
+        # transformers derives these, and writes them.
+        values |= {
+            "mlp_ratio": float(config["mlp_ratio"]),
+            "hidden_size": config["width"] * 2 ** (stages - 1),
+            "num_layers": stages,
+            "use_absolute_embeddings": False,
+            "encoder_stride": config["patch_size"] * 2 ** (stages - 1),
+        }
+    elif config["distillation_token"]:
+        kind = "deit"
+        teacher = "WithTeacher" if config["distillation_head"] else ""
+        architecture = f"DeiTForImageClassification{teacher}"
+    else:
+        kind, architecture = "vit", "ViTForImageClassification"
+    return {
+        "architectures": [architecture],
+        "model_type": kind,
+        **values,
+        "hidden_act": "gelu",
+        "num_channels": 3,
+        "qkv_bias": True,
+        "id2label": {str(i): name for i, name in enumerate(class_names)},
+        "label2id": {name: i for i, name in enumerate(class_names)},
+    }
+
+
+def describe_processor(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Returns the ``preprocessor_config.json`` of the preprocessing."""
+    p = preprocessing
+    resize = {"height": p.resize, "width": p.resize} if p.square else {"shortest_edge": p.resize}
+    crop = p.resize != p.crop or not p.square
+    return {
+        # ViT's own processor has no crop, and DeiT's no resizing by the short side: Bit's has both.
+        "image_processor_type": "DeiTImageProcessor" if p.square else "BitImageProcessor",
+        "do_resize": True,
+        "size": resize,
+        "resample": next(number for number, name in _PIL_FILTERS.items() if name == p.interpolation),
+        "do_center_crop": crop,
+        "crop_size": {"height": p.crop, "width": p.crop},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(p.mean),
+        "image_std": list(p.std),
+        "do_convert_rgb": True,
+    }
+
+
+def bookkeeping(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays besides parameters that a file has: none."""
+    del config, names
+    return {}
+
+
+def _preprocessing(raw: RawCheckpoint, image_size: int) -> Preprocessing:
+    if not raw.processor:
+        return deit_preprocessing(image_size)
+    p = raw.processor
+    try:
+        resize, square = _resize(p)
+        crop = _side(p["crop_size"]) if p.get("do_center_crop") else resize
+        filter_name = _PIL_FILTERS[p.get("resample", 2)]
+        mean, std = tuple(map(float, p["image_mean"])), tuple(map(float, p["image_std"]))
+        usual = p.get("do_normalize", True) and p.get("do_rescale", True)
+        if not usual or abs(p.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9 or crop != image_size:
+            raise ValueError(f"it does not end in normalised images of {image_size} pixels")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{raw.origin}: its {PROCESSOR_FILE} is not understood: {error!r}; correct or delete it"
+            " (without it, images are prepared as for DeiT)"
+        ) from error
+    return Preprocessing(resize, crop, filter_name, mean, std, square)
+
+
+def _resize(processor: Mapping[str, Any]) -> tuple[int, bool]:
+    """Returns the length to resize to, and whether both sides get it."""
+    size = processor["size"]
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        return int(size["shortest_edge"]), False
+    return _side(size), True
+
+
+def _side(size: Any) -> int:
+    if isinstance(size, Mapping):
+        if size["height"] != size["width"]:
+            raise ValueError(f"its size {dict(size)} is not square")
+        return int(size["height"])
+    return int(size)
+
+
+def _dropouts() -> set[str]:
+    return {theirs for theirs, ours in _SHARED_KEYS.items() if ours.endswith("dropout")}
+
+
+def _value(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _whole(value: float, origin: str) -> int:
+    if int(value) != value:
+        raise UserError(f"{origin}: mlp_ratio is {value}; only whole ratios are supported")
+    return int(value)

@@ -1,0 +1,207 @@
+"""Checkpoints of the BinaryViT code: ``.pth`` with ``model`` and ``args``, and its ``config.json``.
+
+Source: ``main.py``, ``models.py`` and ``configs/`` of github.com/Phuoc-Hoan-Le/BinaryViT.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bvit_jax.errors import UserError
+from bvit_jax.formats.base import RawCheckpoint, Understood, deit_preprocessing, square_side
+from bvit_jax.models.binaryvit import BinaryViT
+from bvit_jax.torch_names import REFERENCE, Naming
+
+NAME = "reference"
+MODELS = ("binaryvit", "extra_res", "deit")
+MODEL_TYPES = {"extra-res-pyramid": "binaryvit", "extra-res": "extra_res", "deit": "deit"}
+NORM_EPSILON = 1e-5  # the code sets it, whatever its config.json says
+HEAD_SIZE = 64
+DEFAULT_CLIP_VAL = 2.5
+
+_LAYER = "vit.encoder.layer."
+_QUANTISED = (  # modules with quantised weights
+    r"\.attention\.(query|key|value|reduction)$|"
+    r"\.layer\.\d+\.(attention\.output|intermediate|output)\.dense$|"
+    r"\.patch_embed\d+\.proj$"
+)
+_CONFIG_KEYS = {  # of its config.json -> of ours
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_size": "width",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_dim",
+    "reduction_ratio": "reduction",
+    "clip_val": "clip_val",
+}
+
+
+def naming(config: Mapping[str, Any]) -> Naming:
+    """Returns the names of the arrays of a model of `MODELS`; its DeiT is the one without distillation."""
+    if config.get("distillation_token"):
+        raise UserError("the BinaryViT code's DeiT has no distillation token; use another format")
+    return REFERENCE
+
+
+def recognise(raw: RawCheckpoint) -> bool:
+    """Returns whether the names are those of the BinaryViT code."""
+    return "vit.layernorm.weight" in raw.state
+
+
+def understand(raw: RawCheckpoint) -> Understood:
+    """Finds the model in a checkpoint: from its arrays, and what these leave open from its configuration."""
+    blocks = _blocks(raw)
+    model = _model_name(raw)
+    settings: dict[str, Any] = {
+        "num_classes": raw.shape("classifier.bias")[0],
+        "patch_size": raw.shape("vit.embeddings.patch_embeddings.projection.weight")[-1],
+        "norm_epsilon": NORM_EPSILON,
+        "drop_path": float(raw.args.get("drop_path", 0.0)),
+    }
+    class_token = "vit.embeddings.cls_token" in raw.state
+    tokens = raw.shape("vit.embeddings.position_embeddings")[1] - class_token
+    settings["image_size"] = square_side(tokens, raw.origin) * settings["patch_size"]
+    assumed = []
+    if model == "binaryvit":
+        settings |= _stages(blocks)
+        assumed += _assume_reduction(raw, settings)
+    else:
+        settings |= {"width": blocks[0][0], "mlp_dim": blocks[0][1], "depth": len(blocks)}
+        settings["num_heads"] = max(blocks[0][0] // HEAD_SIZE, 1)
+    if model != "deit":
+        settings |= _switches(raw, model)
+        if "weight_bits" not in raw.args:
+            assumed.append(f"weight_bits {settings['weight_bits']}")
+    said = from_config_values(raw.values)
+    if "num_heads" not in said:
+        assumed.append(f"num_heads {settings['num_heads']} ({HEAD_SIZE} channels each)")
+    settings |= {key: value for key, value in said.items() if key in settings}
+    if "reduction" in said:
+        assumed = [text for text in assumed if not text.startswith("reduction")]
+    labels = labels_of(raw.values, settings["num_classes"])
+    return Understood(model, settings, deit_preprocessing(settings["image_size"]), labels, tuple(assumed))
+
+
+def from_config_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns our settings for the keys of the code's ``config.json``, lists as tuples."""
+    settings = {ours: values[theirs] for theirs, ours in _CONFIG_KEYS.items() if theirs in values}
+    if "depths" in values or "num_hidden_layers" in values:
+        settings["depth"] = values.get("depths", values.get("num_hidden_layers"))
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+
+
+def labels_of(values: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
+    """Returns the names in ``id2label``; none unless there is one for each class."""
+    labels = values.get("id2label", {})
+    if not isinstance(labels, Mapping) or len(labels) != num_classes:
+        return ()
+    by_index = {int(index): str(name) for index, name in labels.items()}
+    return tuple(by_index.get(i, f"class {i}") for i in range(num_classes))
+
+
+def describe(config: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the ``config.json`` that the code builds a model of this configuration from."""
+    values: dict[str, Any] = {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "attention_probs_dropout_prob": config["attention_dropout"],
+        "hidden_dropout_prob": config["dropout"],
+        "drop_path": config["drop_path"],
+        "hidden_act": "gelu",
+        "num_channels": 3,
+        "qkv_bias": True,
+        "layer_norm_eps": config["norm_epsilon"],
+        "id2label": {str(i): name for i, name in enumerate(class_names)},
+        "label2id": {name: i for i, name in enumerate(class_names)},
+    }
+    for theirs, ours in _CONFIG_KEYS.items():
+        if ours in config:
+            value = config[ours]
+            values[theirs] = list(value) if isinstance(value, tuple) else value
+    depth = config["depth"]
+    if isinstance(depth, tuple):
+        return values | {"depths": list(depth)}
+    return values | {"num_hidden_layers": depth}
+
+
+def bookkeeping(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays besides parameters and statistics that the code's modules hold."""
+    counters = {
+        name.removesuffix("running_mean") + "num_batches_tracked": np.array(0, np.int64)
+        for name in names
+        if name.endswith(".running_mean")
+    }
+    if not 2 <= config.get("weight_bits", 1) <= 8:
+        return counters
+    limits = np.array([-config["clip_val"], config["clip_val"]], np.float32)
+    modules = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    quantised = (module for module in modules if re.search(_QUANTISED, module))
+    if config.get("some_fp"):
+        quantised = (module for module in quantised if not module.endswith(".proj"))
+    return counters | {f"{module}.weight_clip_val": limits for module in quantised}
+
+
+def _model_name(raw: RawCheckpoint) -> str:
+    if raw.args.get("model_type") in MODEL_TYPES:
+        return MODEL_TYPES[raw.args["model_type"]]
+    if "vit.encoder.patch_embed1.proj.weight" in raw.state or "vit.embeddings.norm.weight" in raw.state:
+        return "binaryvit"
+    return "extra_res" if f"{_LAYER}0.attention.attention.moveq" in raw.state else "deit"
+
+
+def _blocks(raw: RawCheckpoint) -> list[tuple[int, int, bool]]:
+    """Returns width, feed-forward width and whether keys are pooled, of each block."""
+    numbers = raw.numbers(_LAYER, ".layernorm_before.weight")
+    raw.shape(f"{_LAYER}0.layernorm_before.weight")  # there is a block at all
+    return [
+        (
+            raw.shape(f"{_LAYER}{i}.layernorm_before.weight")[0],
+            raw.shape(f"{_LAYER}{i}.intermediate.dense.weight")[0],
+            f"{_LAYER}{i}.attention.attention.reduction.weight" in raw.state,
+        )
+        for i in numbers
+    ]
+
+
+def _stages(blocks: list[tuple[int, int, bool]]) -> dict[str, Any]:
+    stages = [(key, len(list(group))) for key, group in itertools.groupby(blocks)]
+    return {
+        "width": tuple(width for (width, _, _), _ in stages),
+        "mlp_dim": tuple(mlp_dim for (_, mlp_dim, _), _ in stages),
+        "depth": tuple(depth for _, depth in stages),
+        "num_heads": tuple(max(width // HEAD_SIZE, 1) for (width, _, _), _ in stages),
+        "reduction": tuple(
+            BinaryViT.reduction[min(i, 1)] if pooled else 1 for i, ((_, _, pooled), _) in enumerate(stages)
+        ),
+    }
+
+
+def _assume_reduction(raw: RawCheckpoint, settings: dict[str, Any]) -> list[str]:
+    pooled = any(factor > 1 for factor in settings["reduction"])
+    return [f"reduction {settings['reduction']}"] if pooled else []
+
+
+def _switches(raw: RawCheckpoint, model: str) -> dict[str, Any]:
+    attention = f"{_LAYER}0.attention.attention"
+    branches = raw.numbers(f"{_LAYER}0.layerscale_h", ".alpha")
+    switches: dict[str, Any] = {
+        "weight_bits": int(raw.args.get("weight_bits", 1)),
+        "act_bits": 1 if f"{attention}.att_prob_clip" in raw.state else 32,
+        "norm": "batch_norm" if "vit.layernorm.running_mean" in raw.state else "layer_norm",
+        "layer_scale": f"{_LAYER}0.output.layerscale.alpha" in raw.state,
+        "pool_branches": tuple(branches),
+        "clip_val": _clip_val(raw),
+    }
+    if model == "extra_res":
+        return switches | {"class_token": "vit.embeddings.cls_token" in raw.state}
+    some_fp = "vit.encoder.patch_embed1.proj.weight" in raw.state
+    some_fp = some_fp and "vit.encoder.patch_embed1.move" not in raw.state
+    return switches | {"some_fp": some_fp}
+
+
+def _clip_val(raw: RawCheckpoint) -> float:
+    limits = (a for name, a in raw.state.items() if name.endswith(".weight_clip_val"))
+    return float(np.max(next(limits, np.array(DEFAULT_CLIP_VAL))))

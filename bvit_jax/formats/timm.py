@@ -1,0 +1,222 @@
+"""DeiT and Swin in timm's names, which for DeiT are Facebook's, and Swin in Microsoft's.
+
+A bare file says neither the number of heads nor the epsilon: the published models have 64 channels a
+head, and 1e-6 in DeiT. Source: ``timm/models/{deit,swin_transformer}.py`` of
+github.com/huggingface/pytorch-image-models and ``models/swin_transformer.py`` of
+github.com/microsoft/Swin-Transformer.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bvit_jax.errors import UserError
+from bvit_jax.formats.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    RawCheckpoint,
+    Understood,
+    deit_preprocessing,
+    square_side,
+)
+from bvit_jax.models.swin import MERGE, stage_window
+from bvit_jax.models.windows import relative_positions, shift_mask
+from bvit_jax.torch_names import MICROSOFT_SWIN, TIMM_DEIT, TIMM_SWIN, Naming
+
+NAME = "timm"
+MICROSOFT = "microsoft"
+MODELS = ("deit", "swin")
+MICROSOFT_MODELS = ("swin",)
+
+HEAD_SIZE = 64
+DEIT_NORM_EPSILON = 1e-6
+SWIN_NORM_EPSILON = 1e-5
+SWIN_IMAGE_SIZE = 224
+CROP_PCT = 0.9  # timm's default for these models
+
+_FAMILIES = {  # (width, depth) -> how timm calls it
+    (192, 12): "tiny",
+    (384, 12): "small",
+    (768, 12): "base",
+    (96, (2, 2, 6, 2)): "tiny",
+    (96, (2, 2, 18, 2)): "small",
+    (128, (2, 2, 18, 2)): "base",
+    (192, (2, 2, 18, 2)): "large",
+}
+
+
+def naming(config: Mapping[str, Any]) -> Naming:
+    """Returns timm's names of the arrays of a model of `MODELS`."""
+    if config["name"] == "swin":
+        return TIMM_SWIN
+    if config["distillation_token"] != config["distillation_head"]:
+        raise UserError("timm's DeiT has a distillation token only with its head; use another format")
+    return TIMM_DEIT
+
+
+def microsoft_naming(config: Mapping[str, Any]) -> Naming:
+    """Returns Microsoft's names of the arrays of a Swin."""
+    del config
+    return MICROSOFT_SWIN
+
+
+def recognise(raw: RawCheckpoint) -> bool:
+    """Returns whether the names are timm's, or Facebook's."""
+    deit = "blocks.0.attn.qkv.weight" in raw.state
+    return deit or (_is_swin(raw) and "head.fc.weight" in raw.state)
+
+
+def recognise_microsoft(raw: RawCheckpoint) -> bool:
+    """Returns whether the names are those of Microsoft's Swin."""
+    return _is_swin(raw) and "head.fc.weight" not in raw.state
+
+
+def understand(raw: RawCheckpoint) -> Understood:
+    """Finds the model from the shapes of its arrays, and what these leave open from ``config.json``."""
+    settings, assumed = _swin_settings(raw) if _is_swin(raw) else _deit_settings(raw)
+    settings["patch_size"] = raw.shape("patch_embed.proj.weight")[-1]
+    if _is_swin(raw):
+        settings["image_size"] = _pretrained_cfg(raw).get("input_size", (3, SWIN_IMAGE_SIZE))[-1]
+        if not _pretrained_cfg(raw):
+            assumed.append(f"image_size {settings['image_size']}")
+    else:
+        tokens = raw.shape("pos_embed")[1] - 1 - settings["distillation_token"]
+        settings["image_size"] = square_side(tokens, raw.origin) * settings["patch_size"]
+    model = "swin" if _is_swin(raw) else "deit"
+    return Understood(model, settings, _preprocessing(raw, settings["image_size"]), assumed=tuple(assumed))
+
+
+def describe(config: Mapping[str, Any], class_names: tuple[str, ...], p: Preprocessing) -> dict[str, Any]:
+    """Returns the ``config.json`` that timm's hub directories have."""
+    size = config["image_size"]
+    values: dict[str, Any] = {
+        "architecture": _architecture(config),
+        "num_classes": config["num_classes"],
+        "label_names": list(class_names),
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "fixed_input_size": True,
+            "interpolation": p.interpolation,
+            "crop_pct": p.crop / p.resize,
+            "crop_mode": "squash" if p.square else "center",
+            "mean": list(p.mean),
+            "std": list(p.std),
+            "num_classes": config["num_classes"],
+        },
+    }
+    sizes = {"img_size": size, "patch_size": config["patch_size"], "embed_dim": config["width"]}
+    depth, heads = config["depth"], config["num_heads"]
+    if config["name"] == "swin":
+        sizes |= {"depths": list(depth), "num_heads": list(heads), "window_size": config["window_size"]}
+        sizes |= {"mlp_ratio": config["mlp_ratio"]}
+    else:
+        sizes |= {"depth": depth, "num_heads": heads, "mlp_ratio": config["mlp_dim"] / config["width"]}
+    return values | {"model_args": sizes}
+
+
+def bookkeeping(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays besides parameters that a file of timm has: none."""
+    del config, names
+    return {}
+
+
+def microsoft_bookkeeping(
+    config: Mapping[str, Any], names: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns the constants that Microsoft's modules hold: relative positions and masks."""
+    del names
+    arrays: dict[str, np.ndarray] = {}
+    side = config["image_size"] // config["patch_size"]
+    for stage, depth in enumerate(config["depth"]):
+        for i in range(depth):
+            window = stage_window(side, config["window_size"], shifted=i % 2 == 1)
+            block = f"layers.{stage}.blocks.{i}"
+            arrays[f"{block}.attn.relative_position_index"] = relative_positions(window.size)
+            if window.shift:
+                arrays[f"{block}.attn_mask"] = shift_mask(window)
+        side //= MERGE
+    return arrays
+
+
+def _is_swin(raw: RawCheckpoint) -> bool:
+    return "layers.0.blocks.0.attn.qkv.weight" in raw.state
+
+
+def _deit_settings(raw: RawCheckpoint) -> tuple[dict[str, Any], list[str]]:
+    width = raw.shape("cls_token")[-1]
+    two_heads = "head_dist.weight" in raw.state
+    num_heads = _args(raw).get("num_heads", max(width // HEAD_SIZE, 1))
+    assumed = [] if "num_heads" in _args(raw) else [f"num_heads {num_heads} ({HEAD_SIZE} channels each)"]
+    assumed.append(f"norm_epsilon {DEIT_NORM_EPSILON}")
+    settings = {
+        "width": width,
+        "depth": len(raw.numbers("blocks.", ".norm1.weight")),
+        "num_heads": num_heads,
+        "mlp_dim": raw.shape("blocks.0.mlp.fc1.weight")[0],
+        "num_classes": raw.shape("head.weight")[0],
+        "norm_epsilon": DEIT_NORM_EPSILON,
+        "distillation_token": "dist_token" in raw.state,
+        "distillation_head": two_heads,
+    }
+    return settings, assumed
+
+
+def _swin_settings(raw: RawCheckpoint) -> tuple[dict[str, Any], list[str]]:
+    tables = [
+        raw.shape(f"layers.{i}.blocks.0.attn.relative_position_bias_table")
+        for i in raw.numbers("layers.", ".blocks.0.norm1.weight")
+    ]
+    width = raw.shape("patch_embed.proj.weight")[0]
+    classifier = "head.fc.weight" if "head.fc.weight" in raw.state else "head.weight"
+    settings = {
+        "width": width,
+        "depth": tuple(len(raw.numbers(f"layers.{i}.blocks.", ".norm1.weight")) for i in range(len(tables))),
+        "num_heads": tuple(heads for _, heads in tables),
+        # The last stage's window may be cut to its grid; the first one's is the setting.
+        "window_size": (math.isqrt(tables[0][0]) + 1) // 2,
+        "mlp_ratio": raw.shape("layers.0.blocks.0.mlp.fc1.weight")[0] // width,
+        "num_classes": raw.shape(classifier)[0],
+        "norm_epsilon": SWIN_NORM_EPSILON,
+    }
+    return settings, [f"norm_epsilon {SWIN_NORM_EPSILON}"]
+
+
+def _args(raw: RawCheckpoint) -> Mapping[str, Any]:
+    args = raw.values.get("model_args", {})
+    return args if isinstance(args, Mapping) else {}
+
+
+def _pretrained_cfg(raw: RawCheckpoint) -> Mapping[str, Any]:
+    described = raw.values.get("pretrained_cfg", {})
+    return described if isinstance(described, Mapping) else {}
+
+
+def _preprocessing(raw: RawCheckpoint, image_size: int) -> Preprocessing:
+    described = _pretrained_cfg(raw)
+    if not described:
+        return deit_preprocessing(image_size)
+    try:
+        crop_pct = float(described.get("crop_pct", CROP_PCT))
+        filter_name = described.get("interpolation", "bicubic")
+        mean = tuple(map(float, described.get("mean", IMAGENET_MEAN)))
+        std = tuple(map(float, described.get("std", IMAGENET_STD)))
+        mode = described.get("crop_mode", "center")
+        if filter_name not in ("bicubic", "bilinear") or mode not in ("center", "squash"):
+            raise ValueError(f"interpolation {filter_name!r}, crop_mode {mode!r}")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{raw.origin}: its pretrained_cfg is not understood: {error}") from error
+    # Rounded before it is cut: 224 / (224 / 256) is not always 256 in floating point.
+    resize = math.floor(round(image_size / crop_pct, 6))
+    return Preprocessing(resize, image_size, filter_name, mean, std, square=mode == "squash")
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    family = _FAMILIES.get((config["width"], config["depth"]), "tiny")
+    patch, size = config["patch_size"], config["image_size"]
+    if config["name"] == "swin":
+        return f"swin_{family}_patch{patch}_window{config['window_size']}_{size}"
+    distilled = "distilled_" if config["distillation_head"] else ""
+    return f"deit_{family}_{distilled}patch{patch}_{size}"

@@ -1,0 +1,118 @@
+"""Classifies image files: ``python -m bvit_jax.predict --checkpoint PATH IMAGE...``
+
+PATH is the workdir of a training run, or anything that ``python -m bvit_jax.convert`` reads. Images are
+prepared as the checkpoint says.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from bvit_jax import models, runs
+from bvit_jax.data import transforms
+from bvit_jax.errors import UserError
+from bvit_jax.formats import Preprocessing
+from bvit_jax.pretrained import Pretrained
+from bvit_jax.step import Normalization
+
+IMAGES_AT_ONCE = 8
+
+
+class Guess(NamedTuple):
+    """A class and its probability."""
+
+    index: int
+    name: str
+    probability: float
+
+
+def predict(model: Pretrained, paths: Sequence[Path], top: int = 5) -> Iterator[list[Guess]]:
+    """Yields the ``top`` classes of each image file, the likeliest first.
+
+    Raises:
+      UserError: a file is missing or no image, or the model's answer is not finite.
+    """
+    module = models.create_model(model.config)
+    normalize = Normalization(model.preprocessing.mean, model.preprocessing.std)
+
+    @jax.jit
+    def probabilities(variables: Any, images: jax.Array) -> jax.Array:
+        output: Any = module.apply(variables, normalize(images))
+        return jax.nn.softmax(output.logits)
+
+    variables = jax.device_put(model.arrays())
+    for start in range(0, len(paths), IMAGES_AT_ONCE):
+        group = paths[start : start + IMAGES_AT_ONCE]
+        images = jnp.stack([load_image(path, model.preprocessing) for path in group])
+        for path, shares in zip(group, np.asarray(probabilities(variables, images)), strict=True):
+            if not np.isfinite(shares).all():
+                raise UserError(f"the model's answer for {path} is not finite; its weights are damaged")
+            best = np.argsort(-shares, kind="stable")[:top]
+            yield [Guess(int(i), model.class_names[i], float(shares[i])) for i in best]
+
+
+def load_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
+    """Returns an image file as a model's input before normalisation, uint8 (size, size, 3).
+
+    Raises:
+      UserError: the file is missing, damaged, or no image.
+    """
+    p = preprocessing
+    try:
+        image = transforms.decode(path.read_bytes())
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}; expected an image such as JPEG or PNG") from error
+    if p.square:
+        resized = image.resize((p.resize, p.resize), transforms.INTERPOLATIONS[p.interpolation])
+        return np.asarray(transforms.centre_crop(resized, p.crop))
+    return transforms.eval_transform(image, size=p.crop, resize=p.resize, interpolation=p.interpolation)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    missing = [path for path in arguments.images if not path.is_file()]
+    if missing:  # before the model is loaded
+        raise UserError(f"no file {missing[0]}; expected an image")
+    model = runs.load_model(arguments.checkpoint, kind=arguments.kind)
+    for text in model.assumed:
+        print(f"assumed, since the checkpoint does not say: {text}", file=sys.stderr)
+    rankings = predict(model, arguments.images, arguments.top)
+    for path, ranking in zip(arguments.images, rankings, strict=True):
+        if arguments.json:
+            print(json.dumps({"image": str(path), "classes": [guess._asdict() for guess in ranking]}))
+            continue
+        print(path)
+        for guess in ranking:
+            print(f"  {100 * guess.probability:5.1f} %  {guess.name}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bvit_jax.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH")
+    parser.add_argument("--kind", choices=("latest", "best"), default="latest", help="of a workdir")
+    parser.add_argument("--top", type=int, default=5, help="classes to print for each image")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    try:
+        _run(parser.parse_args(argv))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

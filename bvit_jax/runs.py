@@ -1,0 +1,121 @@
+"""What a training run left behind, read as a model: ``config.json``, class names, a checkpoint."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from bvit_jax import config as config_lib
+from bvit_jax import labels, models, pretrained
+from bvit_jax.checkpoint import FOLDERS, Kind, restore_variables
+from bvit_jax.errors import UserError
+from bvit_jax.formats import FORMATS, Preprocessing, reference
+from bvit_jax.pretrained import Pretrained
+from bvit_jax.sharding import with_sharding
+from bvit_jax.state_dicts import Variables, abstract_variables, to_state_dict
+
+CLASSES_FILE = "classes.json"
+
+
+def load_model(path: Path, *, kind: Kind = "latest", **options: Any) -> Pretrained:
+    """Reads a model from a run's directory, or from whatever `bvit_jax.pretrained.load` reads.
+
+    Args:
+      path: the directory of a run, or another directory or file.
+      kind: which checkpoint of a run.
+      options: for `bvit_jax.pretrained.load`.
+
+    Raises:
+      UserError: see there; and options are given for a run, which needs none.
+    """
+    if not is_run(path):
+        return pretrained.load(path, **options)
+    if given := [name for name, value in options.items() if value]:
+        raise UserError(f"{path} is a training run, which describes itself; leave out {', '.join(given)}")
+    return load_run(path, kind)
+
+
+def is_run(path: Path) -> bool:
+    """Returns whether a path is the directory of a training run."""
+    return any((path / folder).is_dir() for folder in FOLDERS.values())
+
+
+def load_run(workdir: Path, kind: Kind) -> Pretrained:
+    """Reads the newest or best checkpoint of a run as a model.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
+    """
+    config = config_lib.load(workdir / "config.json")
+    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    variables, step = restore(workdir, config, kind, whole)
+    variables = jax.tree.map(np.asarray, variables)
+    if not variables["batch_stats"]:
+        del variables["batch_stats"]
+    data, size = config.data, config.model.image_size
+    preprocessing = Preprocessing(data.eval_resize, size, data.eval_interpolation, data.mean, data.std)
+    names = read_class_names(workdir, config.model.num_classes)
+    entry = {"file": f"{FOLDERS[kind]}/{step}", "format": "run"}
+    return Pretrained(
+        config=config.model,
+        variables=variables,
+        preprocessing=preprocessing,
+        class_names=names,
+        history=(entry,),
+        bookkeeping=_batches_seen(config.model, variables, step),
+        bookkeeping_format=reference.NAME,
+    )
+
+
+def restore(workdir: Path, config: ConfigDict, kind: Kind, sharding: Any) -> tuple[Variables, int]:
+    """Returns parameters and running statistics of a checkpoint, placed by ``sharding``, and its step.
+
+    Raises:
+      UserError: there is no such checkpoint, it is damaged, or does not fit the configuration.
+    """
+    abstract = abstract_variables(models.create_model(config.model), config.model.image_size)
+    abstract.setdefault("batch_stats", {})
+    fields = with_sharding(abstract | {"step": np.int32(0)}, sharding)
+    restored = restore_variables(workdir, fields, kind)
+    if restored is None:
+        raise UserError(f"no {kind} checkpoint in {workdir}; train with train.py --workdir first")
+    variables, _ = restored
+    return variables, int(variables.pop("step"))
+
+
+def write_class_names(workdir: Path, names: Sequence[str]) -> None:
+    """Writes the names of the classes into a run's directory."""
+    (workdir / CLASSES_FILE).write_text(json.dumps(list(names), indent=0) + "\n", encoding="utf-8")
+
+
+def read_class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes of a run, words in place of ImageNet's synsets.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = workdir / CLASSES_FILE
+    if not path.exists():  # of an older version
+        return labels.default_names(num_classes)
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if len(names) != num_classes or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"it does not hold {num_classes} names")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    return labels.readable(names)
+
+
+def _batches_seen(config: ConfigDict, variables: Variables, step: int) -> dict[str, np.ndarray]:
+    """Returns the counters that PyTorch's batch norms would hold after so many steps."""
+    if config.name not in reference.MODELS or config.get("distillation_token"):
+        return {}
+    arrays = FORMATS[reference.NAME].bookkeeping(config, to_state_dict(variables))
+    return {
+        name: np.array(step, np.int64) if name.endswith("num_batches_tracked") else array
+        for name, array in arrays.items()
+    }

@@ -1,0 +1,206 @@
+"""Files of named arrays: safetensors, sharded too, and PyTorch's ``.pth``.
+
+Reading never runs code from a file: safetensors holds none, and a ``.pth`` goes through
+``torch.load(weights_only=True)`` with one more class allowed, the harmless `argparse.Namespace` that
+training scripts store their arguments in.
+"""
+
+import argparse
+import hashlib
+import json
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load, save
+
+from bvit_jax.errors import UserError
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
+SAFETENSORS_SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+
+StateDict = dict[str, np.ndarray]
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file; raises `UserError` if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+# --- safetensors -------------------------------------------------------------------------------
+
+
+def read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
+    """Returns the arrays of a file, in the dtypes they are stored in, and its metadata.
+
+    Raises:
+      UserError: the file is missing, damaged, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+        return load(path.read_bytes()), metadata
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {_first_line(error)}; is the file complete?") from error
+
+
+def read_sharded(index: Path) -> tuple[StateDict, list[Path]]:
+    """Returns the arrays of the files that a ``model.safetensors.index.json`` lists, and those files.
+
+    Raises:
+      UserError: the index or a file is missing or damaged, or they contradict each other.
+    """
+    try:
+        weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+        files = sorted(set(weight_map.values()))
+        if any(not isinstance(name, str) or Path(name).name != name for name in files):
+            raise ValueError("it names files outside its directory")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {index}: {error!r}; expected an index of shards") from error
+    state: StateDict = {}
+    for name in files:
+        shard, _ = read_safetensors(index.parent / name)
+        for key, array in shard.items():
+            if weight_map.get(key) != name:
+                raise UserError(f"{index.parent / name} holds {key!r}, which {index.name} does not say")
+            state[key] = array
+    if absent := sorted(weight_map.keys() - state.keys()):
+        raise UserError(f"{index} lists {len(absent)} arrays that no shard holds, the first is {absent[0]}")
+    return state, [index.parent / name for name in files]
+
+
+def encode_safetensors(state: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Returns the content of a safetensors file."""
+    contiguous = {name: np.array(array, order="C") for name, array in state.items()}
+    return save(contiguous, metadata=dict(metadata))
+
+
+# --- PyTorch -----------------------------------------------------------------------------------
+
+
+def read_torch(path: Path) -> dict[str, Any]:
+    """Returns what a ``.pth`` file holds, its tensors as numpy arrays and a namespace as a dict.
+
+    Raises:
+      UserError: torch is not installed; the file is missing, damaged, wants to run code, or holds
+        something else than a dict.
+    """
+    torch = _import_torch(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}; expected a checkpoint")
+    _check_zip(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters raises
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each raise their own
+        raise UserError(f"cannot read {path}: {_unpickling_reason(path, error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of a checkpoint")
+    return _to_numpy(content)
+
+
+def write_torch(path: Path, content: dict[str, Any]) -> None:
+    """Writes a dict, its numpy arrays as tensors; raises `UserError` if torch is not installed."""
+    torch = _import_torch(path)
+    torch.save(_to_torch(content), path)
+
+
+def _import_torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path.name} needs PyTorch, which is not installed; install it (pip install torch) or use"
+            " safetensors"
+        ) from None
+    return torch
+
+
+def _check_zip(path: Path) -> None:
+    """Compares checksums, which torch does not. Older files than PyTorch 1.6's have none."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
+        raise UserError(f"cannot read {path}: {_first_line(error)}; is the file complete?") from error
+    if damaged is not None:
+        raise UserError(f"cannot read {path}: {damaged} in it does not match its checksum")
+
+
+def _unpickling_reason(path: Path, error: Exception) -> str:
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if foreign := named[1] if named else _class_in_bare_pickle(path):
+        return (
+            f"it wants the class {foreign}, and only tensors, numbers, text and argparse.Namespace are"
+            " allowed; a file that needs more can run code: do not open it unless you trust its source"
+        )
+    # torch's advice is to load the file without protection, so only its first sentence is passed on.
+    reason = _first_line(error).split(". ")[0]
+    return f"{reason}; is the file complete, and is it a PyTorch checkpoint?"
+
+
+def _class_in_bare_pickle(path: Path) -> str | None:
+    """Returns the first class that a pickle outside a zip archive asks for; runs nothing of it."""
+    strings: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(path.read_bytes()):
+            if opcode.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL" and len(strings) > 1:
+                return ".".join(strings[-2:])
+            if isinstance(argument, str):
+                strings.append(argument)
+    except Exception:  # not a pickle: genops raises what it likes
+        pass
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[0].rstrip(".")
+
+
+def _to_numpy(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous()
+        if value.dtype == torch.bfloat16:
+            import ml_dtypes
+
+            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return value.numpy()
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: _to_numpy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_numpy(item) for item in value]
+    return value
+
+
+def _to_torch(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, np.ndarray):
+        value = np.array(value, order="C")
+        if value.dtype.name == "bfloat16":
+            return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(value)
+    if isinstance(value, dict):
+        return {key: _to_torch(item) for key, item in value.items()}
+    return value
