@@ -8,8 +8,9 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from bvit_jax.step import Normalization
 IMAGES_AT_ONCE = 8
 
 
-class Guess(NamedTuple):
+@dataclass(frozen=True)
+class Guess:
     """A class and its probability."""
 
     index: int
@@ -87,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> None:
     rankings = predict(model, arguments.images, arguments.top)
     for path, ranking in zip(arguments.images, rankings, strict=True):
         if arguments.json:
-            print(json.dumps({"image": str(path), "classes": [guess._asdict() for guess in ranking]}))
+            print(json.dumps({"image": str(path), "classes": [asdict(guess) for guess in ranking]}))
             continue
         print(path)
         for guess in ranking:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -180,8 +180,8 @@ def _read(
         return _read_directory(path.parent, values), ()
     if path.suffix == tensor_files.SAFETENSORS_SUFFIX:
         state, metadata = tensor_files.read_safetensors(path)
-        document = _parse_document(path, metadata.get(DOCUMENT, "{}"))
-        return _raw(state, values, document, (path,)), ()
+        described = _parse_description(path, metadata.get(DOCUMENT))
+        return _raw(state, values or described, (path,)), ()
     if path.suffix in tensor_files.TORCH_SUFFIXES:
         return _read_torch(path, values, weights_key)
     raise UserError(
@@ -204,8 +204,7 @@ def _read_directory(path: Path, values: Mapping[str, Any]) -> RawCheckpoint:
         state, files = tensor_files.read_sharded(index)
     else:
         raise UserError(f"no {WEIGHTS_FILE} in {path}; expected it beside {CONFIG_FILE}")
-    document = values if values.get("format") == DOCUMENT else values.get(DOCUMENT, {})
-    expected = document.get("weights_sha256")
+    expected = values.get("weights_sha256")
     if expected and expected != tensor_files.sha256(weights):
         raise UserError(
             f"{weights} is not the file that {CONFIG_FILE} describes: its SHA-256 is another; it was"
@@ -213,7 +212,7 @@ def _read_directory(path: Path, values: Mapping[str, Any]) -> RawCheckpoint:
         )
     processor_file = path / huggingface.PROCESSOR_FILE
     processor = _read_json(processor_file) if processor_file.is_file() else {}
-    return _raw(state, values, document, tuple(files), processor=processor)
+    return _raw(state, values, tuple(files), processor=processor)
 
 
 def _read_torch(
@@ -228,19 +227,19 @@ def _read_torch(
     if not isinstance(state, dict) or not all(isinstance(a, np.ndarray) for a in state.values()):
         where = "" if key is None else f" under {key!r}"
         raise UserError(f"{path} holds no state dict{where}; expected names and tensors")
-    document = _parse_document(path, others.pop(DOCUMENT, "{}"))
+    described = _parse_description(path, others.pop(DOCUMENT, None))
     args = others.pop("args", {})
-    raw = _raw(state, values, document, (path,), args=args if isinstance(args, dict) else {})
+    raw = _raw(state, values or described, (path,), args=args if isinstance(args, dict) else {})
     return raw, tuple(sorted(map(str, others)))
 
 
 def _raw(
     state: StateDict,
     values: Mapping[str, Any],
-    document: Mapping[str, Any],
     files: tuple[Path, ...],
     **more: Mapping[str, Any],
 ) -> RawCheckpoint:
+    document = values if values.get("format") == DOCUMENT else values.get(DOCUMENT, {})
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): a for name, a in state.items()}
     origin = str(files[0]) if len(files) == 1 else str(files[0].parent)
@@ -248,6 +247,8 @@ def _raw(
 
 
 def _recognise(raw: RawCheckpoint) -> str:
+    if raw.document.get("naming") in FORMATS:
+        return raw.document["naming"]
     for name, known in FORMATS.items():
         if known.recognise(raw):
             return name
@@ -283,14 +284,20 @@ def _naming(origin: str) -> Iterator[None]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not values:
+            raise ValueError("it describes nothing")
+        return values
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}; expected a JSON object") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; expected the JSON of a model") from error
 
 
-def _parse_document(path: Path, text: Any) -> dict[str, Any]:
+def _parse_description(path: Path, text: Any) -> dict[str, Any]:
+    """Returns the ``config.json`` that a file holds; empty if it is another's and holds none."""
+    if text is None:
+        return {}
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError) as error:
@@ -333,7 +340,7 @@ def resized(pretrained: Pretrained, image_size: int) -> Pretrained:
     def resize(path: tuple, array: np.ndarray, target: jax.ShapeDtypeStruct) -> np.ndarray:
         if array.shape == target.shape:
             return array
-        first = extra if path_name(path).startswith("embedding/") else 0
+        first = extra if path_name(path).startswith("params/embedding/") else 0
         return resize_positions(array, first, round((target.shape[1] - first) ** 0.5))
 
     variables = jax.tree_util.tree_map_with_path(resize, pretrained.variables, abstract)
@@ -395,13 +402,12 @@ def save(pretrained: Pretrained, target: Path, file_format: str = NATIVE) -> Non
       UserError: the target exists or cannot be written, or the format cannot hold the model.
     """
     state, values = to_format(pretrained, file_format)
-    document = values if file_format == NATIVE else values[DOCUMENT]
     with _appearing(target) as partial:
         if target.suffix == tensor_files.SAFETENSORS_SUFFIX:
-            metadata = {"format": "pt", DOCUMENT: json.dumps(document)}
+            metadata = {"format": "pt", DOCUMENT: json.dumps(values)}
             _write(partial, tensor_files.encode_safetensors(state, metadata))
         elif target.suffix in tensor_files.TORCH_SUFFIXES:
-            tensor_files.write_torch(partial, {"model": state, DOCUMENT: json.dumps(document)})
+            tensor_files.write_torch(partial, {"model": state, DOCUMENT: json.dumps(values)})
         else:
             partial.mkdir()
             content = tensor_files.encode_safetensors(state, {"format": "pt"})
@@ -423,6 +429,7 @@ def to_format(pretrained: Pretrained, file_format: str) -> tuple[StateDict, dict
     config = pretrained.config
     document = {
         "format": DOCUMENT,
+        "naming": file_format,
         "version": version("bvit_jax"),
         "model": config.to_dict(),
         "preprocessing": dataclasses.asdict(pretrained.preprocessing),
@@ -468,7 +475,8 @@ def _appearing(target: Path) -> Iterator[Path]:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,185 +1,408 @@
-"""Weights in PyTorch's names: round trips, damaged files, and Hugging Face's ViT as an oracle."""
+"""Models from and to files: round trips of every family, what is recognised, assumed and refused."""
 
-import copy
+import argparse
+import dataclasses
 import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from bvit_jax import models, parity
+from bvit_jax import labels, pretrained, tensor_files
 from bvit_jax.errors import UserError
-from bvit_jax.pretrained import (
-    BUFFERS,
-    abstract_variables,
-    from_state_dict,
-    load_pretrained,
-    save_pretrained,
-)
-from bvit_jax.torch_names import to_state_dict
+from bvit_jax.formats import FORMATS, Preprocessing
 
-GOLDEN = Path(__file__).parent / "golden"
-TINY = {
-    "deit": {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 16, "image_size": 32},
-    "extra_res": {"width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 16, "image_size": 32},
-    "binaryvit": {
-        "width": (4, 8),
-        "depth": (1, 1),
-        "num_heads": (1, 2),
-        "mlp_dim": (8, 16),
-        "reduction": (2, 1),
+from .weights import TINY, assert_same_states, assert_same_trees, tiny_pretrained
+
+# Settings that a bare file does not determine; for the tiny models the assumption would be wrong.
+UNDETERMINED = ("num_heads", "reduction", "weight_bits", "image_size", "norm_epsilon")
+
+
+def formats_of(model):
+    """Returns the formats that can hold a model."""
+    for name in FORMATS:
+        try:
+            pretrained.to_format(model, name)
+        except UserError:
+            continue
+        yield name
+
+
+CASES = [(name, fmt) for name in TINY for fmt in formats_of(tiny_pretrained(name))]
+
+
+def overrides_of(model):
+    """Returns the settings that a user must give for a bare file of a tiny model."""
+    return {key: model.config[key] for key in UNDETERMINED if key in model.config}
+
+
+def foreign_state(model, file_format, rng):
+    """Returns a state dict as PyTorch would have saved it, with counters that have counted."""
+    state, _ = pretrained.to_format(model, file_format)
+    for name in state:
+        if name.endswith("num_batches_tracked"):
+            state[name] = np.array(rng.integers(1, 1000), np.int64)
+    return {name: np.array(array, order="C") for name, array in state.items()}
+
+
+def write_safetensors(path, state):
+    path.write_bytes(tensor_files.encode_safetensors(state, {"format": "pt"}))
+    return path
+
+
+def read_state(path):
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if path.suffix == ".pth":
+        return tensor_files.read_torch(path)["model"]
+    return tensor_files.read_safetensors(path)[0]
+
+
+def test_every_family_has_a_format():
+    assert {name for name, _ in CASES} == set(TINY)
+    assert {fmt for _, fmt in CASES} == set(FORMATS)
+
+
+# --- round trips -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["directory", "x.safetensors", "x.pth"])
+@pytest.mark.parametrize(("name", "file_format"), CASES)
+def test_from_torch_and_back_is_bit_identical(tmp_path, name, file_format, target):
+    if target.endswith(".pth"):
+        pytest.importorskip("torch")
+    model = tiny_pretrained(name)
+    state = foreign_state(model, file_format, np.random.default_rng(0))
+    if file_format == "huggingface":
+        source = tmp_path / "source"
+        pretrained.save(model, source, file_format)
+        options = {}
+    else:
+        source = write_safetensors(tmp_path / "source.safetensors", state)
+        options = {"overrides": overrides_of(model)}
+    loaded = pretrained.load(source, **options)
+    assert loaded.bookkeeping_format == file_format
+    assert loaded.config == model.config
+    assert_same_trees(loaded.variables, model.variables)
+
+    pretrained.save(loaded, tmp_path / "native")
+    native = pretrained.load(tmp_path / "native")
+    pretrained.save(native, tmp_path / target, file_format)
+    assert_same_states(read_state(tmp_path / target), state)
+    # What is written describes itself: nothing is assumed any more.
+    again = pretrained.load(tmp_path / target)
+    assert again.config == model.config
+    assert not again.assumed
+    assert_same_trees(again.variables, model.variables)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
+def test_dtypes_are_kept(tmp_path, dtype):
+    model = tiny_pretrained("deit_heads", dtype=dtype)
+    state = foreign_state(model, "timm", np.random.default_rng(0))
+    source = write_safetensors(tmp_path / "source.safetensors", state)
+    loaded = pretrained.load(source, overrides=overrides_of(model))
+    pretrained.save(loaded, tmp_path / "native")
+    pretrained.save(pretrained.load(tmp_path / "native"), tmp_path / "back.safetensors", "timm")
+    assert_same_states(read_state(tmp_path / "back.safetensors"), state)
+    assert {a.dtype for a in jax.tree.leaves(loaded.arrays())} == {np.dtype(np.float32)}
+
+
+def test_what_is_known_travels_with_the_model(tmp_path):
+    model = tiny_pretrained("deit_1e-5", drop_path=0.25)
+    preprocessing = Preprocessing(40, 32, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    model = dataclasses.replace(model, preprocessing=preprocessing, class_names=("a", "b", "c"))
+    path = tmp_path / "0"
+    pretrained.save(model, path)
+    for i, name in enumerate(("huggingface", "timm", "reference", "native"), 1):
+        loaded = pretrained.load(path)
+        assert (loaded.config, loaded.preprocessing) == (model.config, preprocessing)
+        assert loaded.class_names == ("a", "b", "c")
+        path = tmp_path / str(i)
+        pretrained.save(loaded, path, name)
+    history = pretrained.load(path).history
+    assert [entry["format"] for entry in history] == ["huggingface", "timm", "reference"]
+    assert history[0]["sha256"] == tensor_files.sha256(tmp_path / "1" / "model.safetensors")
+
+
+def test_a_native_directory_is_what_the_documentation_says(tmp_path):
+    pretrained.save(tiny_pretrained("binaryvit"), tmp_path / "native")
+    assert {path.name for path in (tmp_path / "native").iterdir()} == {"config.json", "model.safetensors"}
+    values = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert values["format"] == "bvit_jax"
+    assert values["model"]["norm_epsilon"] == 1e-5
+    assert values["preprocessing"]["resize"] == 36
+    assert values["class_names"] == ["name 0", "name 1", "name 2"]
+    state, _ = tensor_files.read_safetensors(tmp_path / "native" / "model.safetensors")
+    assert state["params/block0/attention/query/dense/kernel"].shape == (4, 4)
+
+
+# --- what files do not say ---------------------------------------------------------------------
+
+
+def bare(tmp_path, name, file_format, **settings):
+    model = tiny_pretrained(name, **settings)
+    state = foreign_state(model, file_format, np.random.default_rng(0))
+    return write_safetensors(tmp_path / f"{name}.safetensors", state)
+
+
+def test_heads_of_64_channels_are_assumed(tmp_path):
+    path = bare(tmp_path, "deit", "timm", width=128)
+    loaded = pretrained.load(path)
+    assert loaded.config.num_heads == 2
+    assert loaded.config.norm_epsilon == 1e-6
+    assert loaded.assumed == ("num_heads 2 (64 channels each)", "norm_epsilon 1e-06")
+    assert pretrained.load(path, overrides={"num_heads": 4}).config.num_heads == 4
+    assert pretrained.load(path, overrides={"num_heads": 4}).assumed == ("norm_epsilon 1e-06",)
+
+
+def test_sizes_and_switches_of_the_reference_come_from_the_arrays(tmp_path):
+    path = bare(tmp_path, "binaryvit_w1a32", "reference")
+    loaded = pretrained.load(path)
+    config = loaded.config
+    assert (config.width, config.depth, config.mlp_dim) == ((4, 8), (1, 2), (8, 16))
+    assert (config.act_bits, config.image_size, config.patch_size) == (32, 32, 4)
+    assert [text.split()[0] for text in loaded.assumed] == ["reduction", "weight_bits", "num_heads"]
+
+
+def test_the_clipping_of_the_reference_comes_from_its_constants(tmp_path):
+    path = bare(tmp_path, "binaryvit_w4", "reference")
+    loaded = pretrained.load(path, overrides={"weight_bits": 4})
+    assert loaded.config.clip_val == 1.5
+
+
+def test_the_reference_s_config_json_is_a_configuration(tmp_path):
+    model = tiny_pretrained("binaryvit")
+    path = bare(tmp_path, "binaryvit", "reference")
+    values = {
+        "hidden_size": [4, 8],
+        "depths": [1, 2],
+        "num_attention_heads": [1, 2],
+        "intermediate_size": [8, 16],
+        "reduction_ratio": [2, 1],
         "image_size": 32,
-    },
-}
-
-
-def tiny(name):
-    config = models.model_config(name, **TINY[name], num_classes=3)
-    return config, abstract_variables(models.create_model(config), config.image_size)
-
-
-def random_variables(abstract, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(np.float32), abstract)
-
-
-def assert_same_trees(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
-# --- state dicts -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_state_dict_round_trip(name):
-    _, abstract = tiny(name)
-    variables = random_variables(abstract)
-    state = to_state_dict(variables)
-    assert len(state) == len(jax.tree.leaves(variables))  # no two arrays share a name
-    assert_same_trees(from_state_dict(state, abstract), variables)
-
-
-def test_dtype_of_the_result():
-    _, abstract = tiny("deit")
-    state = to_state_dict(random_variables(abstract))
-    for leaf in jax.tree.leaves(from_state_dict(state, abstract, np.float64)):
-        assert leaf.dtype == np.float64
-        assert leaf.flags["C_CONTIGUOUS"]
-
-
-@pytest.mark.parametrize("name", ["deit", "react_deit", "react_deit_steps", "binaryvit"])
-def test_names_and_shapes_equal_the_files(name):
-    golden = parity.GoldenFile(GOLDEN / f"{name}.npz")
-    config = parity.config_of(golden.meta)
-    abstract = abstract_variables(models.create_model(config), config.image_size)
-    state = to_state_dict(jax.tree.map(lambda a: np.broadcast_to(0.0, a.shape), abstract))
-    expected = {
-        name: array.shape
-        for name, array in golden.group("state").items()
-        if name.rpartition(".")[2] not in BUFFERS
+        "patch_size": 4,
+        "layer_norm_eps": 1e-12,  # the code overrides it
+        "id2label": {"0": "x", "1": "y", "2": "z"},
     }
-    assert {name: array.shape for name, array in state.items()} == expected
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    loaded = pretrained.load(path, config_file=tmp_path / "config.json")
+    assert loaded.config == model.config
+    assert loaded.class_names == ("x", "y", "z")
+    assert loaded.assumed == ("weight_bits 1",)
 
 
-def test_layouts():
-    _, abstract = tiny("binaryvit")
-    variables = random_variables(abstract)
-    state, params = to_state_dict(variables), variables["params"]
-    conv = params["downsample1"]["conv"]
-    np.testing.assert_array_equal(
-        state["vit.encoder.layer.0.intermediate.dense.weight"],
-        params["block0"]["mlp"]["expand"]["dense"]["kernel"].T,
+def test_stages_of_one_width_need_the_config_json(tmp_path):
+    model = tiny_pretrained("binaryvit", width=(8, 8), mlp_dim=(16, 16), reduction=(1, 1), num_heads=(1, 1))
+    state = foreign_state(model, "reference", np.random.default_rng(0))
+    path = write_safetensors(tmp_path / "x.safetensors", state)
+    with pytest.raises(UserError, match="arrays that do not fit the model"):
+        pretrained.load(path)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"hidden_size": [8, 8], "depths": [1, 2], "intermediate_size": [16, 16]}).replace(
+            "}", ', "num_attention_heads": [1, 1], "reduction_ratio": [1, 1]}'
+        )
     )
-    kernel = state["vit.encoder.patch_embed1.proj.weight"]
-    assert kernel.shape == (8, 4, 2, 2)
-    assert kernel[5, 3, 0, 1] == conv["kernel"][0, 1, 3, 5]
-    move = state["vit.encoder.patch_embed1.move"]
-    assert move.shape == (1, 4, 1, 1)
-    np.testing.assert_array_equal(move.ravel(), conv["move"].ravel())
+    loaded = pretrained.load(path, config_file=tmp_path / "config.json")
+    assert loaded.config == model.config
 
 
-def test_buffers_of_the_pytorch_code_are_ignored():
-    _, abstract = tiny("binaryvit")
-    variables = random_variables(abstract)
-    state = to_state_dict(variables)
-    for buffer in BUFFERS:
-        state[f"vit.layernorm.{buffer}"] = np.array([1, 2])
-    assert_same_trees(from_state_dict(state, abstract), variables)
+def test_a_training_checkpoint_of_the_reference(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = tiny_pretrained("binaryvit_w4")
+    state = foreign_state(model, "reference", np.random.default_rng(0))
+    tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+    args = argparse.Namespace(
+        model_type="extra-res-pyramid", weight_bits=4, input_bits=1, drop_path=0.1, opt_betas=None
+    )
+    other = tensors | {"classifier.bias": tensors["classifier.bias"] + 1}
+    content = {"model": tensors, "optimizer": {"state": {}}, "epoch": 3, "scaler": {}, "args": args}
+    torch.save(content | {"model_ema": other}, tmp_path / "checkpoint.pth")
+    options = {"overrides": {"num_heads": (1, 2), "reduction": (2, 1)}}
+    loaded = pretrained.load(tmp_path / "checkpoint.pth", **options)
+    assert (loaded.config.weight_bits, loaded.config.drop_path) == (4, 0.1)
+    assert loaded.left_out == ("epoch", "model_ema", "optimizer", "scaler")
+    assert_same_trees(loaded.variables, model.variables)
+
+    averaged = pretrained.load(tmp_path / "checkpoint.pth", weights_key="model_ema", **options)
+    assert "model" in averaged.left_out
+    np.testing.assert_array_equal(
+        averaged.variables["params"]["head"]["bias"], model.variables["params"]["head"]["bias"] + 1
+    )
+    with pytest.raises(UserError, match=r"no entry 'model_em'; did you mean 'model_ema'"):
+        pretrained.load(tmp_path / "checkpoint.pth", weights_key="model_em")
+    with pytest.raises(UserError, match="holds no state dict under 'epoch'"):
+        pretrained.load(tmp_path / "checkpoint.pth", weights_key="epoch")
 
 
-def test_arrays_that_do_not_fit_are_named():
-    _, abstract = tiny("deit")
-    state = to_state_dict(random_variables(abstract))
-    name = "vit.encoder.layer.1.attention.attention.key.weight"
-
-    missing = {key: a for key, a in state.items() if key != name}
-    with pytest.raises(UserError, match=f"^1 arrays of the model .*'{name}'"):
-        from_state_dict(missing, abstract)
-
-    renamed = missing | {name.replace("key", "keys"): state[name]}
-    with pytest.raises(UserError, match=f"'{name}'.*did you mean '{name.replace('key', 'keys')}'"):
-        from_state_dict(renamed, abstract)
-
-    with pytest.raises(UserError, match=r"^1 arrays of the file .*'vit.pooler.weight'"):
-        from_state_dict(state | {"vit.pooler.weight": np.zeros(3)}, abstract)
-
-    with pytest.raises(UserError, match=rf"'{name}' has shape \(8, 9\); .* \(8, 8\)"):
-        from_state_dict(state | {name: np.zeros((8, 9))}, abstract)
+def test_the_prefix_of_data_parallel_models_is_understood(tmp_path):
+    model = tiny_pretrained("deit_heads")
+    state = foreign_state(model, "timm", np.random.default_rng(0))
+    wrapped = {f"module.{name}": array for name, array in state.items()}
+    path = write_safetensors(tmp_path / "x.safetensors", wrapped)
+    assert_same_trees(pretrained.load(path, overrides=overrides_of(model)).variables, model.variables)
 
 
-@pytest.mark.parametrize("shape", [(8,), (8, 8, 1), ()])
-def test_arrays_of_another_rank_are_named(shape):
-    _, abstract = tiny("deit")
-    state = to_state_dict(random_variables(abstract))
-    name = "vit.encoder.layer.1.attention.attention.key.weight"
-    with pytest.raises(UserError, match=f"'{name}' has shape"):
-        from_state_dict(state | {name: np.zeros(shape)}, abstract)
+def test_a_thousand_classes_without_names_are_imagenet_s(tmp_path):
+    loaded = pretrained.load(bare(tmp_path, "deit", "timm", num_classes=1000))
+    assert loaded.class_names[:2] == ("tench, Tinca tinca", "goldfish, Carassius auratus")
+    assert loaded.class_names[-1] == "toilet tissue, toilet paper, bathroom tissue"
+    assert labels.readable(["n01443537", "cat"]) == ("goldfish, Carassius auratus", "cat")
 
 
-# --- Hugging Face directories ------------------------------------------------------------------
+def test_sharded_directories_are_read(tmp_path):
+    model = tiny_pretrained("swin")
+    pretrained.save(model, tmp_path / "whole", "huggingface")
+    state = read_state(tmp_path / "whole")
+    names = sorted(state)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, members in shards.items():
+        write_safetensors(tmp_path / "whole" / file, {name: state[name] for name in members})
+    weight_map = {name: file for file, members in shards.items() for name in members}
+    (tmp_path / "whole" / "model.safetensors").unlink()
+    (tmp_path / "whole" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    loaded = pretrained.load(tmp_path / "whole")
+    assert_same_trees(loaded.variables, model.variables)
+    assert [entry["file"] for entry in loaded.history] == ["a.safetensors", "b.safetensors"]
 
 
-@pytest.fixture
-def directory(tmp_path):
-    """A saved model; its variables are those of `random_variables`."""
-    config, abstract = tiny("deit")
-    save_pretrained(tmp_path / "a" / "b", config, random_variables(abstract), ["x", "y", "z"])
-    return tmp_path / "a" / "b"
+# --- preprocessing -----------------------------------------------------------------------------
 
 
-def test_pretrained_round_trip(directory):
-    config, abstract = tiny("deit")
-    loaded, variables = load_pretrained(directory)
-    assert loaded == config
-    assert_same_trees(variables, random_variables(abstract))
-    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
-    values = json.loads((directory / "config.json").read_text())
-    assert values["id2label"] == {"0": "x", "1": "y", "2": "z"}
+@pytest.mark.parametrize("square", [False, True])
+def test_preprocessing_through_hugging_face_s_file(tmp_path, square):
+    model = tiny_pretrained("deit")
+    expected = Preprocessing(48, 32, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), square)
+    pretrained.save(dataclasses.replace(model, preprocessing=expected), tmp_path / "x", "huggingface")
+    edit_json(tmp_path / "x" / "config.json", bvit_jax=None)  # as if others had written it
+    assert pretrained.load(tmp_path / "x").preprocessing == expected
 
 
-def test_saving_again_replaces_the_files(directory):
-    config, abstract = tiny("deit")
-    other = random_variables(abstract, seed=1)
-    save_pretrained(directory, config, other, ["x", "y", "z"])
-    assert_same_trees(load_pretrained(directory)[1], other)
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        # what google/vit-base and facebook/deit-small are published with
+        (
+            {"size": 32, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True},
+            Preprocessing(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3, square=True),
+        ),
+        (
+            {"size": 36, "crop_size": 32, "do_center_crop": True, "resample": 3}
+            | {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+            Preprocessing(36, 32, "bicubic", square=True),
+        ),
+    ],
+)
+def test_older_processors_of_hugging_face(tmp_path, processor, expected):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
+    (tmp_path / "x" / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert pretrained.load(tmp_path / "x").preprocessing == expected
+
+
+def test_without_a_processor_images_are_prepared_as_for_deit(tmp_path):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
+    (tmp_path / "x" / "preprocessor_config.json").unlink()
+    assert pretrained.load(tmp_path / "x").preprocessing == Preprocessing(36, 32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": 64}, {"resample": 9}, {"do_normalize": False}, {"image_mean": 3}, {"rescale_factor": 1.0}],
+)
+def test_a_processor_that_is_not_understood(tmp_path, change):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    processor = {"size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    (tmp_path / "x" / "preprocessor_config.json").write_text(json.dumps(processor | change))
+    with pytest.raises(UserError, match=r"its preprocessor_config.json is not understood"):
+        pretrained.load(tmp_path / "x")
+
+
+def test_timm_s_crop_is_understood(tmp_path):
+    model = tiny_pretrained("swin")
+    expected = Preprocessing(35, 32, "bicubic", (0.5,) * 3, (0.25,) * 3)
+    pretrained.save(dataclasses.replace(model, preprocessing=expected), tmp_path / "x", "timm")
+    edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
+    loaded = pretrained.load(tmp_path / "x")
+    assert loaded.preprocessing == expected
+    assert loaded.config.image_size == 32
+
+
+# --- other sizes, other classes ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["deit", "deit_heads", "extra_res", "extra_res_ls", "binaryvit", "swin"])
+def test_another_image_size(tmp_path, name):
+    model = tiny_pretrained(name)
+    resized = pretrained.resized(model, 64)
+    assert (resized.config.image_size, model.config.image_size) == (64, 32)
+    assert (resized.preprocessing.crop, resized.preprocessing.resize) == (64, 72)
+    pretrained.save(resized, tmp_path / "x")  # and its shapes are those of the larger model
+    assert_same_trees(pretrained.load(tmp_path / "x").variables, resized.variables)
+    if name.startswith("deit"):
+        old, new = (m.variables["params"]["embedding"]["positions"] for m in (model, resized))
+        extra = 2 if name == "deit_heads" else 1
+        np.testing.assert_array_equal(old[:, :extra], new[:, :extra])
+
+
+def test_masks_are_those_of_the_new_size(tmp_path):
+    model = tiny_pretrained("swin")
+    state = foreign_state(model, "microsoft", np.random.default_rng(0))
+    path = write_safetensors(tmp_path / "x.safetensors", state)
+    resized = pretrained.resized(pretrained.load(path, overrides=overrides_of(model)), 64)
+    pretrained.save(resized, tmp_path / "y.safetensors", "microsoft")
+    again = pretrained.load(tmp_path / "y.safetensors")
+    assert again.config.image_size == 64
+    assert again.bookkeeping["layers.0.blocks.1.attn_mask"].shape == (16, 16, 16)
+
+
+def test_an_image_size_that_does_not_divide():
+    with pytest.raises(UserError, match=r"config.model.image_size is 33"):
+        pretrained.resized(tiny_pretrained("deit"), 33)
+
+
+def test_a_new_head_is_initialised_and_the_rest_kept():
+    model = tiny_pretrained("deit_heads")
+    changed = pretrained.with_new_head(model, ("a", "b", "c", "d", "e"))
+    assert changed.config.num_classes == 5
+    params = changed.variables["params"]
+    for name in ("head", "distillation_head"):
+        assert params[name]["kernel"].shape == (8, 5)
+        assert 0 < np.abs(params[name]["kernel"]).max() <= 8**-0.5
+    assert not np.array_equal(params["head"]["kernel"], params["distillation_head"]["kernel"])
+    for name in params.keys() - {"head", "distillation_head"}:
+        assert_same_trees(params[name], model.variables["params"][name])
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def edit_json(path: Path, **entries) -> None:
+    values = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+@pytest.fixture(params=["native", "huggingface"])
+def directory(tmp_path, request):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "d", request.param)
+    return tmp_path / "d"
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="no file or directory"):
+        pretrained.load(tmp_path / "none")
+    with pytest.raises(UserError, match=r"no config.json in"):
+        pretrained.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_missing_file(directory, name):
     (directory / name).unlink()
     with pytest.raises(UserError, match=f"no {name} in"):
-        load_pretrained(directory)
-
-
-def test_missing_directory(tmp_path):
-    with pytest.raises(UserError, match=r"no config.json in"):
-        load_pretrained(tmp_path / "nothing")
+        pretrained.load(directory)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, 0.5, -1])
@@ -188,33 +411,21 @@ def test_truncated_weights(directory, kept):
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     with pytest.raises(UserError, match=r"cannot read .*model.safetensors"):
-        load_pretrained(directory)
+        pretrained.load(directory)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[]",
-        "null",
-        '"vit"',
-        "{}",
-        '{"model_type": "bert"}',
-        '{"model_type": "vit"}',
-        "\x00",
-    ],
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"vit"', "{}", '{"model_type": "bert"}', "\x00"])
 def test_config_of_something_else(directory, text):
     (directory / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config.json is not the config.json of a ViT"):
-        load_pretrained(directory)
+    with pytest.raises(UserError, match=r"(config.json|model.safetensors)") as caught:
+        pretrained.load(directory)
+    assert "\n" not in str(caught.value)
 
 
 def test_config_that_is_not_text(directory):
     (directory / "config.json").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(UserError, match=r"config.json"):
-        load_pretrained(directory)
+        pretrained.load(directory)
 
 
 @pytest.mark.parametrize(
@@ -223,115 +434,144 @@ def test_config_that_is_not_text(directory):
         ("hidden_act", "relu"),
         ("qkv_bias", False),
         ("num_channels", 1),
-        ("id2label", 3),
         ("hidden_size", 9),
+        ("hidden_size", "wide"),
         ("image_size", 33),
         ("num_hidden_layers", 0),
+        ("num_hidden_layers", 3),
+        ("layer_norm_eps", None),
+        ("model_type", "beit"),
     ],
 )
-def test_config_that_is_not_supported(directory, key, value):
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(UserError):
-        load_pretrained(directory)
+def test_hugging_face_config_that_is_not_supported(tmp_path, key, value):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "d", "huggingface")
+    edit_json(tmp_path / "d" / "config.json", **{key: value})
+    with pytest.raises(UserError) as caught:
+        pretrained.load(tmp_path / "d")
+    assert "\n" not in str(caught.value)
 
 
-def test_weights_of_another_model_name_the_file(directory):
-    path = directory / "model.safetensors"
-    state = load_file(path)
-    state["classifier.bias"] = np.zeros(4, np.float32)
-    save_file(state, path)
-    with pytest.raises(UserError, match=r"model.safetensors: 'classifier.bias' has shape \(4,\)"):
-        load_pretrained(directory)
+def test_swin_of_hugging_face_with_another_epsilon(tmp_path):
+    pretrained.save(tiny_pretrained("swin"), tmp_path / "d", "huggingface")
+    edit_json(tmp_path / "d" / "config.json", layer_norm_eps=1e-6)
+    with pytest.raises(UserError, match="for some norms of Swin only"):
+        pretrained.load(tmp_path / "d")
+    with pytest.raises(UserError, match="transformers' Swin has 1e-05"):
+        pretrained.save(tiny_pretrained("swin", norm_epsilon=1e-6), tmp_path / "e", "huggingface")
 
 
-# --- against transformers ----------------------------------------------------------------------
+def test_changed_native_weights_are_found(tmp_path):
+    pretrained.save(tiny_pretrained("binaryvit"), tmp_path / "d")
+    path = tmp_path / "d" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"its SHA-256 is another"):
+        pretrained.load(tmp_path / "d")
 
 
-@pytest.fixture(scope="module")
-def hugging_face(tmp_path_factory):
-    """A small ViT of transformers with random weights, and the directory it saved itself in."""
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=40,
-        image_size=16,
-        patch_size=4,
-        num_labels=5,
-        hidden_act="gelu",
-        attn_implementation="sdpa",  # "eager" takes its softmax in float32
-    )
-    model = transformers.ViTForImageClassification(config).double().eval()
-    rng = np.random.default_rng(0)
-    for parameter in model.parameters():
-        values = 0.3 * rng.standard_normal(tuple(parameter.shape))
-        parameter.data = parameter.data.new_tensor(values.astype(np.float32))
-    directory = tmp_path_factory.mktemp("hugging_face")
-    model.float().save_pretrained(directory)
-    return model.double(), directory
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"model": None},
+        {"model": {"name": "deit", "wide": 3}},
+        {"model": {"name": "vit"}},
+        {"preprocessing": None},
+        {"preprocessing": {"resize": 3}},
+        {"class_names": ["only one"]},
+        {"class_names": None},
+        {"history": None},
+        {"bookkeeping": None},
+    ],
+)
+def test_native_config_that_does_not_fit(tmp_path, entries):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "d")
+    edit_json(tmp_path / "d" / "config.json", **entries)
+    with pytest.raises(UserError) as caught:
+        pretrained.load(tmp_path / "d")
+    assert "\n" not in str(caught.value)
 
 
-def test_logits_and_gradients_equal_transformers(x64, hugging_face, tmp_path):
-    import torch
-
-    theirs, directory = hugging_face
-    config, variables = load_pretrained(directory)
-    assert (config.norm_epsilon, config.num_classes) == (1e-12, 5)
-    model = models.create_model(config, jnp.float64)
-    params = jax.tree.map(lambda a: a.astype(np.float64), variables["params"])
-    rng = np.random.default_rng(1)
-    images, weights = rng.standard_normal((3, 16, 16, 3)), rng.standard_normal((3, 5))
-
-    pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy()).requires_grad_()
-    logits = theirs(pixel_values=pixels).logits
-    (logits * torch.from_numpy(weights)).sum().backward()
-
-    @jax.jit
-    def run(params, images):
-        def loss(params, images):
-            logits = model.apply({"params": params}, images).logits
-            return jnp.sum(logits * weights), logits
-
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, images)
-
-    (_, ours), (to_params, to_images) = run(params, images)
-    scale = logits.detach().abs().max().item()
-    np.testing.assert_allclose(ours, logits.detach(), rtol=0, atol=1e-10 * scale)
-    np.testing.assert_allclose(
-        np.moveaxis(to_images, -1, 1), pixels.grad, rtol=0, atol=1e-10 * pixels.grad.abs().max()
-    )
-    gradients = to_state_dict({"params": to_params})
-    expected = saved_gradients(theirs, tmp_path)
-    assert gradients.keys() == expected.keys()
-    largest = max(np.abs(g).max() for g in expected.values())
-    for name, gradient in expected.items():
-        atol = 1e-10 * max(np.abs(gradient).max(), 1e-4 * largest)  # a key's bias has none
-        np.testing.assert_allclose(gradients[name], gradient, rtol=0, atol=atol, err_msg=name)
+def test_constants_of_a_changed_model_are_found(tmp_path):
+    model = tiny_pretrained("swin")
+    state = foreign_state(model, "microsoft", np.random.default_rng(0))
+    state["layers.0.blocks.1.attn_mask"] = np.array(state["layers.0.blocks.1.attn_mask"] / 2)
+    path = write_safetensors(tmp_path / "x.safetensors", state)
+    with pytest.raises(UserError, match=r"the constant layers.0.blocks.1.attn_mask is another"):
+        pretrained.load(path, overrides=overrides_of(model))
 
 
-def saved_gradients(model, directory):
-    """Returns gradients by the names of files, which transformers 5 does not use in memory."""
-    holder = copy.deepcopy(model)
-    for parameter, original in zip(holder.parameters(), model.parameters()):
-        parameter.data = original.grad
-    holder.save_pretrained(directory)
-    return load_file(directory / "model.safetensors")
+def test_arrays_of_an_unknown_model(tmp_path):
+    path = write_safetensors(tmp_path / "x.safetensors", {"conv1.weight": np.zeros(3), "fc": np.zeros(2)})
+    with pytest.raises(UserError, match=r"its arrays are called conv1.weight, fc\.\.\.; expected"):
+        pretrained.load(path)
 
 
-def test_transformers_reads_what_we_write(hugging_face, tmp_path):
-    import torch
-    import transformers
+def test_an_unknown_kind_of_file(tmp_path):
+    (tmp_path / "x.onnx").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"x.onnx is of no known kind"):
+        pretrained.load(tmp_path / "x.onnx")
 
-    theirs, directory = hugging_face
-    config, variables = load_pretrained(directory)
-    save_pretrained(tmp_path, config, variables, [f"class {i}" for i in range(5)])
-    again = transformers.ViTForImageClassification.from_pretrained(tmp_path, attn_implementation="sdpa")
-    assert again.config.id2label[4] == "class 4"
-    pixels = torch.from_numpy(np.random.default_rng(2).standard_normal((2, 3, 16, 16)))
-    with torch.no_grad():
-        a = theirs(pixel_values=pixels).logits
-        b = again.double().eval()(pixel_values=pixels).logits
-    np.testing.assert_array_equal(a, b)
+
+@pytest.mark.parametrize(("name", "file_format"), [("deit", "timm"), ("binaryvit", "reference")])
+def test_a_damaged_state_names_the_file_and_the_arrays(tmp_path, name, file_format):
+    state = foreign_state(tiny_pretrained(name), file_format, np.random.default_rng(0))
+    lost = next(n for n in state if n.endswith(("norm1.bias", "layernorm_after.bias")))
+    del state[lost]
+    path = write_safetensors(tmp_path / "x.safetensors", state)
+    with pytest.raises(UserError, match=rf"^{path}: arrays that do not fit the model: 1 missing \({lost}\)$"):
+        pretrained.load(path, overrides=overrides_of(tiny_pretrained(name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "file_format", "message"),
+    [
+        ("binaryvit", "huggingface", "has no 'binaryvit', only deit, swin; use native or reference"),
+        ("deit_heads", "reference", "has no distillation token"),
+        ("deit", "reference", "the BinaryViT code computes with 1e-05 whatever its files say"),
+        ("deit_token", "timm", "a distillation token only with its head"),
+        ("deit", "microsoft", "has no 'deit', only swin"),
+        ("deit", "tim", "no format 'tim'; did you mean 'timm'"),
+    ],
+)
+def test_a_format_that_cannot_hold_the_model(tmp_path, name, file_format, message):
+    with pytest.raises(UserError, match=message):
+        pretrained.save(tiny_pretrained(name), tmp_path / "x", file_format)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- targets appear whole or not at all --------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["x", "x.safetensors", "x.pth"])
+def test_an_existing_target_is_kept(tmp_path, target):
+    (tmp_path / target).write_text("mine")
+    with pytest.raises(UserError, match=r"exists; delete it or choose another target"):
+        pretrained.save(tiny_pretrained("deit"), tmp_path / target)
+    assert (tmp_path / target).read_text() == "mine"
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def fail(path, content):
+        path.write_bytes(content[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretrained, "_write", fail)
+    for target in ("x", "x.safetensors"):
+        with pytest.raises(UserError, match=r"cannot write .*x.*: No space left on device"):
+            pretrained.save(tiny_pretrained("deit"), tmp_path / target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        pretrained.save(tiny_pretrained("deit"), tmp_path / "file" / "x")
+
+
+def test_the_digest_is_that_of_the_weights(tmp_path):
+    model = tiny_pretrained("deit")
+    for name in ("native", "timm", "huggingface"):
+        pretrained.save(model, tmp_path / name, name)
+        assert pretrained.load(tmp_path / name).digest() == model.digest()
+    assert tiny_pretrained("deit", seed=1).digest() != model.digest()

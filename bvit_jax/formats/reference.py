@@ -40,9 +40,18 @@ _CONFIG_KEYS = {  # of its config.json -> of ours
 
 
 def naming(config: Mapping[str, Any]) -> Naming:
-    """Returns the names of the arrays of a model of `MODELS`; its DeiT is the one without distillation."""
+    """Returns the names of the arrays of a model of `MODELS`.
+
+    Raises:
+      UserError: the code cannot compute the same model.
+    """
     if config.get("distillation_token"):
         raise UserError("the BinaryViT code's DeiT has no distillation token; use another format")
+    if config["norm_epsilon"] != NORM_EPSILON:
+        raise UserError(
+            f"norm_epsilon is {config['norm_epsilon']}, and the BinaryViT code computes with {NORM_EPSILON}"
+            f" whatever its files say; use another format, or norm_epsilon={NORM_EPSILON}"
+        )
     return REFERENCE
 
 
@@ -59,8 +68,9 @@ def understand(raw: RawCheckpoint) -> Understood:
         "num_classes": raw.shape("classifier.bias")[0],
         "patch_size": raw.shape("vit.embeddings.patch_embeddings.projection.weight")[-1],
         "norm_epsilon": NORM_EPSILON,
-        "drop_path": float(raw.args.get("drop_path", 0.0)),
     }
+    if "drop_path" in raw.args:
+        settings["drop_path"] = float(raw.args["drop_path"])
     class_token = "vit.embeddings.cls_token" in raw.state
     tokens = raw.shape("vit.embeddings.position_embeddings")[1] - class_token
     settings["image_size"] = square_side(tokens, raw.origin) * settings["patch_size"]

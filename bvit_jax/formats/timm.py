@@ -49,7 +49,11 @@ _FAMILIES = {  # (width, depth) -> how timm calls it
 
 
 def naming(config: Mapping[str, Any]) -> Naming:
-    """Returns timm's names of the arrays of a model of `MODELS`."""
+    """Returns timm's names of the arrays of a model of `MODELS`.
+
+    Raises:
+      UserError: timm has no such DeiT.
+    """
     if config["name"] == "swin":
         return TIMM_SWIN
     if config["distillation_token"] != config["distillation_head"]:
