@@ -172,6 +172,8 @@ def _read(
     path: Path, config_file: Path | None, weights_key: str | None
 ) -> tuple[RawCheckpoint, tuple[str, ...]]:
     values = {} if config_file is None else _read_json(config_file)
+    if weights_key is not None and path.suffix not in tensor_files.TORCH_SUFFIXES:
+        raise UserError(f"{path} is no .pth file, in which --key would choose; leave it out")
     if path.is_dir():
         return _read_directory(path, values), ()
     if not path.exists():
