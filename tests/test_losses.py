@@ -74,7 +74,7 @@ def test_training_loss_and_gradient_equal_torch(weight):
 
     def loss(x):
         return losses.training_loss(
-            x,
+            (x,),
             jnp.array(labels),
             jnp.array(teacher),
             distillation_weight=weight,
@@ -98,7 +98,7 @@ def test_training_loss_and_gradient_equal_torch(weight):
 def test_without_a_teacher_only_the_labels_count():
     logits, _, labels = numbers(2)
     loss, terms = losses.training_loss(
-        jnp.array(logits), jnp.array(labels), None, distillation_weight=1.0, label_smoothing=0.0
+        (jnp.array(logits),), jnp.array(labels), None, distillation_weight=1.0, label_smoothing=0.0
     )
     log_probabilities = jax.nn.log_softmax(jnp.array(logits))
     close(loss, -np.mean(np.asarray(log_probabilities)[np.arange(B), labels]))
@@ -110,7 +110,7 @@ def test_gradient_is_the_derivative():
 
     def loss(x):
         return losses.training_loss(
-            x,
+            (x,),
             jnp.array(labels),
             jnp.array(teacher),
             distillation_weight=0.9,
@@ -118,6 +118,26 @@ def test_gradient_is_the_derivative():
         )[0]
 
     check_grads(loss, (jnp.array(logits),), order=1, modes=("rev",), rtol=1e-6)
+
+
+def test_labels_go_to_the_first_head_and_hard_targets_to_the_last():
+    torch = pytest.importorskip("torch")
+    logits, teacher, labels = numbers(6)
+    other = numbers(7)[0]
+    loss, terms = losses.training_loss(
+        (jnp.array(logits), jnp.array(other)),
+        jnp.array(labels),
+        jnp.array(teacher),
+        teacher_targets="hard",
+        distillation_weight=0.25,
+        label_smoothing=0.1,
+    )
+    cross_entropy = torch.nn.functional.cross_entropy
+    label = cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels), label_smoothing=0.1)
+    distillation = cross_entropy(torch.from_numpy(other), torch.from_numpy(teacher).argmax(-1))
+    close(terms["label_loss"], label.item())
+    close(terms["distillation_loss"], distillation.item())
+    close(loss, 0.25 * distillation.item() + 0.75 * label.item())
 
 
 @pytest.mark.parametrize(
@@ -129,7 +149,7 @@ def test_computed_in_float32_or_wider(dtype, inside):
     logits = logits.astype(dtype)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         loss, _ = losses.training_loss(
-            logits,
+            (logits,),
             labels,
             teacher.astype(jnp.bfloat16),
             distillation_weight=0.9,
