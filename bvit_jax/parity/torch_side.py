@@ -106,7 +106,9 @@ def provide_timm() -> None:
 def import_models(repo: str) -> types.ModuleType:
     """Returns the checkout's ``models`` module."""
     provide_timm()
-    sys.path[0] = repo  # in place of this script's directory, whose names must not shadow the checkout's
+    # This script's directory, which Python puts first, must not shadow modules of the checkout.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [repo, *(path for path in sys.path if os.path.abspath(path) != here)]
     try:
         return importlib.import_module("models")
     except ImportError as error:
