@@ -71,7 +71,10 @@ def load_teacher(config: ConfigDict) -> Teacher:
     if not path:
         return Teacher(None, {}, "", None)
     origin = Path(config.teacher.path).expanduser()
-    teacher = pretrained.load(origin)
+    try:
+        teacher = pretrained.load(origin)
+    except UserError as error:
+        raise UserError(f"config.teacher.path: {error}") from error
     for key in ("num_classes", "image_size"):
         if teacher.config[key] != config.model[key]:
             raise UserError(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from bvit_jax import config as config_lib
-from bvit_jax import models, optim
+from bvit_jax import models, optim, pretrained
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
@@ -206,7 +207,7 @@ def tiny_config(data_dir: Path, **settings: object) -> config_lib.ConfigDict:
         ({"data__train_split": "trian"}, "trian"),
         (
             {"teacher__path": "/nowhere", "loss__distillation_weight": 0.9},
-            "no config.json in /nowhere",
+            "config.teacher.path: no file or directory /nowhere",
         ),
         ({"teacher__path": "/nowhere"}, "config.loss.distillation_weight is 0"),
         ({"loss__distillation_weight": 1.0}, "config.teacher.path is empty"),
@@ -291,6 +292,68 @@ def test_distillation_mixed_with_labels_in_bfloat16(data_dir: Path, tmp_path: Pa
 
 
 # --- devices -----------------------------------------------------------------------------------
+
+
+def two_headed(data_dir: Path, weight: float) -> config_lib.ConfigDict:
+    config = tiny_config(data_dir)
+    config.model = models.model_config(
+        "deit",
+        image_size=32,
+        patch_size=8,
+        num_classes=10,
+        width=16,
+        depth=1,
+        num_heads=2,
+        mlp_dim=32,
+        distillation_token=True,
+        distillation_head=True,
+    )
+    config.data.eval_resize = 32
+    config.teacher.path = digits.get_config().teacher.path if weight else ""
+    config.loss.distillation_weight = weight
+    config.loss.teacher_targets = "hard"
+    return config
+
+
+def test_a_distillation_head_learns_from_the_teacher_and_the_class_head_from_labels(data_dir: Path) -> None:
+    run = build(two_headed(data_dir, 0.5), 1437)
+    state = run.create(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (144, 32, 32, 3), dtype=np.uint8),
+        "label": rng.integers(0, 10, 144).astype(np.int32),
+    }
+    _, metrics = run.step(state, shard_batch(batch, run.mesh), run.teacher.variables, jax.random.key(1))
+    state = run.create(jax.random.key(0))  # the step took the first one
+    normalized = run.teacher.normalize(batch["image"])
+    answers = run.teacher.model.apply(run.teacher.variables, normalized).logits
+    heads = run.model.apply({"params": state.params}, normalized).head_logits
+    assert len(heads) == 2
+    log_probabilities = [np.asarray(jax.nn.log_softmax(head)) for head in heads]
+    expected = -np.mean(log_probabilities[1][np.arange(144), np.argmax(answers, -1)])
+    assert float(metrics["distillation_loss"]) == pytest.approx(expected, rel=1e-4)
+    # Label smoothing 0.1.
+    of_labels = log_probabilities[0][np.arange(144), batch["label"]]
+    expected = -0.9 * np.mean(of_labels) - 0.1 * np.mean(log_probabilities[0])
+    assert float(metrics["label_loss"]) == pytest.approx(expected, rel=1e-4)
+    assert float(metrics["gradient_norm"]) > 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_distillation_head_needs_both(data_dir: Path, weight: float) -> None:
+    with pytest.raises(UserError, match=r"config.model.distillation_head needs a teacher for one head"):
+        build(two_headed(data_dir, weight), 1437)
+
+
+def test_the_teacher_s_images_are_normalised_as_it_says(data_dir: Path, tmp_path: Path) -> None:
+    config = two_headed(data_dir, 0.5)
+    teacher = pretrained.load(Path(config.teacher.path))
+    other = dataclasses.replace(teacher.preprocessing, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    pretrained.save(dataclasses.replace(teacher, preprocessing=other), tmp_path / "teacher")
+    config.teacher.path = str(tmp_path / "teacher")
+    loaded = load_teacher(config)
+    assert (loaded.normalize.mean, loaded.normalize.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert loaded.digest == teacher.digest()
 
 
 def ten_steps(config: config_lib.ConfigDict, num_devices: int, dtype: type) -> tuple:
