@@ -38,7 +38,6 @@ from bvit_jax.state_dicts import (
 from bvit_jax.torch_names import path_name
 
 NATIVE = "native"
-BUFFERS = ("num_batches_tracked", "weight_clip_val", "act_clip_val")
 DOCUMENT = "bvit_jax"  # key of the document in other people's files
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 WEIGHTS_KEYS = ("model", "state_dict", "module")  # of training checkpoints that hold more than weights

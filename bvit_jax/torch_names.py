@@ -190,11 +190,6 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def torch_name(path: str) -> str:
-    """Returns the name that the BinaryViT reference gives the array at ``path``."""
-    return REFERENCE.name(path)
-
-
 def _torch_axes(path: str, ndim: int) -> tuple[int, ...]:
     """Returns our axes in PyTorch's order."""
     if path.endswith("/kernel"):  # (in, out) and (height, width, in, out)
@@ -212,9 +207,3 @@ def to_torch_layout(path: str, array: np.ndarray) -> np.ndarray:
 def from_torch_layout(path: str, array: np.ndarray) -> np.ndarray:
     """Returns an array in PyTorch's layout in ours: the inverse of `to_torch_layout`."""
     return array.transpose(np.argsort(_torch_axes(path, array.ndim)))
-
-
-def to_state_dict(variables):  # type: ignore[no-untyped-def]
-    from bvit_jax import state_dicts
-
-    return state_dicts.to_state_dict(variables)

@@ -13,6 +13,7 @@ from bvit_jax import parity
 from bvit_jax.errors import UserError
 from bvit_jax.parity import check as checking
 from bvit_jax.parity.__main__ import main
+from bvit_jax.parity.subject import subject_of
 
 MODELS = (
     "deit",
@@ -23,7 +24,10 @@ MODELS = (
     "binaryvit_some_fp",
     "binaryvit_w1a32",
     "binaryvit_w4a1",
+    "deit_distilled",
+    "swin",
 )
+REAL = ("deit", "deit_distilled", "swin")
 GROUPS = ["inputs", "eval logits", "train logits", "loss", "gradients"]
 
 
@@ -77,7 +81,7 @@ def test_golden_files_pass(golden_file, check, name):
     assert [row for row in rows if not row.passed] == []
     groups = [row.group for row in rows]
     assert set(GROUPS) <= set(groups)
-    assert ("running statistics" in groups) == (name != "deit")
+    assert ("running statistics" in groups) == (name not in REAL)
     assert ("final state" in groups) == name.endswith("_steps")
     arrays = read(golden_file(name))
     assert ("eval attention" in groups) == ("eval/attention/0" in arrays)
@@ -132,15 +136,15 @@ def test_every_changed_output_is_found(check, golden_file):
 
 def test_every_changed_input_is_found(golden_file):
     golden = parity.GoldenFile(golden_file("react_deit_steps"))
-    config = parity.config_of(golden.meta)
-    assert checking._compare_inputs(golden, config).passed
+    subject = subject_of(golden.meta)
+    assert checking._compare_inputs(golden, subject).passed
     names = [name for name in golden.arrays if name.startswith(("state/", "input/"))]
     assert len(names) > 100
     unnoticed = set()
     for name in names:
         original = golden.arrays[name]
         golden.arrays[name] = changed(original)
-        row = checking._compare_inputs(golden, config)
+        row = checking._compare_inputs(golden, subject)
         golden.arrays[name] = original
         if row.passed:
             unnoticed.add(name)
@@ -372,3 +376,17 @@ def test_the_worst_status_counts(golden_file, tmp_path, capsys):
 def test_config_of_refuses_unknown_files():
     with pytest.raises(UserError, match="has no or an unknown 'model_type'"):
         parity.config_of({})
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"case": "bert", "kwargs": {}}, "case is 'bert'; expected deit_distilled or swin"),
+        ({"case": "swin", "kwargs": {}}, "has no or an unknown 'img_size'"),
+        ({"case": "swin", "kwargs": 3}, "has no or an unknown"),
+        ({"kwargs": {}}, "has no or an unknown 'case'"),
+    ],
+)
+def test_subjects_that_are_not_known(meta, message):
+    with pytest.raises(UserError, match=message):
+        subject_of(meta)

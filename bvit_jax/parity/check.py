@@ -14,18 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from ml_collections import ConfigDict
 
-from bvit_jax import losses, models, optim
+from bvit_jax import models, optim
 from bvit_jax.config import default_config
 from bvit_jax.errors import UserError
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
-from bvit_jax.parity.reference import config_of
-from bvit_jax.pretrained import BUFFERS, Variables, abstract_variables, from_state_dict
-from bvit_jax.torch_names import to_state_dict
+from bvit_jax.parity.subject import Subject, subject_of
+from bvit_jax.state_dicts import Variables, abstract_variables, from_state_dict, to_state_dict
+from bvit_jax.torch_names import REFERENCE
 
 GRADIENT_FLOOR = 1e-4  # of the largest gradient
 CANCELLED = 1e-13  # of the largest gradient: below it there is only noise
+COUNTER = ".num_batches_tracked"
 
 
 def check(path: Path) -> Iterator[Row]:
@@ -35,19 +35,21 @@ def check(path: Path) -> Iterator[Row]:
       UserError: the file cannot be read, or holds a model or state dict that does not fit.
     """
     golden = GoldenFile(path)
-    config = config_of(golden.meta)
+    subject = subject_of(golden.meta)
     with jax.enable_x64(True):
-        yield from _check_model(golden, config)
+        yield from _check_model(golden, subject)
 
 
-def _check_model(golden: GoldenFile, config: ConfigDict) -> Iterator[Row]:
+def _check_model(golden: GoldenFile, subject: Subject) -> Iterator[Row]:
+    config = subject.config
     model = models.create_model(config, jnp.float64)
     abstract = abstract_variables(model, config.image_size)
     size = (config.image_size, config.image_size, 3)
     if golden.images().shape[1:] != size:
         raise UserError(f"its images are {golden.images().shape[1:]}; its model takes {size}")
-    variables = from_state_dict(golden.group("state"), abstract, np.float64)
-    yield _compare_inputs(golden, config)
+    naming = subject.file_format.naming(config)
+    variables = from_state_dict(golden.group("state"), abstract, np.float64, naming)
+    yield _compare_inputs(golden, subject)
 
     apply = jax.jit(functools.partial(model.apply, capture=True))
     output = apply(variables, golden.images())
@@ -58,16 +60,16 @@ def _check_model(golden: GoldenFile, config: ConfigDict) -> Iterator[Row]:
             named = {str(i): array for i, array in enumerate(ours) if str(i) in theirs}
             yield compare(f"eval {group}", named, theirs)
 
-    yield from _check_training(golden, model, variables)
+    yield from _check_training(golden, subject, model, variables)
     if "steps/lr" in golden.arrays:
-        yield from _check_steps(golden, model, variables)
+        yield from _check_steps(golden, subject, model, variables)
 
 
-def _compare_inputs(golden: GoldenFile, config: ConfigDict) -> Row:
+def _compare_inputs(golden: GoldenFile, subject: Subject) -> Row:
     """Checks what the format promises of weights and inputs: ``weights_dtype`` holds them exactly.
 
     A parameter such as a key's bias has no influence on anything that is computed, so only this can
-    tell that it was damaged. The constants among the buffers must be those of the configuration.
+    tell that it was damaged. The constants among the buffers must be those that our model computes with.
     """
     theirs = {f"state/{name}": array for name, array in golden.group("state").items()}
     theirs |= {f"input/{name}": array for name, array in golden.group("input").items()}
@@ -79,48 +81,61 @@ def _compare_inputs(golden: GoldenFile, config: ConfigDict) -> Row:
         for name, array in theirs.items()
         if array.dtype.kind == "f"
     }
-    for name in theirs:
-        if name.endswith(("weight_clip_val", "act_clip_val")):
-            ours[name] = np.array([-config.clip_val, config.clip_val])
-        elif name not in ours:  # counters
-            ours[name] = np.asarray(theirs[name])
+    constants = subject.file_format.bookkeeping(subject.config, golden.group("state"))
+    for name, array in theirs.items():
+        constant = constants.get(name.removeprefix("state/"))
+        if constant is not None and not name.endswith(COUNTER):
+            ours[name] = constant
+        elif name not in ours:  # counters, labels
+            ours[name] = np.asarray(array)
     return compare("inputs", ours, theirs)
 
 
-def _loss(model: nn.Module) -> Any:
-    """Returns the reference's training loss as a function whose gradient is taken."""
+def _loss(subject: Subject, model: nn.Module) -> Any:
+    """Returns the training loss as a function whose gradient is taken."""
 
-    def loss(params: Any, images: Any, statistics: Any, teacher_logits: Any) -> tuple[Any, Any]:
+    def loss(params: Any, images: Any, statistics: Any, targets: Any) -> tuple[Any, Any]:
         output, updates = model.apply(
             {"params": params, "batch_stats": statistics},
             images,
             train=True,
             mutable=["batch_stats"],
         )
-        value = jnp.mean(losses.soft_cross_entropy(output.logits, teacher_logits))
-        return value, (output.logits, updates.get("batch_stats", {}))
+        return subject.loss(output, targets), (output.head_logits, updates.get("batch_stats", {}))
 
     return loss
 
 
-def _check_training(golden: GoldenFile, model: nn.Module, variables: Variables) -> Iterator[Row]:
-    gradient = jax.jit(jax.value_and_grad(_loss(model), argnums=(0, 1), has_aux=True))
+def _targets(golden: GoldenFile) -> Arrays:
+    targets = {"teacher_logits": golden.float64("input/teacher_logits")}
+    if "input/labels" in golden.arrays:
+        targets["labels"] = golden.array("input/labels")
+    return targets
+
+
+def _check_training(
+    golden: GoldenFile, subject: Subject, model: nn.Module, variables: Variables
+) -> Iterator[Row]:
+    naming = subject.file_format.naming(subject.config)
+    gradient = jax.jit(jax.value_and_grad(_loss(subject, model), argnums=(0, 1), has_aux=True))
     (loss, (logits, statistics)), (to_params, to_images) = gradient(
-        variables["params"],
-        golden.images(),
-        variables.get("batch_stats", {}),
-        golden.float64("input/teacher_logits"),
+        variables["params"], golden.images(), variables.get("batch_stats", {}), _targets(golden)
     )
-    yield compare("train logits", {"": logits}, {"": golden.array("train/logits")})
+    if theirs := golden.group("train/logits"):  # of each head
+        yield compare("train logits", {str(i): head for i, head in enumerate(logits)}, theirs)
+    else:
+        yield compare("train logits", {"": logits[0]}, {"": golden.array("train/logits")})
+    if "init/logits" in golden.arrays:
+        yield compare("first logits", {"": logits[0]}, {"": golden.array("init/logits")})
     yield compare("loss", {"": loss}, {"": golden.array("train/loss")})
     if theirs := golden.group("grad"):
-        ours = to_state_dict({"params": to_params})
+        ours = to_state_dict({"params": to_params}, naming)
         floor = GRADIENT_FLOOR * max(_magnitudes(theirs).values())
         yield compare("gradients", ours, theirs, dict.fromkeys(theirs, floor))
     if theirs := golden.group("grad_input"):
         yield compare("input gradient", {"images": np.moveaxis(to_images, -1, -3)}, theirs)
     if theirs := golden.group("train_state"):
-        ours = to_state_dict({"batch_stats": statistics}) | _buffers(golden, theirs, steps=1)
+        ours = to_state_dict({"batch_stats": statistics}, naming) | _buffers(golden, theirs, steps=1)
         yield compare("running statistics", ours, theirs)
 
 
@@ -131,13 +146,15 @@ def _magnitudes(arrays: Arrays) -> dict[str, float]:
 def _buffers(golden: GoldenFile, expected: Arrays, steps: int) -> Arrays:
     """Returns those of the ``expected`` arrays that are PyTorch's buffers, ``steps`` batches later."""
     return {
-        name: array + steps if name.endswith(".num_batches_tracked") else array
+        name: array + steps if name.endswith(COUNTER) else array
         for name, array in golden.group("state").items()
-        if name in expected and name.rpartition(".")[2] in BUFFERS
+        if name in expected and REFERENCE.is_bookkeeping(name)
     }
 
 
-def _check_steps(golden: GoldenFile, model: nn.Module, variables: Variables) -> Iterator[Row]:
+def _check_steps(
+    golden: GoldenFile, subject: Subject, model: nn.Module, variables: Variables
+) -> Iterator[Row]:
     settings = default_config().optim
     try:
         described = golden.meta["optimizer"]
@@ -147,11 +164,11 @@ def _check_steps(golden: GoldenFile, model: nn.Module, variables: Variables) -> 
         raise UserError(f"its meta does not describe the optimizer: {error!r}") from error
     rates = golden.float64("steps/lr")
     optimizer = optim.make_optimizer(settings, lambda step: jnp.asarray(rates)[step])
-    gradient = jax.value_and_grad(_loss(model), has_aux=True)
+    gradient = jax.value_and_grad(_loss(subject, model), has_aux=True)
 
     @jax.jit
-    def step(params: Any, statistics: Any, state: Any, images: Any, teacher: Any) -> tuple:
-        (loss, (_, statistics)), grads = gradient(params, images, statistics, teacher)
+    def step(params: Any, statistics: Any, state: Any, images: Any, targets: Any) -> tuple:
+        (loss, (_, statistics)), grads = gradient(params, images, statistics, targets)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), statistics, state, loss
 
@@ -160,7 +177,8 @@ def _check_steps(golden: GoldenFile, model: nn.Module, variables: Variables) -> 
     for images, teacher in zip(
         golden.images("steps/images"), golden.float64("steps/teacher_logits"), strict=True
     ):
-        params, statistics, state, loss = step(params, statistics, state, images, teacher)
+        targets = {"teacher_logits": teacher}
+        params, statistics, state, loss = step(params, statistics, state, images, targets)
         steps.append(loss)
     yield compare("step losses", {"": np.array(steps)}, {"": golden.array("steps/loss")})
     theirs = golden.group("steps/final")

@@ -25,9 +25,9 @@ from bvit_jax.errors import UserError
 from bvit_jax.layers import BatchNorm, BinaryDense, BinaryPatchConv, LayerScale, RPReLU
 from bvit_jax.parity.golden import GoldenFile, compare
 from bvit_jax.parity.reference import config_of
-from bvit_jax.pretrained import Variables, abstract_variables, from_state_dict
 from bvit_jax.products import accumulator_dtype
-from bvit_jax.torch_names import torch_name
+from bvit_jax.state_dicts import Variables, abstract_variables, from_state_dict
+from bvit_jax.torch_names import REFERENCE
 
 NARROW = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -137,7 +137,7 @@ class _Recorder:
         if leaf is None or context.method_name != "__call__":
             return output
         path = "/".join(module.path)
-        name = torch_name(f"{path}/{leaf}").rpartition(".")[0]
+        name = REFERENCE.name(f"{path}/{leaf}").rpartition(".")[0]
         self.paths[name] = path
         self.outputs[name] = _sample(output, self.sizes.get(name))
         shifted = self._shifted(module, args, output)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax import models
 from bvit_jax.errors import UserError, nearest
+from bvit_jax.formats.reference import MODEL_TYPES, NORM_EPSILON, from_config_values
 
 _DEIT_DIRECTORY, _BINARYVIT_DIRECTORY = "deit-small-patch16-224", "binaryvit-small-patch4-224"
 
@@ -84,16 +85,10 @@ def config_of(meta: Mapping[str, Any]) -> ConfigDict:
       UserError: something is missing, or we have no such model.
     """
     try:
-        name = {"extra-res-pyramid": "binaryvit", "extra-res": "extra_res", "deit": "deit"}[
-            meta["model_type"]
-        ]
-        args, overrides = meta["args"], meta["config"]
-        settings: dict[str, Any] = {"num_classes": meta["num_classes"], "norm_epsilon": 1e-5}
+        name, args = MODEL_TYPES[meta["model_type"]], meta["args"]
+        settings = from_config_values(meta["config"])
+        settings |= {"num_classes": meta["num_classes"], "norm_epsilon": NORM_EPSILON}
         settings["drop_path"] = args["drop_path"]
-        for theirs, ours in _CONFIG_KEYS.items():
-            if theirs in overrides:
-                value = overrides[theirs]
-                settings[ours] = tuple(value) if isinstance(value, list) else value
         if name != "deit":
             settings["weight_bits"], settings["act_bits"] = meta["weight_bits"], meta["input_bits"]
             settings["norm"] = "batch_norm" if args["replace_ln_bn"] else "layer_norm"
@@ -106,16 +101,3 @@ def config_of(meta: Mapping[str, Any]) -> ConfigDict:
     except (KeyError, TypeError) as error:
         raise UserError(f"the golden file's meta has no or an unknown {error}") from error
     return models.model_config(name, **settings)
-
-
-_CONFIG_KEYS = {  # config.json of the reference -> config.model
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "hidden_size": "width",
-    "num_hidden_layers": "depth",
-    "depths": "depth",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "mlp_dim",
-    "reduction_ratio": "reduction",
-    "clip_val": "clip_val",
-}

@@ -1,0 +1,99 @@
+"""What a golden file is about: our model for it, the names of its arrays, and its training loss."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from ml_collections import ConfigDict
+
+from bvit_jax import losses, models
+from bvit_jax.errors import UserError
+from bvit_jax.formats import FORMATS, Format, reference, timm
+from bvit_jax.models import ModelOutput
+from bvit_jax.parity.reference import config_of
+
+Targets = Mapping[str, Array]  # ``teacher_logits`` and, where there are any, ``labels``
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model of a golden file.
+
+    Attributes:
+      config: of our model.
+      file_format: whose names the arrays have.
+      loss: of the model's output and the targets of its batch.
+    """
+
+    config: ConfigDict
+    file_format: Format
+    loss: Callable[[ModelOutput, Targets], Array]
+
+
+def subject_of(meta: Mapping[str, Any]) -> Subject:
+    """Returns the subject of a golden file of the BinaryViT code or of Bi-ViT's real-valued models.
+
+    Raises:
+      UserError: its ``meta`` describes no such model.
+    """
+    if "kwargs" in meta:
+        return _bivit(meta)
+    return Subject(config_of(meta), FORMATS[reference.NAME], _distillation)
+
+
+def _distillation(output: ModelOutput, targets: Targets) -> Array:
+    return jnp.mean(losses.soft_cross_entropy(output.logits, targets["teacher_logits"]))
+
+
+def _two_heads(output: ModelOutput, targets: Targets) -> Array:
+    value, _ = losses.training_loss(
+        output.head_logits,
+        targets["labels"],
+        targets["teacher_logits"],
+        teacher_targets="hard",
+        distillation_weight=0.5,
+        label_smoothing=0.0,
+    )
+    return value
+
+
+# --- Bi-ViT's code: real-valued DeiT and Swin in the names of timm and Microsoft ----------------
+
+_SHARED = {"img_size": "image_size", "patch_size": "patch_size", "num_classes": "num_classes"}
+_DEIT = _SHARED | {"embed_dim": "width", "depth": "depth", "num_heads": "num_heads"}
+_SWIN = _SHARED | {
+    "embed_dim": "width",
+    "depths": "depth",
+    "num_heads": "num_heads",
+    "window_size": "window_size",
+    "drop_path_rate": "drop_path",
+}
+_MLP_RATIO = 4
+
+
+def _bivit(meta: Mapping[str, Any]) -> Subject:
+    try:
+        kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["kwargs"].items()}
+        if meta["case"] == "deit_distilled":
+            config = models.model_config(
+                "deit",
+                **{ours: kwargs[theirs] for theirs, ours in _DEIT.items()},
+                mlp_dim=_MLP_RATIO * kwargs["embed_dim"],
+                norm_epsilon=timm.DEIT_NORM_EPSILON,
+                distillation_token=True,
+                distillation_head=True,
+            )
+            return Subject(config, FORMATS[timm.NAME], _two_heads)
+        if meta["case"] == "swin":
+            config = models.model_config(
+                "swin",
+                **{ours: kwargs[theirs] for theirs, ours in _SWIN.items()},
+                mlp_ratio=_MLP_RATIO,
+                norm_epsilon=timm.SWIN_NORM_EPSILON,
+            )
+            return Subject(config, FORMATS[timm.MICROSOFT], _distillation)
+        raise UserError(f"the golden file's case is {meta['case']!r}; expected deit_distilled or swin")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the golden file's meta has no or an unknown {error}") from error
