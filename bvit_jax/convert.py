@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from bvit_jax import labels, models, pretrained, runs
+from bvit_jax import adapt, labels, models, pretrained, runs
 from bvit_jax.errors import UserError
 from bvit_jax.formats import FORMATS
 from bvit_jax.pretrained import NATIVE, Pretrained
@@ -37,12 +37,12 @@ def convert(arguments: argparse.Namespace) -> Pretrained:
         weights_key=arguments.key,
     )
     if arguments.image_size:
-        model = pretrained.resized(model, arguments.image_size)
+        model = adapt.resized(model, arguments.image_size)
     names = class_names(arguments.class_names, arguments.reset_head or model.config.num_classes)
     if arguments.reset_head:
-        model = pretrained.with_new_head(model, names or labels.default_names(arguments.reset_head))
+        model = adapt.with_new_head(model, names or labels.default_names(arguments.reset_head))
     elif names:
-        model = pretrained.with_class_names(model, names)
+        model = adapt.with_class_names(model, names)
     pretrained.save(model, arguments.target, arguments.format)
     return model
 

@@ -56,8 +56,7 @@ def load_run(workdir: Path, kind: Kind) -> Pretrained:
     variables = jax.tree.map(np.asarray, variables)
     if not variables["batch_stats"]:
         del variables["batch_stats"]
-    data, size = config.data, config.model.image_size
-    preprocessing = Preprocessing(data.eval_resize, size, data.eval_interpolation, data.mean, data.std)
+    preprocessing = _preprocessing(config, workdir)
     names = read_class_names(workdir, config.model.num_classes)
     entry = {"file": f"{FOLDERS[kind]}/{step}", "format": "run"}
     return Pretrained(
@@ -108,6 +107,14 @@ def read_class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     return labels.readable(names)
+
+
+def _preprocessing(config: ConfigDict, workdir: Path) -> Preprocessing:
+    data, size = config.data, config.model.image_size
+    try:
+        return Preprocessing(data.eval_resize, size, data.eval_interpolation, data.mean, data.std)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"the config.json in {workdir} does not describe the images: {error}") from error
 
 
 def _batches_seen(config: ConfigDict, variables: Variables, step: int) -> dict[str, np.ndarray]:

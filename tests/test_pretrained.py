@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bvit_jax import labels, pretrained, tensor_files
+from bvit_jax import adapt, labels, pretrained, tensor_files
 from bvit_jax.errors import UserError
 from bvit_jax.formats import FORMATS, Preprocessing
 
@@ -337,7 +337,7 @@ def test_timm_s_crop_is_understood(tmp_path):
 @pytest.mark.parametrize("name", ["deit", "deit_heads", "extra_res", "extra_res_ls", "binaryvit", "swin"])
 def test_another_image_size(tmp_path, name):
     model = tiny_pretrained(name)
-    resized = pretrained.resized(model, 64)
+    resized = adapt.resized(model, 64)
     assert (resized.config.image_size, model.config.image_size) == (64, 32)
     assert (resized.preprocessing.crop, resized.preprocessing.resize) == (64, 72)
     pretrained.save(resized, tmp_path / "x")  # and its shapes are those of the larger model
@@ -352,7 +352,7 @@ def test_masks_are_those_of_the_new_size(tmp_path):
     model = tiny_pretrained("swin")
     state = foreign_state(model, "microsoft", np.random.default_rng(0))
     path = write_safetensors(tmp_path / "x.safetensors", state)
-    resized = pretrained.resized(pretrained.load(path, overrides=overrides_of(model)), 64)
+    resized = adapt.resized(pretrained.load(path, overrides=overrides_of(model)), 64)
     pretrained.save(resized, tmp_path / "y.safetensors", "microsoft")
     again = pretrained.load(tmp_path / "y.safetensors")
     assert again.config.image_size == 64
@@ -361,12 +361,12 @@ def test_masks_are_those_of_the_new_size(tmp_path):
 
 def test_an_image_size_that_does_not_divide():
     with pytest.raises(UserError, match=r"config.model.image_size is 33"):
-        pretrained.resized(tiny_pretrained("deit"), 33)
+        adapt.resized(tiny_pretrained("deit"), 33)
 
 
 def test_a_new_head_is_initialised_and_the_rest_kept():
     model = tiny_pretrained("deit_heads")
-    changed = pretrained.with_new_head(model, ("a", "b", "c", "d", "e"))
+    changed = adapt.with_new_head(model, ("a", "b", "c", "d", "e"))
     assert changed.config.num_classes == 5
     params = changed.variables["params"]
     for name in ("head", "distillation_head"):

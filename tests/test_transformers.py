@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from bvit_jax import models, pretrained
+from bvit_jax import adapt, models, pretrained
 from bvit_jax.formats import FORMATS, huggingface
 from bvit_jax.predict import load_image
 from bvit_jax.state_dicts import to_state_dict
@@ -121,7 +121,7 @@ def test_transformers_reads_what_we_write(oracle, tmp_path):
     theirs, directory = oracle
     loaded = pretrained.load(directory)
     names = tuple(f"kind {i}" for i in range(CLASSES))
-    pretrained.save(pretrained.with_class_names(loaded, names), tmp_path / "x", "huggingface")
+    pretrained.save(adapt.with_class_names(loaded, names), tmp_path / "x", "huggingface")
     again, info = type(theirs).from_pretrained(
         tmp_path / "x", attn_implementation="sdpa", output_loading_info=True
     )

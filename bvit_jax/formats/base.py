@@ -1,17 +1,22 @@
 """What all file formats share: what was read, and what is known after reading it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+if TYPE_CHECKING:
+    from bvit_jax.document import Document
+
+INTERPOLATIONS = ("bicubic", "bilinear")
+MAX_SIZE = 1 << 16  # pixels
 EVAL_CROP = 224 / 256  # share of the resized short side that the evaluation crop keeps
 
 
@@ -25,6 +30,9 @@ class Preprocessing:
       interpolation: "bicubic" or "bilinear".
       mean, std: of each colour, of images in [0, 1].
       square: both sides are resized to ``resize``, whatever the aspect.
+
+    Raises:
+      ValueError: a value is of another kind or out of range.
     """
 
     resize: int
@@ -33,6 +41,20 @@ class Preprocessing:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     square: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.resize, self.crop)
+        if not all(type(size) is int and 0 < size < MAX_SIZE for size in sizes):
+            raise ValueError(f"resize and crop are {sizes}, expected whole numbers of pixels")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation is {self.interpolation!r}, expected bicubic or bilinear")
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, name)
+            numbers = isinstance(values, tuple) and all(type(v) in (int, float) for v in values)
+            if not numbers or len(values) != 3 or not all(least < v < math.inf for v in values):
+                raise ValueError(f"{name} is {values}, expected a number for each of three colours")
+        if type(self.square) is not bool:
+            raise ValueError(f"square is {self.square!r}, expected true or false")
 
     def scaled_to(self, image_size: int) -> "Preprocessing":
         """Returns the same for another image size."""
@@ -54,7 +76,7 @@ class RawCheckpoint:
       values: a configuration in the format's own terms, such as its ``config.json``; empty if none.
       args: what the training script was called with; empty if unknown.
       processor: Hugging Face's ``preprocessor_config.json``; empty if none.
-      document: what this project wrote about the model; empty for other people's files.
+      document: what this project wrote about the model; None in other people's files.
       files: the files of the arrays.
       origin: what messages call it.
     """
@@ -63,7 +85,7 @@ class RawCheckpoint:
     values: Mapping[str, Any] = field(default_factory=dict)
     args: Mapping[str, Any] = field(default_factory=dict)
     processor: Mapping[str, Any] = field(default_factory=dict)
-    document: Mapping[str, Any] = field(default_factory=dict)
+    document: "Document | None" = None
     files: tuple[Path, ...] = ()
     origin: str = ""
 

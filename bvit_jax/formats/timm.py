@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
 from bvit_jax.formats.base import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Preprocessing,
     RawCheckpoint,
     Understood,

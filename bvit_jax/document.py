@@ -1,0 +1,85 @@
+"""What this project knows about a model beyond its arrays, as JSON that travels with them.
+
+A native ``config.json`` is such a document; in the files of other formats it lies under the key
+``bvit_jax``.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from bvit_jax.errors import UserError
+from bvit_jax.formats.base import Preprocessing
+
+KEY = "bvit_jax"  # in other people's files, and the value of "format" in ours
+
+
+@dataclass(frozen=True)
+class Document:
+    """A description of a model.
+
+    Attributes:
+      naming: the format whose names the arrays have.
+      model: the model's name and settings.
+      preprocessing: from an image file to the model's input.
+      class_names: one a class.
+      history: the files that the weights came from, oldest first: name, SHA-256, format.
+      bookkeeping: the format of the arrays that are kept for the way back to PyTorch.
+    """
+
+    naming: str
+    model: Mapping[str, Any]
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    history: tuple[Mapping[str, Any], ...]
+    bookkeeping: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the document as values of JSON."""
+        return {
+            "format": KEY,
+            "version": version("bvit_jax"),
+            "naming": self.naming,
+            "model": dict(self.model),
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+            "class_names": list(self.class_names),
+            "history": [dict(entry) for entry in self.history],
+            "bookkeeping": self.bookkeeping,
+        }
+
+
+def find_document(values: Mapping[str, Any], origin: str) -> Document | None:
+    """Returns the document in the content of a ``config.json``, None if there is none.
+
+    Raises:
+      UserError: it is damaged; the message begins with ``origin``.
+    """
+    found = values if values.get("format") == KEY else values.get(KEY)
+    if found is None:
+        return None
+    try:
+        return _parse(found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{origin}: its description of the model is damaged: {reason}") from error
+
+
+def _parse(values: Mapping[str, Any]) -> Document:
+    document = Document(
+        naming=values["naming"],
+        model=_tuples(values["model"]),
+        preprocessing=Preprocessing(**_tuples(values["preprocessing"])),
+        class_names=tuple(values["class_names"]),
+        history=tuple(dict(entry) for entry in values["history"]),
+        bookkeeping=values["bookkeeping"],
+    )
+    texts = (document.naming, document.bookkeeping, document.model["name"], *document.class_names)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a name in it is no text")
+    return document
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
