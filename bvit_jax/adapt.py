@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bvit_jax import models
+from bvit_jax.errors import UserError
 from bvit_jax.formats import FORMATS
 from bvit_jax.layers import bias_init, kernel_init
 from bvit_jax.positions import resize_positions
@@ -29,7 +30,13 @@ def resized(pretrained: Pretrained, image_size: int) -> Pretrained:
     def resize(path: tuple, array: np.ndarray, target: jax.ShapeDtypeStruct) -> np.ndarray:
         if array.shape == target.shape:
             return array
-        first = extra if path_name(path).startswith("params/embedding/") else 0
+        name = path_name(path)
+        if not name.endswith("/positions"):
+            raise UserError(
+                f"with images of {image_size} pixels {name} would be {target.shape} and not {array.shape}:"
+                " a stage would be smaller than its window; choose a larger --image_size"
+            )
+        first = extra if name.startswith("params/embedding/") else 0
         return resize_positions(array, first, round((target.shape[1] - first) ** 0.5))
 
     variables = jax.tree_util.tree_map_with_path(resize, pretrained.variables, abstract)
@@ -49,13 +56,12 @@ def _extra_tokens(config: ConfigDict) -> int:
 
 
 def _resized_bookkeeping(pretrained: Pretrained, config: ConfigDict) -> StateDict:
-    """Returns the bookkeeping with the masks of the new size."""
-    if not pretrained.bookkeeping:
-        return {}
-    constants = FORMATS[pretrained.bookkeeping_format].bookkeeping(config, {})
-    masks = {name: a for name, a in constants.items() if name.endswith("attn_mask")}
+    """Returns the bookkeeping with the masks of the new size in place of those of the old one."""
     kept = {name: a for name, a in pretrained.bookkeeping.items() if not name.endswith("attn_mask")}
-    return kept | masks
+    if len(kept) == len(pretrained.bookkeeping):
+        return kept
+    constants = FORMATS[pretrained.bookkeeping_format].constants(config, {})
+    return kept | {name: a for name, a in constants.items() if name.endswith("attn_mask")}
 
 
 def with_new_head(pretrained: Pretrained, class_names: tuple[str, ...]) -> Pretrained:

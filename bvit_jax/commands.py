@@ -1,7 +1,10 @@
 """What the commands share: flags, logging, and one-line errors in place of tracebacks."""
 
+import argparse
 import logging
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +28,37 @@ def run(main: Callable[[list[str]], None], default_config: Path | None = None) -
         flag itself cannot be used: it is parsed, overrides included, before errors can be caught.
     """
     app.run(_guarded(main), flags_parser=partial(_parse, default_config))
+
+
+def exit_status(action: Callable[[], None]) -> int:
+    """Runs a command of one action and returns its exit status, 0 or 1.
+
+    A `UserError` or an error of the file system becomes one line. SIGTERM ends the command as an
+    exception does, so that what it has half written is removed.
+    """
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        action()
+        sys.stdout.flush()
+    except UserError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 1
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"error: {error.strerror or error}: {error.filename}\n")
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def positive(text: str) -> int:
+    """Returns the number above 0 that an argument of a command is."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def no_arguments(argv: Sequence[str]) -> None:

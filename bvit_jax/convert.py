@@ -8,17 +8,21 @@ wrote, or the workdir of a training run. TARGET is a directory, or a file that e
 
 import argparse
 import ast
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from bvit_jax import adapt, labels, models, pretrained, runs
+from bvit_jax.commands import exit_status, positive
 from bvit_jax.errors import UserError
 from bvit_jax.formats import FORMATS
 from bvit_jax.pretrained import NATIVE, Pretrained
 from bvit_jax.state_dicts import StateDictError
+from bvit_jax.torch_names import path_name
 
 
 def convert(arguments: argparse.Namespace) -> Pretrained:
@@ -27,7 +31,7 @@ def convert(arguments: argparse.Namespace) -> Pretrained:
     Raises:
       UserError: the source cannot be read or does not fit, or the target exists or cannot hold it.
     """
-    if arguments.target.exists():  # before the work
+    if os.path.lexists(arguments.target):  # before the work
         raise UserError(f"{arguments.target} exists; delete it or choose another target")
     model = runs.load_model(
         arguments.source,
@@ -35,6 +39,7 @@ def convert(arguments: argparse.Namespace) -> Pretrained:
         config_file=arguments.config,
         overrides=dict(arguments.set),
         weights_key=arguments.key,
+        ignored=arguments.ignore,
     )
     if arguments.image_size:
         model = adapt.resized(model, arguments.image_size)
@@ -70,10 +75,14 @@ def _report(model: Pretrained, target: Path, file_format: str) -> None:
     if model.assumed:
         print(f"  assumed, since the file does not say: {'; '.join(model.assumed)} (--set KEY=VALUE)")
     if model.left_out:
-        print(f"  left out, no weights: {', '.join(model.left_out)}")
+        print(f"  left out: {', '.join(model.left_out)}")
     if model.bookkeeping and file_format not in (NATIVE, model.bookkeeping_format):
         kinds = sorted({name.rpartition(".")[2] for name in model.bookkeeping})
         print(f"  left out, no place in this format: {len(model.bookkeeping)} arrays {', '.join(kinds)}")
+    leaves = jax.tree_util.tree_leaves_with_path(model.variables)
+    damaged = [path_name(path) for path, a in leaves if not np.isfinite(np.asarray(a, np.float32)).all()]
+    if damaged:
+        print(f"  {len(damaged)} arrays hold numbers that are not finite, the first is {damaged[0]}")
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -105,9 +114,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a setting of the model",
     )
     parser.add_argument("--key", help="entry of a .pth with the weights, such as model_ema")
-    parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="of a workdir")
-    parser.add_argument("--image_size", type=_positive, help="interpolates the position embeddings")
-    parser.add_argument("--reset_head", type=_positive, metavar="CLASSES", help="a new head, initialised")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="PATTERN", help="arrays to leave out: 'vit.pooler.*'"
+    )
+    parser.add_argument("--checkpoint", choices=("latest", "best"), help="of a workdir (default: latest)")
+    parser.add_argument("--image_size", type=positive, help="interpolates the position embeddings")
+    parser.add_argument("--reset_head", type=positive, metavar="CLASSES", help="a new head, initialised")
     parser.add_argument("--class_names", type=Path, metavar="FILE", help="a name on each line")
     parser.add_argument("--verbose", action="store_true", help="list every array that does not fit")
     return parser
@@ -117,27 +129,21 @@ def _formats() -> str:
     return ", ".join([NATIVE, *FORMATS])
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # there is nothing to compute
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     try:
         model = convert(arguments)
-    except UserError as error:
-        problems = error.problems if arguments.verbose and isinstance(error, StateDictError) else []
-        for problem in problems:
+    except StateDictError as error:
+        for problem in error.problems if arguments.verbose else []:
             print(problem, file=sys.stderr)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        raise
     _report(model, arguments.target, arguments.format)
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Document:
       class_names: one a class.
       history: the files that the weights came from, oldest first: name, SHA-256, format.
       bookkeeping: the format of the arrays that are kept for the way back to PyTorch.
+      digest: of the weights that it describes.
     """
 
     naming: str
@@ -35,6 +36,7 @@ class Document:
     class_names: tuple[str, ...]
     history: tuple[Mapping[str, Any], ...]
     bookkeeping: str
+    digest: str
 
     def to_json(self) -> dict[str, Any]:
         """Returns the document as values of JSON."""
@@ -47,6 +49,7 @@ class Document:
             "class_names": list(self.class_names),
             "history": [dict(entry) for entry in self.history],
             "bookkeeping": self.bookkeeping,
+            "digest": self.digest,
         }
 
 
@@ -74,10 +77,11 @@ def _parse(values: Mapping[str, Any]) -> Document:
         class_names=tuple(values["class_names"]),
         history=tuple(dict(entry) for entry in values["history"]),
         bookkeeping=values["bookkeeping"],
+        digest=values["digest"],
     )
-    texts = (document.naming, document.bookkeeping, document.model["name"], *document.class_names)
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("a name in it is no text")
+    texts = (document.naming, document.bookkeeping, document.digest, document.model["name"])
+    if not all(isinstance(text, str) and text.isprintable() for text in (*texts, *document.class_names)):
+        raise TypeError("a name in it is no line of text")
     return document
 
 

@@ -11,6 +11,9 @@ class UserError(Exception):
     after ``error:`` and exit with status 1; every other exception is a bug and keeps its traceback.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # values and other errors may have several lines
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the closest of ``known``, or the list of all of them."""

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bvit_jax import models, runs
+from bvit_jax.commands import exit_status, positive
 from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
 from bvit_jax.formats import Preprocessing
@@ -25,6 +26,7 @@ from bvit_jax.pretrained import Pretrained
 from bvit_jax.step import Normalization
 
 IMAGES_AT_ONCE = 8
+MAX_ASPECT = 50  # the short side is resized to hundreds of pixels, and the long one with it
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,13 @@ def load_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     """
     p = preprocessing
     try:
-        image = transforms.decode(path.read_bytes())
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)  # as it was held: phones turn the picture only in name
+            if image.mode.startswith(("I", "F")):
+                raise UserError(f"{path} has {image.mode} pixels; convert it to 8 bits a colour")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise UserError(f"{path} is {image.width}×{image.height} pixels, too narrow to classify")
+            image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}; expected an image such as JPEG or PNG") from error
@@ -105,15 +113,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH")
-    parser.add_argument("--kind", choices=("latest", "best"), default="latest", help="of a workdir")
-    parser.add_argument("--top", type=int, default=5, help="classes to print for each image")
+    parser.add_argument("--kind", choices=("latest", "best"), help="of a workdir (default: latest)")
+    parser.add_argument("--top", type=positive, default=5, help="classes to print for each image")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    try:
-        _run(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    arguments = parser.parse_args(argv)
+    return exit_status(lambda: _run(arguments))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ classes, preprocessing and where it came from - travels with it in every format,
 """
 
 import dataclasses
+import errno
+import fnmatch
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from bvit_jax import labels, models, tensor_files
 from bvit_jax.document import KEY as DOCUMENT_KEY
 from bvit_jax.document import Document
 from bvit_jax.errors import UserError, nearest
-from bvit_jax.formats import FORMATS, Preprocessing, RawCheckpoint, Understood, huggingface
+from bvit_jax.formats import FORMATS, Preprocessing, RawCheckpoint, Understood, huggingface, reference
 from bvit_jax.raw_checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_raw
 from bvit_jax.state_dicts import (
     StateDict,
@@ -88,49 +90,87 @@ def load(
     config_file: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     weights_key: str | None = None,
+    ignored: Sequence[str] = (),
 ) -> Pretrained:
     """Reads a model from a directory or file of any format.
 
     Args:
       path: a native or Hugging Face or timm directory, a ``.safetensors`` or a ``.pth`` file.
-      config_file: the ``config.json`` for a file that has none beside it.
+      config_file: a ``config.json`` to use instead of what is there.
       overrides: settings of the model to use instead of what the files say.
       weights_key: entry of a ``.pth`` that holds the weights, such as "model_ema".
+      ignored: patterns of names of arrays to leave out, such as "vit.pooler.*".
 
     Raises:
       UserError: a file is missing, damaged or malicious, its format is unknown, or its arrays are not
         those of the model that it describes.
     """
+    if "name" in (overrides or {}):
+        raise UserError("the name of the model cannot be set; it follows from the arrays")
     raw, left_out = read_raw(path, config_file, weights_key)
-    overrides = overrides or {}
-    if any(name.startswith("params/") for name in raw.state):
-        return _from_native(raw, overrides)
-    name = _recognise(raw)
-    understood = FORMATS[name].understand(raw)
-    understood = _overridden(understood, raw.document, overrides)
+    skipped = sorted(name for pattern in ignored for name in fnmatch.filter(raw.state, pattern))
+    raw = dataclasses.replace(raw, state={n: a for n, a in raw.state.items() if n not in skipped})
+    with _naming(raw.origin):
+        if any(name.startswith("params/") for name in raw.state):
+            model = _from_native(raw, overrides or {})
+        else:
+            model = _from_pytorch(raw, overrides or {})
+    return dataclasses.replace(model, left_out=(*left_out, *skipped))
+
+
+def _from_pytorch(raw: RawCheckpoint, overrides: Mapping[str, Any]) -> Pretrained:
+    document, name = raw.document, _recognise(raw)
+    understood = _overridden(_understand(raw, name), document, overrides)
     config = models.model_config(understood.model, **understood.settings)
     naming = FORMATS[name].naming(config)
-    abstract = abstract_variables(models.create_model(config), config.image_size)
+    abstract = _abstract(config, raw)
+    if name == reference.NAME:
+        reference.check_bits(config, raw)
     bookkeeping = {key: a for key, a in raw.state.items() if naming.is_bookkeeping(key)}
-    _check_bookkeeping(raw, bookkeeping, FORMATS[name].bookkeeping(config, raw.state))
-    with _naming(raw.origin):
-        variables = from_state_dict(raw.state, abstract, None, naming)
-    document = raw.document
+    _check_bookkeeping(bookkeeping, FORMATS[name].constants(config, raw.state))
     names = understood.class_names or (document.class_names if document else ())
     if len(names) != config.num_classes:
         names = labels.default_names(config.num_classes)
     preprocessing = document.preprocessing if document else understood.preprocessing
-    return Pretrained(
+    model = Pretrained(
         config=config,
-        variables=variables,
+        variables=from_state_dict(raw.state, abstract, None, naming),
         preprocessing=preprocessing.scaled_to(config.image_size),
         class_names=names,
         history=_extended_history(raw, name),
         bookkeeping=bookkeeping,
         bookkeeping_format=name,
         assumed=understood.assumed,
-        left_out=left_out,
     )
+    if document is None or document.digest == model.digest():
+        return model
+    if "transformers_version" not in raw.values:
+        raise UserError(_DAMAGED)
+    # transformers keeps our description when it saves a model that it has trained further.
+    return _from_pytorch(dataclasses.replace(raw, document=None), overrides)
+
+
+_DAMAGED = (
+    "its weights are not those that its description was written for; they were changed or damaged,"
+    " convert them again from their source"
+)
+
+
+def _understand(raw: RawCheckpoint, name: str) -> Understood:
+    try:
+        return FORMATS[name].understand(raw)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # Values of a kind that nobody would write: the formats do not check each of them.
+        raise UserError(f"its arrays or its configuration are not understood: {error!r}") from error
+
+
+def _abstract(config: ConfigDict, raw: RawCheckpoint) -> Variables:
+    """Returns the shapes of a model's variables; raises `UserError` for more blocks than arrays."""
+    model = models.create_model(config)
+    depth = config.depth if isinstance(config.depth, int) else sum(config.depth)
+    if depth > len(raw.state):  # building it would take long
+        raise UserError(f"config.model.depth is {config.depth}, and the file has {len(raw.state)} arrays")
+    return abstract_variables(model, config.image_size)
 
 
 def _overridden(
@@ -150,20 +190,29 @@ def _overridden(
 def _from_native(raw: RawCheckpoint, overrides: Mapping[str, Any]) -> Pretrained:
     document = raw.document
     if document is None:
-        raise UserError(f"{raw.origin} has the names of this project, and no {CONFIG_FILE} of it beside them")
-    with _naming(raw.origin):
-        settings = dict(document.model) | dict(overrides)
-        config = models.model_config(settings.pop("name"), **settings)
-        abstract = abstract_variables(models.create_model(config), config.image_size)
-        names, preprocessing = document.class_names, document.preprocessing
-        if len(names) != config.num_classes or preprocessing.crop != config.image_size:
-            raise UserError("its preprocessing or class_names do not fit the model")
-        prefix = "bookkeeping/"
-        bookkeeping = {n.removeprefix(prefix): a for n, a in raw.state.items() if n.startswith(prefix)}
-        variables = _from_flat({n: a for n, a in raw.state.items() if not n.startswith(prefix)}, abstract)
-    return Pretrained(
+        raise UserError(f"it has the names of this project, and no {CONFIG_FILE} of it beside it")
+    settings = dict(document.model) | dict(overrides)
+    config = models.model_config(settings.pop("name"), **settings)
+    names, preprocessing = document.class_names, document.preprocessing
+    if len(names) != config.num_classes or preprocessing.crop != config.image_size:
+        raise UserError("the image size or the classes of its description do not fit the model")
+    prefix = "bookkeeping/"
+    bookkeeping = {n.removeprefix(prefix): a for n, a in raw.state.items() if n.startswith(prefix)}
+    variables = _from_flat(
+        {n: a for n, a in raw.state.items() if not n.startswith(prefix)}, _abstract(config, raw)
+    )
+    if bookkeeping:
+        known = FORMATS.get(document.bookkeeping)
+        if known is None:
+            raise UserError(f"its bookkeeping is of an unknown format {document.bookkeeping!r}")
+        names_there = to_state_dict(variables, known.naming(config))
+        _check_bookkeeping(bookkeeping, known.constants(config, names_there))
+    model = Pretrained(
         config, variables, preprocessing, names, document.history, bookkeeping, document.bookkeeping
     )
+    if document.digest != model.digest():
+        raise UserError(_DAMAGED)
+    return model
 
 
 def _recognise(raw: RawCheckpoint) -> str:
@@ -173,32 +222,36 @@ def _recognise(raw: RawCheckpoint) -> str:
         if known.recognise(raw):
             return name
     raise UserError(
-        f"{raw.origin} holds no model that this project knows: its arrays are called"
+        "it holds no model that this project knows: its arrays are called"
         f" {', '.join(sorted(raw.state)[:3]) or 'nothing'}...; expected the names of the BinaryViT code,"
         " timm, Microsoft's Swin, or a directory of Hugging Face's ViT, DeiT or Swin"
     )
 
 
-def _check_bookkeeping(raw: RawCheckpoint, found: StateDict, expected: StateDict) -> None:
-    """Raises `UserError` if constants of a file are others than those our model computes with."""
+def _check_bookkeeping(found: StateDict, expected: StateDict) -> None:
+    """Raises `UserError` if constants of a file are not those that our model computes with."""
     for name, array in found.items():
-        constant = expected.get(name)
-        if name.endswith("num_batches_tracked") or constant is None:
-            continue
-        if not np.array_equal(np.ravel(array), np.ravel(constant)):  # shapes vary between versions
+        module, _, kind = name.rpartition(".")
+        constant = expected.get(f"{module}.weight_clip_val" if kind == "act_clip_val" else name)
+        if constant is None:
+            raise UserError(f"arrays that do not fit the model: 1 unexpected ({name})")
+        # Their shapes vary between versions.
+        counts = kind == "num_batches_tracked" and array.size == 1
+        if not counts and not np.array_equal(np.ravel(array), np.ravel(constant)):
             raise UserError(
-                f"{raw.origin}: the constant {name} is another than this project computes with; is it a"
-                " checkpoint of a changed model?"
+                f"the constant {name} is another than this project computes with; is it a checkpoint of a"
+                " changed model?"
             )
 
 
 @contextmanager
 def _naming(origin: str) -> Iterator[None]:
-    """Puts the file's name before the message of a `UserError`."""
+    """Puts the file's name before the message of a `UserError` that does not begin with it."""
     try:
         yield
     except UserError as error:
-        error.args = (f"{origin}: {error}",)
+        if not str(error).startswith(origin):
+            error.args = (f"{origin}: {error}",)
         raise
 
 
@@ -229,8 +282,6 @@ def save(pretrained: Pretrained, target: Path, file_format: str = NATIVE) -> Non
             partial.mkdir()
             content = tensor_files.encode_safetensors(state, {"format": "pt"})
             _write(partial / WEIGHTS_FILE, content)
-            if file_format == NATIVE:
-                values["weights_sha256"] = tensor_files.sha256(partial / WEIGHTS_FILE)
             _write(partial / CONFIG_FILE, _json(values))
             if file_format == huggingface.NAME:
                 processor = huggingface.describe_processor(pretrained.preprocessing)
@@ -251,6 +302,7 @@ def to_format(pretrained: Pretrained, file_format: str) -> tuple[StateDict, dict
         class_names=pretrained.class_names,
         history=pretrained.history,
         bookkeeping=pretrained.bookkeeping_format,
+        digest=pretrained.digest(),
     ).to_json()
     if file_format == NATIVE:
         state = _flat(pretrained.variables)
@@ -264,34 +316,46 @@ def to_format(pretrained: Pretrained, file_format: str) -> tuple[StateDict, dict
             f"the format {file_format!r} has no {config.name!r}, only {', '.join(known.models)}; use"
             f" {' or '.join([NATIVE, *able])}"
         )
+    known.check(config)
     state = to_state_dict(pretrained.variables, known.naming(config))
     if pretrained.bookkeeping_format == file_format and pretrained.bookkeeping:
         state |= pretrained.bookkeeping
-    else:
-        state |= known.bookkeeping(config, state)
+    elif known.writes_constants:
+        state |= known.constants(config, state)
     values = known.describe(config, pretrained.class_names, pretrained.preprocessing)
     return state, values | {DOCUMENT_KEY: document}
 
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """Yields a path beside ``target`` to write to, and renames it to ``target`` at the end."""
-    if target.exists():
-        raise UserError(f"{target} exists; delete it or choose another target")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    """Yields a path to write to, and moves what is there to ``target`` at the end, whole or not at all."""
+    taken = UserError(f"{target} exists; delete it or choose another target")
     try:
+        if os.path.lexists(target):
+            raise taken
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.rename(target)
+        with tempfile.TemporaryDirectory(prefix=".convert.", dir=target.parent) as scratch:
+            partial = Path(scratch) / "partial"
+            yield partial
+            _move(partial, target)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise taken if os.path.lexists(target) else UserError(f"cannot write {target}: {error}") from error
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+        if isinstance(error, OSError) and error.errno == errno.ENOTEMPTY:
+            raise taken from error
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {target}: {reason}") from error
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                partial.unlink()
+
+
+def _move(partial: Path, target: Path) -> None:
+    """Renames a directory, or a file without ever replacing another one."""
+    if partial.is_dir():
+        partial.rename(target)
+        return
+    try:
+        os.link(partial, target)
+    except PermissionError:  # a file system without links
+        partial.rename(target)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -16,6 +16,7 @@ from bvit_jax.tensor_files import StateDict
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 OLD_WEIGHTS_FILE = "pytorch_model.bin"  # of Hugging Face, before safetensors
+WRAPPERS = ("_orig_mod.", "module.", "model.")  # in front of all names: compiled, parallel, Lightning
 WEIGHTS_KEYS = ("model", "state_dict", "module")  # of training checkpoints that hold more than weights
 
 
@@ -39,7 +40,7 @@ def read_raw(
         return _read_directory(path, values), ()
     if not path.exists():
         raise UserError(f"no file or directory {path}; expected a checkpoint")
-    if path.name.endswith(tensor_files.INDEX_SUFFIX):
+    if _is_part_of_directory(path):
         return _read_directory(path.parent, values), ()
     if path.suffix == tensor_files.SAFETENSORS_SUFFIX:
         state, metadata = tensor_files.read_safetensors(path)
@@ -51,6 +52,12 @@ def read_raw(
         f"{path} is of no known kind; expected a directory, {tensor_files.SAFETENSORS_SUFFIX} or"
         f" {', '.join(tensor_files.TORCH_SUFFIXES)}"
     )
+
+
+def _is_part_of_directory(path: Path) -> bool:
+    """Returns whether a file is the weights of a directory that describes them."""
+    names = (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json", OLD_WEIGHTS_FILE)
+    return path.name in names and (path.parent / CONFIG_FILE).is_file()
 
 
 def _read_directory(path: Path, values: Mapping[str, Any]) -> RawCheckpoint:
@@ -70,12 +77,6 @@ def _read_directory(path: Path, values: Mapping[str, Any]) -> RawCheckpoint:
         state = _state_dict(tensor_files.read_torch(files[0]), files[0])
     else:
         raise UserError(f"no {WEIGHTS_FILE} in {path}; expected it beside {CONFIG_FILE}")
-    expected = values.get("weights_sha256")
-    if expected is not None and expected != tensor_files.sha256(files[0]):
-        raise UserError(
-            f"{files[0]} is not the file that {CONFIG_FILE} describes: its SHA-256 is another; it was"
-            " changed or damaged, convert it again from its source"
-        )
     processor_file = path / huggingface.PROCESSOR_FILE
     processor = _read_json(processor_file) if processor_file.is_file() else {}
     return _raw(state, values, tuple(files), processor=processor)
@@ -92,7 +93,7 @@ def _read_torch(
     others = {} if key is None else {k: v for k, v in content.items() if k != key}
     state = _state_dict(state, path, key)
     described = _parse_description(path, others.pop(DOCUMENT_KEY, None))
-    args = others.pop("args", {})
+    args = others.get("args", {})
     raw = _raw(state, values or described, (path,), args=args if isinstance(args, dict) else {})
     return raw, tuple(sorted(map(str, others)))
 
@@ -112,8 +113,9 @@ def _raw(
     files: tuple[Path, ...],
     **more: Mapping[str, Any],
 ) -> RawCheckpoint:
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): a for name, a in state.items()}
+    for prefix in WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): a for name, a in state.items()}
     origin = str(files[0]) if len(files) == 1 else str(files[0].parent)
     document = find_document(values, origin)
     return RawCheckpoint(state, values, document=document, files=files, origin=origin, **more)
@@ -127,7 +129,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return values
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; expected the JSON of a model") from error
 
 
@@ -137,5 +139,5 @@ def _parse_description(path: Path, text: Any) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: its description is damaged: {error}") from error

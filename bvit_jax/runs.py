@@ -11,37 +11,46 @@ from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import labels, models, pretrained
-from bvit_jax.checkpoint import FOLDERS, Kind, restore_variables
+from bvit_jax.checkpoint import CHECKSUMS, FOLDERS, Kind, restore_variables
 from bvit_jax.errors import UserError
 from bvit_jax.formats import FORMATS, Preprocessing, reference
 from bvit_jax.pretrained import Pretrained
 from bvit_jax.sharding import with_sharding
 from bvit_jax.state_dicts import Variables, abstract_variables, to_state_dict
+from bvit_jax.tensor_files import sha256
 
 CLASSES_FILE = "classes.json"
 
 
-def load_model(path: Path, *, kind: Kind = "latest", **options: Any) -> Pretrained:
+def load_model(path: Path, *, kind: Kind | None = None, **options: Any) -> Pretrained:
     """Reads a model from a run's directory, or from whatever `bvit_jax.pretrained.load` reads.
 
     Args:
       path: the directory of a run, or another directory or file.
-      kind: which checkpoint of a run.
+      kind: which checkpoint of a run, the latest if None.
       options: for `bvit_jax.pretrained.load`.
 
     Raises:
-      UserError: see there; and options are given for a run, which needs none.
+      UserError: see there; and options are given that mean nothing for what is there.
     """
     if not is_run(path):
+        if kind is not None:
+            raise UserError(f"{path} is no training run, of which the {kind} checkpoint could be taken")
         return pretrained.load(path, **options)
-    if given := [name for name, value in options.items() if value]:
-        raise UserError(f"{path} is a training run, which describes itself; leave out {', '.join(given)}")
-    return load_run(path, kind)
+    if any(options.values()):
+        raise UserError(f"{path} is a training run, which describes itself; leave out the options for files")
+    return load_run(path, kind or "latest")
 
 
 def is_run(path: Path) -> bool:
     """Returns whether a path is the directory of a training run."""
-    return any((path / folder).is_dir() for folder in FOLDERS.values())
+    if not any((path / folder).is_dir() for folder in FOLDERS.values()):
+        return False
+    try:
+        values = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return True  # a damaged one
+    return not isinstance(values, dict) or not {"model_type", "architecture", "format"} & values.keys()
 
 
 def load_run(workdir: Path, kind: Kind) -> Pretrained:
@@ -51,14 +60,15 @@ def load_run(workdir: Path, kind: Kind) -> Pretrained:
       UserError: there is no such checkpoint, or it is damaged.
     """
     config = config_lib.load(workdir / "config.json")
+    preprocessing = _preprocessing(config, workdir)
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     variables, step = restore(workdir, config, kind, whole)
     variables = jax.tree.map(np.asarray, variables)
     if not variables["batch_stats"]:
         del variables["batch_stats"]
-    preprocessing = _preprocessing(config, workdir)
     names = read_class_names(workdir, config.model.num_classes)
-    entry = {"file": f"{FOLDERS[kind]}/{step}", "format": "run"}
+    saved = Path(FOLDERS[kind]) / str(step)
+    entry = {"file": str(saved), "sha256": sha256(workdir / saved / CHECKSUMS), "format": "run"}
     return Pretrained(
         config=config.model,
         variables=variables,
@@ -110,10 +120,10 @@ def read_class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
 
 
 def _preprocessing(config: ConfigDict, workdir: Path) -> Preprocessing:
-    data, size = config.data, config.model.image_size
     try:
+        data, size = config.data, config.model.image_size
         return Preprocessing(data.eval_resize, size, data.eval_interpolation, data.mean, data.std)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the config.json in {workdir} does not describe the images: {error}") from error
 
 
@@ -121,7 +131,7 @@ def _batches_seen(config: ConfigDict, variables: Variables, step: int) -> dict[s
     """Returns the counters that PyTorch's batch norms would hold after so many steps."""
     if config.name not in reference.MODELS or config.get("distillation_token"):
         return {}
-    arrays = FORMATS[reference.NAME].bookkeeping(config, to_state_dict(variables))
+    arrays = FORMATS[reference.NAME].constants(config, to_state_dict(variables))
     return {
         name: np.array(step, np.int64) if name.endswith("num_batches_tracked") else array
         for name, array in arrays.items()

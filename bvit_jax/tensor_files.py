@@ -51,7 +51,9 @@ def read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
         with safe_open(path, framework="numpy") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return state, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {_first_line(error)}; is the file complete?") from error
 
 
@@ -64,9 +66,11 @@ def read_sharded(index: Path) -> tuple[StateDict, list[Path]]:
     try:
         weight_map = dict(json.loads(index.read_bytes())["weight_map"])
         files = sorted(set(weight_map.values()))
+        if not files:
+            raise ValueError("it lists no shards")
         if any(not isinstance(name, str) or Path(name).name != name for name in files):
             raise ValueError("it names files outside its directory")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {index}: {error!r}; expected an index of shards") from error
     state: StateDict = {}
     for name in files:
@@ -103,12 +107,12 @@ def read_torch(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what matters raises
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = _to_numpy(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # pickle, zip and torch each raise their own
         raise UserError(f"cannot read {path}: {_unpickling_reason(path, error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of a checkpoint")
-    return _to_numpy(content)
+    return content
 
 
 def write_torch(path: Path, content: dict[str, Any]) -> None:
@@ -178,7 +182,7 @@ def _to_numpy(value: Any) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().contiguous()
+        value = value.detach().contiguous()
         if value.dtype == torch.bfloat16:
             import ml_dtypes
 

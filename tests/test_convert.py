@@ -78,6 +78,8 @@ def test_a_binary_run_goes_to_pytorch_and_back(tmp_path, binary_run, capsys):
     assert model.preprocessing == pretrained.Preprocessing(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3)
     assert model.class_names == tuple("0123456789")
     assert [entry["format"] for entry in model.history] == ["run", "reference"]
+    assert model.history[0]["file"] == "checkpoints/7"
+    assert model.history[0]["sha256"] == tensor_files.sha256(run / "checkpoints" / "7" / "checksums.json")
 
 
 def test_the_deit_of_a_run_goes_to_hugging_face(tmp_path):
@@ -93,7 +95,7 @@ def test_the_deit_of_a_run_goes_to_hugging_face(tmp_path):
 
 def test_options_of_files_mean_nothing_for_a_run(tmp_path, binary_run, capsys):
     run, _, _ = binary_run
-    assert "describes itself; leave out overrides" in error_of(
+    assert "describes itself; leave out the options for files" in error_of(
         capsys, run, tmp_path / "x", "--set=num_heads=(1,2)"
     )
     assert "no best checkpoint" in error_of(capsys, run, tmp_path / "x", "--checkpoint=best")
@@ -170,6 +172,33 @@ def test_too_few_names(tmp_path, source, capsys):
     (tmp_path / "names.txt").write_text("a\nb\n")
     line = error_of(capsys, source, tmp_path / "x", f"--class_names={tmp_path / 'names.txt'}")
     assert "has 2 lines; expected the names of 3 classes" in line
+
+
+def test_the_checkpoint_of_what_is_no_run(tmp_path, source, capsys):
+    line = error_of(capsys, source, tmp_path / "x", "--checkpoint=best")
+    assert "is no training run, of which the best checkpoint could be taken" in line
+
+
+def test_numbers_that_are_not_finite_are_reported(tmp_path, source, capsys):
+    state, metadata = tensor_files.read_safetensors(source)
+    state["head.bias"] = np.full(3, np.nan, np.float32)
+    source.write_bytes(tensor_files.encode_safetensors(state, metadata))
+    assert main([str(source), str(tmp_path / "x")]) == 0
+    assert (
+        "1 arrays hold numbers that are not finite, the first is params/head/bias" in capsys.readouterr().out
+    )
+
+
+def test_a_name_that_is_too_long(tmp_path, source, capsys):
+    assert "too long" in error_of(capsys, source, tmp_path / ("x" * 300))
+    assert "too long" in error_of(capsys, tmp_path / ("x" * 300), tmp_path / "x")
+
+
+def test_hugging_face_s_directory_with_checkpoints_is_no_run(tmp_path):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    (tmp_path / "x" / "checkpoints").mkdir()
+    assert not runs.is_run(tmp_path / "x")
+    assert main([str(tmp_path / "x"), str(tmp_path / "y")]) == 0
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "x"])

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from bvit_jax import config as config_lib
 from bvit_jax import models, pretrained, runs
 from bvit_jax.errors import UserError
 from bvit_jax.formats import Preprocessing, deit_preprocessing
@@ -139,12 +138,54 @@ def test_images_in_several_groups(digit_files):
     [
         (b"", "cannot identify image file"),
         (b"hello", "cannot identify image file"),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "cannot read"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "expected an image such as JPEG or PNG"),
     ],
+    ids=["empty", "text", "broken"],
 )
 def test_no_image(tmp_path, capsys, content, message):
     (tmp_path / "x.png").write_bytes(content)
     assert message in error_of(capsys, "--checkpoint", TEACHER, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (
+            Image.fromarray(np.full((20, 20), 30000, np.uint16)),
+            "has I;16 pixels; convert it to 8 bits a colour",
+        ),
+        (Image.new("RGB", (6000, 2)), "is 6000×2 pixels, too narrow to classify"),
+    ],
+    ids=["16 bits", "narrow"],
+)
+def test_images_that_would_be_misread(tmp_path, capsys, image, message):
+    image.save(tmp_path / "x.png")
+    assert message in error_of(capsys, "--checkpoint", TEACHER, tmp_path / "x.png")
+
+
+def test_a_turned_photograph_is_seen_as_it_was_held(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter, to be undone
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    picture.save(tmp_path / "straight.png")
+    processing = Preprocessing(24, 16)
+    np.testing.assert_array_equal(
+        load_image(tmp_path / "turned.png", processing), load_image(tmp_path / "straight.png", processing)
+    )
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_wrong_numbers_of_classes(capsys, value):
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", str(TEACHER), "x.png", f"--top={value}"])
+    assert "is not a whole number above 0" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough(digit_files):
+    command = f"{sys.executable} -m bvit_jax.predict --checkpoint {TEACHER} {digit_files[0]} | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
 
 
 def test_a_truncated_image(tmp_path, photograph, capsys):
@@ -196,4 +237,3 @@ def test_the_run_s_own_preprocessing_is_used(tmp_path):
         "std": (0.5, 0.5, 0.5),
         "square": False,
     }
-    assert config_lib.load(tmp_path / "run" / "config.json").data.eval_resize == 40

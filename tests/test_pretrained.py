@@ -13,6 +13,7 @@ import pytest
 from bvit_jax import adapt, labels, pretrained, tensor_files
 from bvit_jax.errors import UserError
 from bvit_jax.formats import FORMATS, Preprocessing
+from bvit_jax.formats.base import ASSUMED_PREPROCESSING
 
 from .weights import TINY, assert_same_states, assert_same_trees, tiny_pretrained
 
@@ -116,14 +117,14 @@ def test_what_is_known_travels_with_the_model(tmp_path):
     model = dataclasses.replace(model, preprocessing=preprocessing, class_names=("a", "b", "c"))
     path = tmp_path / "0"
     pretrained.save(model, path)
-    for i, name in enumerate(("huggingface", "timm", "reference", "native"), 1):
+    for i, name in enumerate(("huggingface", "reference", "native"), 1):
         loaded = pretrained.load(path)
         assert (loaded.config, loaded.preprocessing) == (model.config, preprocessing)
         assert loaded.class_names == ("a", "b", "c")
         path = tmp_path / str(i)
         pretrained.save(loaded, path, name)
     history = pretrained.load(path).history
-    assert [entry["format"] for entry in history] == ["huggingface", "timm", "reference"]
+    assert [entry["format"] for entry in history] == ["huggingface", "reference"]
     assert history[0]["sha256"] == tensor_files.sha256(tmp_path / "1" / "model.safetensors")
 
 
@@ -153,9 +154,10 @@ def test_heads_of_64_channels_are_assumed(tmp_path):
     loaded = pretrained.load(path)
     assert loaded.config.num_heads == 2
     assert loaded.config.norm_epsilon == 1e-6
-    assert loaded.assumed == ("num_heads 2 (64 channels each)", "norm_epsilon 1e-06")
+    assert loaded.assumed == ("num_heads 2 (64 channels each)", "norm_epsilon 1e-06", ASSUMED_PREPROCESSING)
     assert pretrained.load(path, overrides={"num_heads": 4}).config.num_heads == 4
-    assert pretrained.load(path, overrides={"num_heads": 4}).assumed == ("norm_epsilon 1e-06",)
+    assumed = pretrained.load(path, overrides={"num_heads": 4}).assumed
+    assert assumed == ("norm_epsilon 1e-06", ASSUMED_PREPROCESSING)
 
 
 def test_sizes_and_switches_of_the_reference_come_from_the_arrays(tmp_path):
@@ -223,7 +225,7 @@ def test_a_training_checkpoint_of_the_reference(tmp_path):
     options = {"overrides": {"num_heads": (1, 2), "reduction": (2, 1)}}
     loaded = pretrained.load(tmp_path / "checkpoint.pth", **options)
     assert (loaded.config.weight_bits, loaded.config.drop_path) == (4, 0.1)
-    assert loaded.left_out == ("epoch", "model_ema", "optimizer", "scaler")
+    assert loaded.left_out == ("args", "epoch", "model_ema", "optimizer", "scaler")
     assert_same_trees(loaded.variables, model.variables)
 
     averaged = pretrained.load(tmp_path / "checkpoint.pth", weights_key="model_ema", **options)
@@ -414,12 +416,22 @@ def test_truncated_weights(directory, kept):
         pretrained.load(directory)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"vit"', "{}", '{"model_type": "bert"}', "\x00"])
-def test_config_of_something_else(directory, text):
+DEEP = "[" * 200_000
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"vit"', "{}", "\x00", DEEP])
+def test_config_that_is_no_description(directory, text):
     (directory / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"(config.json|model.safetensors)") as caught:
+    with pytest.raises(UserError, match=rf"^cannot read {directory / 'config.json'}: ") as caught:
         pretrained.load(directory)
     assert "\n" not in str(caught.value)
+
+
+def test_config_of_another_model(tmp_path):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    edit_json(tmp_path / "x" / "config.json", model_type="bert")
+    with pytest.raises(UserError, match=r"model_type is 'bert'; expected vit, deit or swin"):
+        pretrained.load(tmp_path / "x")
 
 
 def test_config_that_is_not_text(directory):
@@ -456,7 +468,7 @@ def test_swin_of_hugging_face_with_another_epsilon(tmp_path):
     edit_json(tmp_path / "d" / "config.json", layer_norm_eps=1e-6)
     with pytest.raises(UserError, match="for some norms of Swin only"):
         pretrained.load(tmp_path / "d")
-    with pytest.raises(UserError, match="transformers' Swin has 1e-05"):
+    with pytest.raises(UserError, match="transformers' Swin computes with 1e-05"):
         pretrained.save(tiny_pretrained("swin", norm_epsilon=1e-6), tmp_path / "e", "huggingface")
 
 
@@ -466,7 +478,7 @@ def test_changed_native_weights_are_found(tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"its SHA-256 is another"):
+    with pytest.raises(UserError, match=r"its weights are not those that its description was written for"):
         pretrained.load(tmp_path / "d")
 
 
@@ -575,3 +587,280 @@ def test_the_digest_is_that_of_the_weights(tmp_path):
         pretrained.save(model, tmp_path / name, name)
         assert pretrained.load(tmp_path / name).digest() == model.digest()
     assert tiny_pretrained("deit", seed=1).digest() != model.digest()
+
+
+# --- values that nobody would write ------------------------------------------------------------
+
+NONSENSE = (None, 0, -1, 1e308, True, "x", [], {"a": 1}, [[1]])
+
+
+def places_in(value, path=()):
+    """Yields the path of every value in a JSON tree; of long lists and tables, of the first alone."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in list(items)[:14]:
+        yield from places_in(item, (*path, key))
+
+
+def with_value(tree, path, value):
+    copy = json.loads(json.dumps(tree))
+    node = copy
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return copy
+
+
+def assert_understood_or_refused(directory):
+    """Loads a directory; a problem must be one line that names it."""
+    try:
+        pretrained.load(directory)
+    except UserError as error:
+        message = str(error)
+    else:
+        return
+    assert "\n" not in message
+    assert str(directory) in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("file_format", ["native", "huggingface", "timm"])
+def test_nonsense_in_a_description_is_one_line(tmp_path, file_format, file):
+    pretrained.save(tiny_pretrained("swin", num_classes=2), tmp_path / "x", file_format)
+    path = tmp_path / "x" / file
+    if not path.exists():
+        assert file_format != "huggingface"
+        return
+    original = json.loads(path.read_text())
+    foreign = {key: value for key, value in original.items() if key != "bvit_jax"}
+    for tree in [original] if file_format == "native" else [original, foreign]:
+        (tmp_path / "x" / "config.json").write_text(
+            json.dumps(tree) if file == "config.json" else (tmp_path / "x" / "config.json").read_text()
+        )
+        for place in places_in(tree):
+            for value in NONSENSE:
+                path.write_text(json.dumps(with_value(tree, place, value)))
+                assert_understood_or_refused(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["binaryvit_w4", "deit_heads", "swin"])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 0), (1, 1, 1), (2, 2, 2, 2, 2)])
+def test_arrays_of_any_shape_are_refused_in_one_line(tmp_path, name, shape):
+    model = tiny_pretrained(name)
+    file_format = "reference" if name.startswith("binary") else "timm"
+    state = foreign_state(model, file_format, np.random.default_rng(0))
+    for array in sorted(state)[:: len(state) // 12]:
+        if state[array].shape == shape:
+            continue
+        changed = state | {array: np.zeros(shape, state[array].dtype)}
+        path = write_safetensors(tmp_path / "x.safetensors", changed)
+        with pytest.raises(UserError) as caught:
+            pretrained.load(path, overrides=overrides_of(model) if name != "binaryvit_w4" else BITS)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+BITS = {"num_heads": (1, 2), "reduction": (2, 1), "weight_bits": 4}
+
+
+# --- what was found by trying to break it ------------------------------------------------------
+
+
+def test_weights_inside_a_directory_are_read_with_its_description(tmp_path):
+    model = tiny_pretrained("deit", norm_epsilon=1e-12)
+    pretrained.save(model, tmp_path / "x", "huggingface")
+    edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
+    loaded = pretrained.load(tmp_path / "x" / "model.safetensors")
+    assert loaded.config == model.config
+    assert loaded.bookkeeping_format == "huggingface"
+
+
+def test_the_old_weights_file_of_hugging_face(tmp_path):
+    pytest.importorskip("torch")
+    model = tiny_pretrained("deit")
+    pretrained.save(model, tmp_path / "x", "huggingface")
+    edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
+    weights = tmp_path / "x" / "model.safetensors"
+    tensor_files.write_torch(tmp_path / "x" / "pytorch_model.bin", read_state(weights))
+    weights.unlink()
+    assert_same_trees(pretrained.load(tmp_path / "x").variables, model.variables)
+
+
+def test_the_reference_s_config_json_does_not_change_the_epsilon(tmp_path):
+    torch = pytest.importorskip("torch")
+    state = foreign_state(tiny_pretrained("deit_1e-5"), "reference", np.random.default_rng(0))
+    tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+    torch.save({"model": tensors, "args": argparse.Namespace(model_type="deit")}, tmp_path / "x.pth")
+    pretrained.save(tiny_pretrained("deit", norm_epsilon=1e-12), tmp_path / "hf", "huggingface")
+    edit_json(tmp_path / "hf" / "config.json", bvit_jax=None)
+    loaded = pretrained.load(tmp_path / "x.pth", config_file=tmp_path / "hf" / "config.json")
+    assert (loaded.bookkeeping_format, loaded.config.norm_epsilon) == ("reference", 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"architecture": "beit_base_patch16_224"}, "has architecture 'beit_base_patch16_224'"),
+        ({"architecture": "vit_base_patch16_clip_224"}, "expected a plain DeiT, ViT or Swin"),
+        ({"model_args": {"qk_norm": True}}, "has model_args qk_norm"),
+        ({"global_pool": "avg"}, "global_pool is 'avg', expected 'token'"),
+    ],
+)
+def test_other_models_of_timm_are_refused(tmp_path, values, message):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "timm")
+    edit_json(tmp_path / "x" / "config.json", bvit_jax=None, **values)
+    with pytest.raises(UserError, match=message):
+        pretrained.load(tmp_path / "x")
+
+
+def test_timm_s_class_names_and_first_config_files_are_read(tmp_path):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "timm")
+    flat = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_pct": 1.0}
+    edit_json(tmp_path / "x" / "config.json", bvit_jax=None, pretrained_cfg=None, **flat)
+    loaded = pretrained.load(tmp_path / "x")
+    assert loaded.class_names == ("name 0", "name 1", "name 2")
+    assert loaded.preprocessing == Preprocessing(32, 32, "bilinear", (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.mark.parametrize(("bits", "name"), [(1, "binaryvit_w4"), (4, "binaryvit"), (9, "binaryvit_w4")])
+def test_bits_that_are_not_those_of_the_arrays(tmp_path, bits, name):
+    path = bare(tmp_path, name, "reference")
+    with pytest.raises(UserError, match=f"weight_bits is {bits}"):
+        pretrained.load(path, overrides={"num_heads": (1, 2), "reduction": (2, 1), "weight_bits": bits})
+
+
+@pytest.mark.parametrize(
+    ("name", "file_format", "array"),
+    [
+        ("swin", "huggingface", "made.up.attn_mask"),
+        ("swin", "timm", "layers.0.blocks.0.attn_mask"),  # of a block that is not shifted
+        ("binaryvit", "reference", "bogus.num_batches_tracked"),
+    ],
+)
+def test_bookkeeping_of_modules_that_do_not_exist(tmp_path, name, file_format, array):
+    model = tiny_pretrained(name)
+    if file_format == "huggingface":
+        pretrained.save(model, tmp_path / "x", file_format)
+        path = tmp_path / "x"
+        write_safetensors(path / "model.safetensors", read_state(path) | {array: np.zeros(1)})
+    else:
+        state = foreign_state(model, file_format, np.random.default_rng(0))
+        path = write_safetensors(tmp_path / "x.safetensors", state | {array: np.zeros(1)})
+    with pytest.raises(UserError, match=rf"1 unexpected \({array}\)"):
+        pretrained.load(path, overrides=overrides_of(model))
+
+
+@pytest.mark.parametrize("file_format", ["native", "huggingface", "timm"])
+@pytest.mark.parametrize("target", ["x", "x.safetensors"])
+def test_a_flipped_bit_of_a_weight_is_found(tmp_path, file_format, target):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / target, file_format)
+    path = tmp_path / target
+    path = path / "model.safetensors" if path.is_dir() else path
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="its weights are not those that its description was written for"):
+        pretrained.load(tmp_path / target)
+
+
+def test_a_model_that_transformers_trained_further_is_read_without_our_description(tmp_path):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    other = tiny_pretrained("deit", seed=1)
+    state, _ = pretrained.to_format(other, "huggingface")
+    write_safetensors(tmp_path / "x" / "model.safetensors", state)
+    edit_json(tmp_path / "x" / "config.json", transformers_version="5.0")
+    edit_json(tmp_path / "x" / "preprocessor_config.json", image_mean=[0.5] * 3)
+    loaded = pretrained.load(tmp_path / "x")
+    assert_same_trees(loaded.variables, other.variables)
+    assert loaded.preprocessing.mean == (0.5,) * 3
+
+
+def test_arrays_of_several_dtypes_are_not_stacked(tmp_path):
+    model = tiny_pretrained("deit")
+    query = model.variables["params"]["block0"]["query"]
+    query["kernel"] = query["kernel"].astype(np.float16)
+    with pytest.raises(UserError, match="would stack arrays of different dtypes, float16, float32, float32"):
+        pretrained.save(model, tmp_path / "x", "timm")
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        (
+            {"image_processor_type": "DeiTImageProcessor", "size": 36, "crop_size": 32},
+            Preprocessing(36, 32, "bicubic", (0.5,) * 3, (0.5,) * 3, square=True),
+        ),
+        (
+            {"feature_extractor_type": "ViTFeatureExtractor", "size": 32},
+            Preprocessing(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3, square=True),
+        ),
+    ],
+)
+def test_what_a_processor_leaves_out_is_its_default(tmp_path, processor, expected):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
+    (tmp_path / "x" / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert pretrained.load(tmp_path / "x").preprocessing == expected
+
+
+def test_arrays_are_left_out_when_asked(tmp_path):
+    model = tiny_pretrained("deit")
+    pretrained.save(model, tmp_path / "x", "huggingface")
+    edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
+    pooler = {"vit.pooler.dense.weight": np.zeros((8, 8)), "vit.pooler.dense.bias": np.zeros(8)}
+    write_safetensors(tmp_path / "x" / "model.safetensors", read_state(tmp_path / "x") | pooler)
+    with pytest.raises(UserError, match=r"2 unexpected \(vit.pooler.dense.bias, vit.pooler.dense.weight\)"):
+        pretrained.load(tmp_path / "x")
+    loaded = pretrained.load(tmp_path / "x", ignored=["vit.pooler.*"])
+    assert loaded.left_out == ("vit.pooler.dense.bias", "vit.pooler.dense.weight")
+    assert_same_trees(loaded.variables, model.variables)
+
+
+def test_a_missing_norm_is_named_and_not_its_block(tmp_path):
+    state = foreign_state(tiny_pretrained("deit"), "timm", np.random.default_rng(0))
+    del state["blocks.1.norm1.weight"]
+    path = write_safetensors(tmp_path / "x.safetensors", state)
+    with pytest.raises(UserError, match=r"1 missing \(blocks.1.norm1.weight\)$"):
+        pretrained.load(path, overrides={"num_heads": 2})
+
+
+def test_the_size_of_microsoft_s_swin_is_that_of_its_masks(tmp_path):
+    state = foreign_state(tiny_pretrained("swin"), "microsoft", np.random.default_rng(0))
+    loaded = pretrained.load(write_safetensors(tmp_path / "x.safetensors", state))
+    assert loaded.config.image_size == tiny_pretrained("swin").config.image_size
+    assert not any(text.startswith("image_size") for text in loaded.assumed)
+
+
+def test_a_window_cannot_shrink():
+    with pytest.raises(UserError, match="choose a larger --image_size"):
+        adapt.resized(tiny_pretrained("swin"), 16)
+
+
+def test_more_blocks_than_arrays_are_refused_at_once(tmp_path):
+    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    edit_json(tmp_path / "x" / "config.json", num_hidden_layers=3_000_000)
+    with pytest.raises(UserError, match=r"config.model.depth is 3000000, and the file has 40 arrays"):
+        pretrained.load(tmp_path / "x")
+
+
+def test_a_dangling_link_is_not_replaced(tmp_path):
+    (tmp_path / "x.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="exists; delete it"):
+        pretrained.save(tiny_pretrained("deit"), tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").is_symlink()
+
+
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
+    write = pretrained._write
+
+    def slow(path, content):
+        write(path, content)
+        (tmp_path / "x.safetensors").write_text("another's")
+
+    monkeypatch.setattr(pretrained, "_write", slow)
+    with pytest.raises(UserError, match="exists; delete it"):
+        pretrained.save(tiny_pretrained("deit"), tmp_path / "x.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    assert (tmp_path / "x.safetensors").read_text() == "another's"

@@ -1,8 +1,10 @@
 """What all file formats share: what was read, and what is known after reading it."""
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +64,9 @@ class Preprocessing:
         return dataclasses.replace(self, resize=resize, crop=image_size)
 
 
+ASSUMED_PREPROCESSING = "preprocessing as for DeiT (256 to 224 pixels, bicubic, ImageNet's colours)"
+
+
 def deit_preprocessing(image_size: int) -> Preprocessing:
     """Returns what DeiT and BinaryViT evaluate with: 256 to 224 pixels and in proportion."""
     return Preprocessing(resize=int(image_size / EVAL_CROP), crop=image_size)
@@ -92,18 +97,19 @@ class RawCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of an array; raises `UserError` if there is none of that name."""
         if name not in self.state:
-            raise UserError(f"{self.origin} has no array {name!r}; is it a checkpoint of another model?")
+            raise UserError(f"{self.origin} has no array {name!r}{_close_to(name, self.state)}")
         return self.state[name].shape
 
-    def numbers(self, before: str, after: str) -> list[int]:
-        """Returns the numbers between two parts of the arrays' names, sorted."""
-        found = set()
-        for name in self.state:
-            if name.startswith(before) and name.endswith(after):
-                middle = name[len(before) : len(name) - len(after)]
-                if middle.isdecimal():
-                    found.add(int(middle))
-        return sorted(found)
+    def count(self, before: str) -> int:
+        """Returns how many numbered parts there are: one more than the highest number after ``before``."""
+        pattern = re.compile(re.escape(before) + r"(\d+)\.")
+        numbers = [int(match[1]) for name in self.state if (match := pattern.match(name))]
+        return max(numbers, default=-1) + 1
+
+
+def _close_to(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"; the nearest is {close[0]!r}" if close else ""
 
 
 @dataclass(frozen=True)
@@ -131,3 +137,12 @@ def square_side(tokens: int, origin: str) -> int:
     if side * side != tokens or side == 0:
         raise UserError(f"{origin} has position embeddings of {tokens} patches, which is no square grid")
     return side
+
+
+def check_epsilon(who: str, epsilon: float, config: Mapping[str, Any]) -> None:
+    """Raises `UserError` if a model's epsilon is not the one that others compute with."""
+    if config["norm_epsilon"] != epsilon:
+        raise UserError(
+            f"norm_epsilon is {config['norm_epsilon']}, and {who} computes with {epsilon} whatever its files"
+            f" say; use another format, or accept the difference with norm_epsilon={epsilon}"
+        )

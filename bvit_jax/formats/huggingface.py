@@ -9,8 +9,16 @@ from typing import Any
 import numpy as np
 
 from bvit_jax.errors import UserError
-from bvit_jax.formats.base import Preprocessing, RawCheckpoint, Understood, deit_preprocessing
-from bvit_jax.formats.reference import labels_of
+from bvit_jax.formats.base import (
+    ASSUMED_PREPROCESSING,
+    Preprocessing,
+    RawCheckpoint,
+    Understood,
+    check_epsilon,
+    deit_preprocessing,
+)
+from bvit_jax.formats.reference import MODEL_TYPES, labels_of
+from bvit_jax.formats.swin_constants import window_constants
 from bvit_jax.torch_names import (
     HUGGING_FACE_DEIT,
     HUGGING_FACE_DEIT_HEADS,
@@ -51,6 +59,11 @@ _FIXED = {  # what our models do, and cannot do otherwise
 }
 SWIN_NORM_EPSILON = 1e-5  # transformers takes layer_norm_eps for some of Swin's norms only
 _PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
+_HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_PROCESSOR_DEFAULTS: dict[str, dict[str, Any]] = {  # of the processors, where their files leave something out
+    "ViT": {"size": 224, "resample": 2, **_HALF},
+    "DeiT": {"size": 256, "crop_size": 224, "do_center_crop": True, "resample": 3, **_HALF},
+}
 
 
 def naming(config: Mapping[str, Any]) -> Naming:
@@ -67,7 +80,7 @@ def recognise(raw: RawCheckpoint) -> bool:
     names = ("vit.layernorm.weight", "deit.layernorm.weight", "swin.layernorm.weight")
     known = any(name in raw.state for name in names)
     binary = any(name.endswith(".moveq") for name in raw.state)
-    reference = isinstance(raw.values.get("hidden_size"), list)
+    reference = isinstance(raw.values.get("hidden_size"), list) or raw.args.get("model_type") in MODEL_TYPES
     return known and "model_type" in raw.values and not binary and not reference
 
 
@@ -98,18 +111,18 @@ def understand(raw: RawCheckpoint) -> Understood:
         settings["distillation_token"] = kind == "deit"
         settings["distillation_head"] = two_heads
     model = "swin" if kind == "swin" else "deit"
-    labels = labels_of(values, settings["num_classes"])
-    return Understood(model, settings, _preprocessing(raw, settings["image_size"]), labels)
+    return Understood(
+        model,
+        settings,
+        _preprocessing(raw, settings["image_size"]),
+        labels_of(values, settings["num_classes"]),
+        () if raw.processor else (ASSUMED_PREPROCESSING,),
+    )
 
 
 def describe(config: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[str, Any]:
     """Returns the ``config.json`` of a model of `MODELS`."""
     swin = config["name"] == "swin"
-    if swin and config["norm_epsilon"] != SWIN_NORM_EPSILON:
-        raise UserError(
-            f"norm_epsilon is {config['norm_epsilon']}; transformers' Swin has {SWIN_NORM_EPSILON} in some"
-            " of its norms whatever its configuration says"
-        )
     keys = _SHARED_KEYS | (_SWIN_KEYS if swin else _VIT_KEYS)
     values = {theirs: config[ours] for theirs, ours in keys.items()}
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -164,30 +177,36 @@ def describe_processor(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def bookkeeping(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the arrays besides parameters that a file has: none."""
-    del config, names
-    return {}
+def check(config: Mapping[str, Any]) -> None:
+    """Raises `UserError` if transformers cannot compute this model of `MODELS`."""
+    if config["name"] == "swin":
+        check_epsilon("transformers' Swin", SWIN_NORM_EPSILON, config)
+
+
+def constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the constants that files of older versions of transformers hold for Swin."""
+    del names
+    return window_constants(config, naming(config))
 
 
 def _preprocessing(raw: RawCheckpoint, image_size: int) -> Preprocessing:
     if not raw.processor:
         return deit_preprocessing(image_size)
-    p = raw.processor
+    kind = str(raw.processor.get("image_processor_type", raw.processor.get("feature_extractor_type")))
+    p = {**_PROCESSOR_DEFAULTS.get(kind.split("Image")[0].split("Feature")[0], {}), **raw.processor}
     try:
         resize, square = _resize(p)
         crop = _side(p["crop_size"]) if p.get("do_center_crop") else resize
-        filter_name = _PIL_FILTERS[p.get("resample", 2)]
-        mean, std = tuple(map(float, p["image_mean"])), tuple(map(float, p["image_std"]))
-        usual = p.get("do_normalize", True) and p.get("do_rescale", True)
+        usual = all(p.get(key, True) is True for key in ("do_resize", "do_rescale", "do_normalize"))
         if not usual or abs(p.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9 or crop != image_size:
             raise ValueError(f"it does not end in normalised images of {image_size} pixels")
-    except (KeyError, TypeError, ValueError) as error:
+        mean, std = tuple(map(float, p["image_mean"])), tuple(map(float, p["image_std"]))
+        return Preprocessing(resize, crop, _PIL_FILTERS[p.get("resample", 2)], mean, std, square)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
             f"{raw.origin}: its {PROCESSOR_FILE} is not understood: {error!r}; correct or delete it"
             " (without it, images are prepared as for DeiT)"
         ) from error
-    return Preprocessing(resize, crop, filter_name, mean, std, square)
 
 
 def _resize(processor: Mapping[str, Any]) -> tuple[int, bool]:

@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 
 from bvit_jax.errors import UserError
-from bvit_jax.formats.base import RawCheckpoint, Understood, deit_preprocessing, square_side
+from bvit_jax.formats.base import (
+    RawCheckpoint,
+    Understood,
+    check_epsilon,
+    deit_preprocessing,
+    square_side,
+)
 from bvit_jax.models.binaryvit import BinaryViT
 from bvit_jax.torch_names import REFERENCE, Naming
 
@@ -40,19 +46,16 @@ _CONFIG_KEYS = {  # of its config.json -> of ours
 
 
 def naming(config: Mapping[str, Any]) -> Naming:
-    """Returns the names of the arrays of a model of `MODELS`.
+    """Returns the names of the arrays of a model of `MODELS`."""
+    del config
+    return REFERENCE
 
-    Raises:
-      UserError: the code cannot compute the same model.
-    """
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises `UserError` if the code cannot compute this model of `MODELS`."""
     if config.get("distillation_token"):
         raise UserError("the BinaryViT code's DeiT has no distillation token; use another format")
-    if config["norm_epsilon"] != NORM_EPSILON:
-        raise UserError(
-            f"norm_epsilon is {config['norm_epsilon']}, and the BinaryViT code computes with {NORM_EPSILON}"
-            f" whatever its files say; use another format, or norm_epsilon={NORM_EPSILON}"
-        )
-    return REFERENCE
+    check_epsilon("the BinaryViT code", NORM_EPSILON, config)
 
 
 def recognise(raw: RawCheckpoint) -> bool:
@@ -85,6 +88,8 @@ def understand(raw: RawCheckpoint) -> Understood:
         settings |= _switches(raw, model)
         if "weight_bits" not in raw.args:
             assumed.append(f"weight_bits {settings['weight_bits']}")
+    elif not raw.args:
+        assumed.append(f"norm_epsilon {NORM_EPSILON}")
     said = from_config_values(raw.values)
     if "num_heads" not in said:
         assumed.append(f"num_heads {settings['num_heads']} ({HEAD_SIZE} channels each)")
@@ -108,7 +113,7 @@ def labels_of(values: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     labels = values.get("id2label", {})
     if not isinstance(labels, Mapping) or len(labels) != num_classes:
         return ()
-    by_index = {int(index): str(name) for index, name in labels.items()}
+    by_index = {int(index): str(name) for index, name in labels.items() if str(index).isdecimal()}
     return tuple(by_index.get(i, f"class {i}") for i in range(num_classes))
 
 
@@ -137,7 +142,7 @@ def describe(config: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[st
     return values | {"num_hidden_layers": depth}
 
 
-def bookkeeping(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the arrays besides parameters and statistics that the code's modules hold."""
     counters = {
         name.removesuffix("running_mean") + "num_batches_tracked": np.array(0, np.int64)
@@ -164,15 +169,13 @@ def _model_name(raw: RawCheckpoint) -> str:
 
 def _blocks(raw: RawCheckpoint) -> list[tuple[int, int, bool]]:
     """Returns width, feed-forward width and whether keys are pooled, of each block."""
-    numbers = raw.numbers(_LAYER, ".layernorm_before.weight")
-    raw.shape(f"{_LAYER}0.layernorm_before.weight")  # there is a block at all
     return [
         (
             raw.shape(f"{_LAYER}{i}.layernorm_before.weight")[0],
             raw.shape(f"{_LAYER}{i}.intermediate.dense.weight")[0],
             f"{_LAYER}{i}.attention.attention.reduction.weight" in raw.state,
         )
-        for i in numbers
+        for i in range(max(raw.count(_LAYER), 1))
     ]
 
 
@@ -196,9 +199,10 @@ def _assume_reduction(raw: RawCheckpoint, settings: dict[str, Any]) -> list[str]
 
 def _switches(raw: RawCheckpoint, model: str) -> dict[str, Any]:
     attention = f"{_LAYER}0.attention.attention"
-    branches = raw.numbers(f"{_LAYER}0.layerscale_h", ".alpha")
+    alpha = re.compile(re.escape(f"{_LAYER}0.layerscale_h") + r"(\d+)\.alpha")
+    branches = sorted(int(match[1]) for name in raw.state if (match := alpha.fullmatch(name)))
     switches: dict[str, Any] = {
-        "weight_bits": int(raw.args.get("weight_bits", 1)),
+        "weight_bits": _weight_bits(raw),
         "act_bits": 1 if f"{attention}.att_prob_clip" in raw.state else 32,
         "norm": "batch_norm" if "vit.layernorm.running_mean" in raw.state else "layer_norm",
         "layer_scale": f"{_LAYER}0.output.layerscale.alpha" in raw.state,
@@ -212,6 +216,25 @@ def _switches(raw: RawCheckpoint, model: str) -> dict[str, Any]:
     return switches | {"some_fp": some_fp}
 
 
+def _weight_bits(raw: RawCheckpoint) -> int:
+    """Returns the bits that the arguments say; `_clip_val` checks them against the arrays."""
+    bits = raw.args.get("weight_bits", 1)
+    if type(bits) is not int:
+        raise UserError(f"{raw.origin}: the weight_bits of its args are {bits!r}, expected a whole number")
+    return bits
+
+
 def _clip_val(raw: RawCheckpoint) -> float:
     limits = (a for name, a in raw.state.items() if name.endswith(".weight_clip_val"))
     return float(np.max(next(limits, np.array(DEFAULT_CLIP_VAL))))
+
+
+def check_bits(config: Mapping[str, Any], raw: RawCheckpoint) -> None:
+    """Raises `UserError` if the bits are not those of the arrays: only 2 to 8 bits are clipped."""
+    clipped = any(name.endswith(".weight_clip_val") for name in raw.state)
+    bits = config.get("weight_bits", 32)
+    if clipped != (2 <= bits <= 8):
+        raise UserError(
+            f"{raw.origin}: weight_bits is {bits}, and its arrays are those of"
+            f" {'2 to 8 bits' if clipped else '1 or 32 bits'}; say how many with weight_bits"
+        )

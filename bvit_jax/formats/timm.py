@@ -7,6 +7,7 @@ github.com/microsoft/Swin-Transformer.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,14 +16,15 @@ import numpy as np
 from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
 from bvit_jax.formats.base import (
+    ASSUMED_PREPROCESSING,
     Preprocessing,
     RawCheckpoint,
     Understood,
+    check_epsilon,
     deit_preprocessing,
     square_side,
 )
-from bvit_jax.models.swin import MERGE, stage_window
-from bvit_jax.models.windows import relative_positions, shift_mask
+from bvit_jax.formats.swin_constants import window_constants
 from bvit_jax.torch_names import MICROSOFT_SWIN, TIMM_DEIT, TIMM_SWIN, Naming
 
 NAME = "timm"
@@ -36,6 +38,10 @@ SWIN_NORM_EPSILON = 1e-5
 SWIN_IMAGE_SIZE = 224
 CROP_PCT = 0.9  # timm's default for these models
 
+_MODEL_ARGS = {
+    *("img_size", "patch_size", "embed_dim", "depth", "depths", "num_heads", "mlp_ratio", "window_size"),
+    *("num_classes", "drop_rate", "drop_path_rate"),
+}
 _FAMILIES = {  # (width, depth) -> how timm calls it
     (192, 12): "tiny",
     (384, 12): "small",
@@ -48,16 +54,18 @@ _FAMILIES = {  # (width, depth) -> how timm calls it
 
 
 def naming(config: Mapping[str, Any]) -> Naming:
-    """Returns timm's names of the arrays of a model of `MODELS`.
+    """Returns timm's names of the arrays of a model of `MODELS`."""
+    return TIMM_SWIN if config["name"] == "swin" else TIMM_DEIT
 
-    Raises:
-      UserError: timm has no such DeiT.
-    """
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises `UserError` if timm and Microsoft cannot compute this model of `MODELS`."""
     if config["name"] == "swin":
-        return TIMM_SWIN
+        check_epsilon("their Swin", SWIN_NORM_EPSILON, config)
+        return
     if config["distillation_token"] != config["distillation_head"]:
         raise UserError("timm's DeiT has a distillation token only with its head; use another format")
-    return TIMM_DEIT
+    check_epsilon("timm's DeiT", DEIT_NORM_EPSILON, config)
 
 
 def microsoft_naming(config: Mapping[str, Any]) -> Naming:
@@ -79,17 +87,47 @@ def recognise_microsoft(raw: RawCheckpoint) -> bool:
 
 def understand(raw: RawCheckpoint) -> Understood:
     """Finds the model from the shapes of its arrays, and what these leave open from ``config.json``."""
+    _check_architecture(raw)
     settings, assumed = _swin_settings(raw) if _is_swin(raw) else _deit_settings(raw)
     settings["patch_size"] = raw.shape("patch_embed.proj.weight")[-1]
     if _is_swin(raw):
-        settings["image_size"] = _pretrained_cfg(raw).get("input_size", (3, SWIN_IMAGE_SIZE))[-1]
-        if not _pretrained_cfg(raw):
-            assumed.append(f"image_size {settings['image_size']}")
+        size = _swin_image_size(raw, settings)
+        settings["image_size"] = size or SWIN_IMAGE_SIZE
+        if size is None:
+            assumed.append(f"image_size {SWIN_IMAGE_SIZE}")
     else:
         tokens = raw.shape("pos_embed")[1] - 1 - settings["distillation_token"]
         settings["image_size"] = square_side(tokens, raw.origin) * settings["patch_size"]
+    if not _pretrained_cfg(raw):
+        assumed.append(ASSUMED_PREPROCESSING)
     model = "swin" if _is_swin(raw) else "deit"
-    return Understood(model, settings, _preprocessing(raw, settings["image_size"]), assumed=tuple(assumed))
+    names = tuple(raw.values.get("label_names", ()))
+    preprocessing = _preprocessing(raw, settings["image_size"])
+    return Understood(model, settings, preprocessing, names, tuple(assumed))
+
+
+def _check_architecture(raw: RawCheckpoint) -> None:
+    """Raises `UserError` if ``config.json`` asks for something that our models do not do."""
+    name = raw.values.get("architecture", "deit_")
+    plain = name.startswith(("deit_", "vit_", "swin_")) and not re.search("clip|gelu|rms", name)
+    others = _args(raw).keys() - _MODEL_ARGS
+    if not plain or others:
+        what = f"architecture {name!r}" if not plain else f"model_args {', '.join(sorted(others))}"
+        raise UserError(f"{raw.origin}: its config.json has {what}; expected a plain DeiT, ViT or Swin")
+    pooling = "avg" if _is_swin(raw) else "token"
+    if raw.values.get("global_pool", pooling) != pooling:
+        raise UserError(f"{raw.origin}: global_pool is {raw.values['global_pool']!r}, expected {pooling!r}")
+
+
+def _swin_image_size(raw: RawCheckpoint, settings: Mapping[str, Any]) -> int | None:
+    """Returns what ``config.json`` says, or the masks of the first stage, one for each window."""
+    if "input_size" in _pretrained_cfg(raw):
+        return int(_pretrained_cfg(raw)["input_size"][-1])
+    mask = raw.state.get("layers.0.blocks.1.attn_mask")
+    if mask is None:
+        return None
+    side = math.isqrt(len(mask)) * settings["window_size"]
+    return side * settings["patch_size"]
 
 
 def describe(config: Mapping[str, Any], class_names: tuple[str, ...], p: Preprocessing) -> dict[str, Any]:
@@ -120,28 +158,16 @@ def describe(config: Mapping[str, Any], class_names: tuple[str, ...], p: Preproc
     return values | {"model_args": sizes}
 
 
-def bookkeeping(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the arrays besides parameters that a file of timm has: none."""
-    del config, names
-    return {}
+def constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the constants of a Swin that Microsoft's modules and older ones of timm hold."""
+    del names
+    return window_constants(config, naming(config))
 
 
-def microsoft_bookkeeping(
-    config: Mapping[str, Any], names: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def microsoft_constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the constants that Microsoft's modules hold: relative positions and masks."""
     del names
-    arrays: dict[str, np.ndarray] = {}
-    side = config["image_size"] // config["patch_size"]
-    for stage, depth in enumerate(config["depth"]):
-        for i in range(depth):
-            window = stage_window(side, config["window_size"], shifted=i % 2 == 1)
-            block = f"layers.{stage}.blocks.{i}"
-            arrays[f"{block}.attn.relative_position_index"] = relative_positions(window.size)
-            if window.shift:
-                arrays[f"{block}.attn_mask"] = shift_mask(window)
-        side //= MERGE
-    return arrays
+    return window_constants(config, MICROSOFT_SWIN)
 
 
 def _is_swin(raw: RawCheckpoint) -> bool:
@@ -156,7 +182,7 @@ def _deit_settings(raw: RawCheckpoint) -> tuple[dict[str, Any], list[str]]:
     assumed.append(f"norm_epsilon {DEIT_NORM_EPSILON}")
     settings = {
         "width": width,
-        "depth": len(raw.numbers("blocks.", ".norm1.weight")),
+        "depth": raw.count("blocks."),
         "num_heads": num_heads,
         "mlp_dim": raw.shape("blocks.0.mlp.fc1.weight")[0],
         "num_classes": raw.shape("head.weight")[0],
@@ -170,13 +196,13 @@ def _deit_settings(raw: RawCheckpoint) -> tuple[dict[str, Any], list[str]]:
 def _swin_settings(raw: RawCheckpoint) -> tuple[dict[str, Any], list[str]]:
     tables = [
         raw.shape(f"layers.{i}.blocks.0.attn.relative_position_bias_table")
-        for i in raw.numbers("layers.", ".blocks.0.norm1.weight")
+        for i in range(raw.count("layers."))
     ]
     width = raw.shape("patch_embed.proj.weight")[0]
     classifier = "head.fc.weight" if "head.fc.weight" in raw.state else "head.weight"
     settings = {
         "width": width,
-        "depth": tuple(len(raw.numbers(f"layers.{i}.blocks.", ".norm1.weight")) for i in range(len(tables))),
+        "depth": tuple(raw.count(f"layers.{i}.blocks.") for i in range(len(tables))),
         "num_heads": tuple(heads for _, heads in tables),
         # The last stage's window may be cut to its grid; the first one's is the setting.
         "window_size": (math.isqrt(tables[0][0]) + 1) // 2,
@@ -188,13 +214,13 @@ def _swin_settings(raw: RawCheckpoint) -> tuple[dict[str, Any], list[str]]:
 
 
 def _args(raw: RawCheckpoint) -> Mapping[str, Any]:
-    args = raw.values.get("model_args", {})
-    return args if isinstance(args, Mapping) else {}
+    return dict(raw.values.get("model_args", {}))
 
 
 def _pretrained_cfg(raw: RawCheckpoint) -> Mapping[str, Any]:
-    described = raw.values.get("pretrained_cfg", {})
-    return described if isinstance(described, Mapping) else {}
+    if "pretrained_cfg" in raw.values:
+        return dict(raw.values["pretrained_cfg"])
+    return raw.values if "crop_pct" in raw.values else {}  # as timm wrote them at first
 
 
 def _preprocessing(raw: RawCheckpoint, image_size: int) -> Preprocessing:
@@ -207,13 +233,13 @@ def _preprocessing(raw: RawCheckpoint, image_size: int) -> Preprocessing:
         mean = tuple(map(float, described.get("mean", IMAGENET_MEAN)))
         std = tuple(map(float, described.get("std", IMAGENET_STD)))
         mode = described.get("crop_mode", "center")
-        if filter_name not in ("bicubic", "bilinear") or mode not in ("center", "squash"):
-            raise ValueError(f"interpolation {filter_name!r}, crop_mode {mode!r}")
-    except (TypeError, ValueError) as error:
+        if mode not in ("center", "squash"):
+            raise ValueError(f"crop_mode is {mode!r}, expected center or squash")
+        # Rounded before it is cut: 224 / (224 / 256) is not always 256 in floating point.
+        resize = math.floor(round(image_size / crop_pct, 6))
+        return Preprocessing(resize, image_size, filter_name, mean, std, square=mode == "squash")
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{raw.origin}: its pretrained_cfg is not understood: {error}") from error
-    # Rounded before it is cut: 224 / (224 / 256) is not always 256 in floating point.
-    resize = math.floor(round(image_size / crop_pct, 6))
-    return Preprocessing(resize, image_size, filter_name, mean, std, square=mode == "squash")
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

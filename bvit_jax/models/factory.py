@@ -33,7 +33,7 @@ _NOT_SETTINGS = {"parent", "name", "dtype", "block"}
 
 def _defaults(name: str) -> dict[str, Any]:
     """Returns the settings of a model and their defaults: its own fields and those of its blocks."""
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise UserError(f"config.model.name is {name!r}" + nearest(str(name), MODELS))
     own = {field.name: field.default for field in dataclasses.fields(MODELS[name])}
     settings = own | vars(_default_block(name))

@@ -81,7 +81,7 @@ def _compare_inputs(golden: GoldenFile, subject: Subject) -> Row:
         for name, array in theirs.items()
         if array.dtype.kind == "f"
     }
-    constants = subject.file_format.bookkeeping(subject.config, golden.group("state"))
+    constants = subject.file_format.constants(subject.config, golden.group("state"))
     for name, array in theirs.items():
         constant = constants.get(name.removeprefix("state/"))
         if constant is not None and not name.endswith(COUNTER):
