@@ -170,7 +170,10 @@ def _abstract(config: ConfigDict, raw: RawCheckpoint) -> Variables:
     depth = config.depth if isinstance(config.depth, int) else sum(config.depth)
     if depth > len(raw.state):  # building it would take long
         raise UserError(f"config.model.depth is {config.depth}, and the file has {len(raw.state)} arrays")
-    return abstract_variables(model, config.image_size)
+    try:
+        return abstract_variables(model, config.image_size)
+    except (ValueError, ArithmeticError) as error:  # arrays larger than there can be
+        raise UserError(f"a model of these sizes cannot be built: {error}") from error
 
 
 def _overridden(

@@ -652,7 +652,7 @@ def test_arrays_of_any_shape_are_refused_in_one_line(tmp_path, name, shape):
     file_format = "reference" if name.startswith("binary") else "timm"
     state = foreign_state(model, file_format, np.random.default_rng(0))
     for array in sorted(state)[:: len(state) // 12]:
-        if state[array].shape == shape:
+        if state[array].shape == shape or array.endswith("num_batches_tracked"):
             continue
         changed = state | {array: np.zeros(shape, state[array].dtype)}
         path = write_safetensors(tmp_path / "x.safetensors", changed)

@@ -216,6 +216,19 @@ def test_a_list_is_no_checkpoint(tmp_path, torch):
         tensor_files.read_torch(tmp_path / "x.pth")
 
 
+@pytest.mark.parametrize("kind", ["float8", "sparse", "meta", "huge"])
+def test_tensors_that_numpy_does_not_have(tmp_path, torch, kind):
+    tensor = {
+        "float8": lambda: torch.zeros(2).to(torch.float8_e4m3fn),
+        "sparse": lambda: torch.eye(2).to_sparse(),
+        "meta": lambda: torch.zeros(2, device="meta"),
+        "huge": lambda: torch.zeros(1).expand(10**13),
+    }[kind]()
+    torch.save({"model": {"w": tensor}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"^cannot read .*x.pth"):
+        tensor_files.read_torch(tmp_path / "x.pth")
+
+
 def test_missing_checkpoint(tmp_path, torch):
     with pytest.raises(UserError, match="no file"):
         tensor_files.read_torch(tmp_path / "none.pth")

@@ -28,6 +28,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "swin": Swin,
 }
 REAL = ("deit", "swin")
+MAX_SIZE = 1 << 24  # of anything: beyond it something is damaged
 _NOT_SETTINGS = {"parent", "name", "dtype", "block"}
 
 
@@ -105,7 +106,7 @@ def _check(name: str, s: dict[str, Any]) -> None:
     for key in ("drop_path", "dropout", "attention_dropout"):
         _require(0 <= s[key] < 1, key, s[key], "expected a rate from 0 to below 1")
     _require(s["num_classes"] > 0, "num_classes", s["num_classes"], "expected at least 1")
-    _require(s["norm_epsilon"] > 0, "norm_epsilon", s["norm_epsilon"], "expected above 0")
+    _require(0 < s["norm_epsilon"] < 1, "norm_epsilon", s["norm_epsilon"], "expected between 0 and 1")
     _require_choice("weight_init", s["weight_init"], typing.get_args(WeightInit))
     if name == "deit":
         _require(
@@ -236,8 +237,8 @@ def _is_like(value: Any, default: Any) -> bool:
     if isinstance(default, float):
         return type(value) in (int, float) and math.isfinite(value)
     if isinstance(default, tuple):
-        return isinstance(value, tuple | list) and all(type(item) is int for item in value)
-    return type(value) is type(default)
+        return isinstance(value, tuple | list) and all(_is_like(item, 0) for item in value)
+    return type(value) is type(default) and (not isinstance(default, int) or abs(value) < MAX_SIZE)
 
 
 def _require_choice(key: str, value: Any, choices: tuple) -> None:
