@@ -13,7 +13,7 @@ def box_at(start: Array, size: Array) -> Array:
 def inside_box(box: Array, height: int, width: int) -> Array:
     """Returns which pixels of an image a box holds: int32 [4] -> bool [height, width, 1]."""
     top, bottom, left, right = box
-    rows, columns = jnp.arange(height), jnp.arange(width)
+    rows, columns = jnp.arange(height, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32)
     in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
     return (in_rows[:, None] & in_columns[None, :])[..., None]
 

@@ -193,10 +193,17 @@ def load(path: Path) -> ConfigDict:
         raise UserError(f"no {path.name} in {path.parent}; expected a workdir of train.py") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; expected the JSON that train.py wrote") from error
-    sections = [key for key, value in default_config().items() if isinstance(value, ConfigDict)]
-    if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in sections):
+    defaults = default_config().to_dict()
+    sections = {key: value for key, value in defaults.items() if isinstance(value, dict)}
+    if (
+        not isinstance(values, dict)
+        or not {"model", "data"} <= values.keys()
+        or not all(isinstance(values.get(key, {}), dict) for key in sections)
+    ):
         raise UserError(f"{path} is not the configuration of a run; expected a workdir of train.py")
-    return ConfigDict(_lists_to_tuples(values))
+    # A run of an older version lacks the settings that came later; their defaults change nothing.
+    filled = {key: {**value, **values.get(key, {})} for key, value in sections.items()}
+    return ConfigDict(_lists_to_tuples({**defaults, **values, **filled}))
 
 
 def _lists_to_tuples(value: Any) -> Any:
