@@ -13,9 +13,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "compute_dtype": ("float32", "bfloat16"),
-    "data.crop_interpolation": ("bilinear", "bicubic"),
+    "data.crop_interpolation": ("bilinear", "bicubic", "random"),
     "data.eval_interpolation": ("bilinear", "bicubic"),
+    "erase.mode": ("pixel", "rand", "const"),
     "loss.teacher_targets": ("soft", "hard"),
+    "mix.mode": ("batch", "pair", "elem"),
     "optim.schedule": ("cosine", "cosine_by_epoch"),
 }
 POSITIVE = (
@@ -26,6 +28,7 @@ POSITIVE = (
     "log_every_steps",
     "checkpoint.keep",
     "data.eval_resize",
+    "data.repeats",
     "optim.learning_rate",
     "optim.lr_scale_batch",
     "optim.eps",
@@ -34,13 +37,23 @@ NOT_NEGATIVE = (
     "checkpoint.every_steps",
     "data.num_threads",
     "data.prefetch",
+    "mix.cutmix_alpha",
+    "mix.mixup_alpha",
     "optim.weight_decay",
     "optim.warmup_epochs",
     "optim.warmup_learning_rate",
     "optim.min_learning_rate",
     "optim.clip_grad_norm",
 )
-FRACTIONS = ("loss.distillation_weight", "loss.label_smoothing", "optim.b1", "optim.b2")
+FRACTIONS = (
+    "erase.prob",
+    "loss.distillation_weight",
+    "loss.label_smoothing",
+    "mix.prob",
+    "mix.switch_prob",
+    "optim.b1",
+    "optim.b2",
+)
 
 
 def default_config() -> ConfigDict:
@@ -68,12 +81,28 @@ def default_config() -> ConfigDict:
     data.crop_ratio = (3 / 4, 4 / 3)
     data.crop_interpolation = "bilinear"
     data.flip = True
+    data.auto_augment = ""  # "": off, or a policy of timm's RandAugment such as rand-m9-mstd0.5-inc1
+    data.color_jitter = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue; 0: off
+    data.repeats = 1  # copies of an image in a batch, augmented differently
     data.eval_resize = 256  # short side in pixels, before the centre crop
     data.eval_interpolation = "bicubic"
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
     data.num_threads = 0  # 0: chosen from the number of cores
     data.prefetch = 16  # decoded images waiting per thread
+
+    config.erase = erase = ConfigDict()  # random erasing, on the device
+    erase.prob = 0.0  # 0: off
+    erase.mode = "pixel"  # noise; "rand": one random colour, "const": the mean colour
+
+    config.mix = mix = ConfigDict()  # mixup and cutmix, on the device; the labels are mixed likewise
+    mix.mixup_alpha = 0.0  # 0: no mixup
+    mix.cutmix_alpha = 0.0  # 0: no cutmix
+    mix.cutmix_minmax = ()  # shares of the side between which cutmix draws height and width, if given
+    mix.prob = 1.0  # that a batch, pair or image is mixed at all
+    mix.switch_prob = 0.5  # that it is cutmix, where both are on
+    mix.mode = "batch"  # one draw for the batch; "pair", "elem": for two images, for each
+    mix.correct_lam = True  # the labels' share is the area of the box inside of the image
 
     config.optim = optim = ConfigDict()
     optim.learning_rate = 5e-4
@@ -123,8 +152,28 @@ def validate(config: ConfigDict) -> None:
     for key in FRACTIONS:
         if not 0 <= get(key) <= 1:
             raise UserError(f"config.{key} is {get(key)}; expected a number from 0 to 1")
+    _check_mixing(config)
+    _check_data(config)
     if "name" not in config.model:
         raise UserError("config.model has no name; build it with bvit_jax.models.model_config")
+
+
+def _check_mixing(config: ConfigDict) -> None:
+    mix = config.mix
+    minmax = tuple(mix.cutmix_minmax)
+    if minmax and not (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1):
+        raise UserError(
+            f"config.mix.cutmix_minmax is {mix.cutmix_minmax!r}; expected () or two ascending numbers"
+            " from 0 to 1"
+        )
+    if config.batch_size % 2 and (mix.mixup_alpha or mix.cutmix_alpha or minmax):
+        raise UserError(f"config.batch_size is {config.batch_size}; expected an even number, to mix pairs")
+
+
+def _check_data(config: ConfigDict) -> None:
+    from bvit_jax.data import train_augment  # here, because reading a config needs none of its packages
+
+    train_augment(config.data)
 
 
 def save(config: ConfigDict, path: Path) -> None:
@@ -144,10 +193,17 @@ def load(path: Path) -> ConfigDict:
         raise UserError(f"no {path.name} in {path.parent}; expected a workdir of train.py") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; expected the JSON that train.py wrote") from error
-    sections = [key for key, value in default_config().items() if isinstance(value, ConfigDict)]
-    if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in sections):
+    defaults = default_config().to_dict()
+    sections = {key: value for key, value in defaults.items() if isinstance(value, dict)}
+    if (
+        not isinstance(values, dict)
+        or not {"model", "data"} <= values.keys()
+        or not all(isinstance(values.get(key, {}), dict) for key in sections)
+    ):
         raise UserError(f"{path} is not the configuration of a run; expected a workdir of train.py")
-    return ConfigDict(_lists_to_tuples(values))
+    # A run of an older version lacks the settings that came later; their defaults change nothing.
+    filled = {key: {**value, **values.get(key, {})} for key, value in sections.items()}
+    return ConfigDict(_lists_to_tuples({**defaults, **values, **filled}))
 
 
 def _lists_to_tuples(value: Any) -> Any:

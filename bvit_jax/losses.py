@@ -66,7 +66,7 @@ def training_loss(
 
     Args:
       head_logits: [B, C] of each head.
-      labels: integers [B].
+      labels: integers [B], or targets [B, C] that are smoothed already, as mixing images makes them.
       teacher_logits: [B, C], or None for training on labels.
       distillation_weight: w, from 0 to 1.
       label_smoothing: see `label_targets`.
@@ -82,7 +82,8 @@ def training_loss(
         terms["distillation_loss"] = jnp.mean(distillation(head_logits[-1], teacher_logits))
     if weight < 1:
         logits = _at_least_float32(head_logits[0])
-        targets = label_targets(labels, logits.shape[-1], label_smoothing, logits.dtype)
+        soft = labels.ndim == 2
+        targets = labels if soft else label_targets(labels, logits.shape[-1], label_smoothing, logits.dtype)
         terms["label_loss"] = jnp.mean(cross_entropy(logits, targets))
     if len(terms) == 1:
         return next(iter(terms.values())), terms

@@ -1,7 +1,6 @@
 """The pure steps of training and evaluation, and what they compile to on a mesh."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,11 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
 
+from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
 from bvit_jax.losses import TeacherTargets, cross_entropy, label_targets, topk_correct, training_loss
+from bvit_jax.mixing import dominant_labels, mix_targets
 from bvit_jax.models.head import ModelOutput
+from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, replicated
 from bvit_jax.train_state import TrainState
 
@@ -22,19 +24,6 @@ Metrics = dict[str, Array]
 Variables = Mapping[str, Any]
 TrainStep = Callable[[TrainState, Batch, Variables, Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Variables, Batch], Metrics]
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """Mean and standard deviation of each colour, of images in [0, 1]."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, images: Array) -> Array:
-        """Returns uint8 images (batch, height, width, 3) as normalised float32."""
-        mean, std = jnp.array(self.mean, jnp.float32), jnp.array(self.std, jnp.float32)
-        return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def make_train_step(
@@ -47,6 +36,7 @@ def make_train_step(
     teacher_targets: TeacherTargets = "soft",
     distillation_weight: float = 1.0,
     label_smoothing: float = 0.1,
+    augmentation: Augmentation = NO_AUGMENTATION,
 ) -> TrainStep:
     """Returns the pure training step.
 
@@ -54,17 +44,20 @@ def make_train_step(
     variables (empty without one) and the key of the run, of which it folds in the step. It returns
     the next state and scalar metrics: the loss and its terms, the top-1 of the batch in training
     mode, and the norm of the gradient. The teacher sees the same augmented images, normalised as it
-    was trained with, in evaluation mode, without gradient.
+    was trained with, in evaluation mode, without gradient. Where images are mixed, so are the labels,
+    and the top-1 asks for the label with the larger share.
     """
 
     def train_step(
         state: TrainState, batch: Batch, teacher_variables: Variables, key: Array
     ) -> tuple[TrainState, Metrics]:
-        images, labels = normalize(batch["image"]), batch["label"]
-        rngs = {"dropout": jax.random.fold_in(key, state.step)}
+        step_key = jax.random.fold_in(key, state.step)
+        rngs = {"dropout": step_key}
+        pictures, lam = augmentation(jax.random.fold_in(step_key, 1), batch["image"], normalize)
+        images, labels = normalize(pictures), batch["label"]
         teacher_logits = None
         if teacher is not None:
-            seen = images if teacher_normalize is None else teacher_normalize(batch["image"])
+            seen = images if teacher_normalize is None else teacher_normalize(pictures)
             output: ModelOutput = teacher.apply(teacher_variables, seen)  # type: ignore[assignment]
             teacher_logits = output.logits
 
@@ -76,9 +69,12 @@ def make_train_step(
                 mutable=["batch_stats"],
                 rngs=rngs,
             )
+            targets = labels
+            if lam is not None:
+                targets = mix_targets(labels, lam, output.logits.shape[-1], label_smoothing)
             loss, terms = training_loss(
                 output.head_logits,
-                labels,
+                targets,
                 teacher_logits,
                 teacher_targets=teacher_targets,
                 distillation_weight=distillation_weight,
@@ -89,10 +85,11 @@ def make_train_step(
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         (loss, (terms, logits, batch_stats)), grads = gradient(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        shown = labels if lam is None else dominant_labels(labels, lam)
         metrics = {
             "loss": loss,
             **(terms if len(terms) > 1 else {}),
-            "train_top1": jnp.mean(topk_correct(logits, labels, 1), dtype=jnp.float32),
+            "train_top1": jnp.mean(topk_correct(logits, shown, 1), dtype=jnp.float32),
             "gradient_norm": optax.tree.norm(grads),
         }
         return TrainState(

@@ -17,12 +17,16 @@ from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import data, models, optim, pretrained, runs
+from bvit_jax.augmentation import Augmentation
 from bvit_jax.checkpoint import Checkpoints
+from bvit_jax.erasing import Erasing
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
+from bvit_jax.mixing import Mixing
+from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated, shard_batch
-from bvit_jax.step import Normalization, jit_train_step, make_train_step
+from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.train_state import TrainState, abstract_state, create_state
 
 logger = logging.getLogger(__name__)
@@ -137,6 +141,7 @@ def build(config: ConfigDict, num_examples: int) -> Run:
         teacher_targets=config.loss.teacher_targets,
         distillation_weight=config.loss.distillation_weight,
         label_smoothing=config.loss.label_smoothing,
+        augmentation=Augmentation(Erasing(**config.erase), Mixing(**config.mix)),
     )
     return Run(
         mesh=mesh,

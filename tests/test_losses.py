@@ -95,6 +95,26 @@ def test_training_loss_and_gradient_equal_torch(weight):
         close(terms["label_loss"], label.item())
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.9])
+def test_soft_labels_are_not_smoothed_again(weight):
+    torch = pytest.importorskip("torch")
+    logits, teacher, labels = numbers(8)
+    targets = np.asarray(losses.label_targets(jnp.array(labels), C, 0.1, jnp.float64))
+    targets = 0.3 * targets + 0.7 * targets[::-1]
+    loss, terms = losses.training_loss(
+        (jnp.array(logits),),
+        jnp.array(targets),
+        jnp.array(teacher),
+        distillation_weight=weight,
+        label_smoothing=0.1,
+    )
+    x = torch.from_numpy(logits)
+    label = torch.nn.functional.cross_entropy(x, torch.from_numpy(targets))
+    distillation = torch.nn.functional.cross_entropy(x, torch.from_numpy(teacher).softmax(-1))
+    close(terms["label_loss"], label.item())
+    close(loss, weight * distillation.item() + (1 - weight) * label.item())
+
+
 def test_without_a_teacher_only_the_labels_count():
     logits, _, labels = numbers(2)
     loss, terms = losses.training_loss(

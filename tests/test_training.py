@@ -216,6 +216,16 @@ def tiny_config(data_dir: Path, **settings: object) -> config_lib.ConfigDict:
         ({"optim__schedule": "linear"}, "config.optim.schedule is 'linear'"),
         ({"loss__label_smoothing": 2.0}, "config.loss.label_smoothing is 2.0"),
         ({"epochs": 0}, "config.epochs is 0"),
+        ({"mix__mode": "pairs"}, "config.mix.mode is 'pairs'; expected one of batch, pair, elem"),
+        ({"mix__mixup_alpha": -0.8}, "config.mix.mixup_alpha is -0.8"),
+        ({"mix__switch_prob": 1.5}, "config.mix.switch_prob is 1.5"),
+        ({"mix__cutmix_minmax": (0.8, 0.2)}, "config.mix.cutmix_minmax is (0.8, 0.2)"),
+        ({"mix__mixup_alpha": 0.8, "batch_size": 9}, "config.batch_size is 9; expected an even number"),
+        ({"erase__prob": 2.0}, "config.erase.prob is 2.0"),
+        ({"erase__mode": "noise"}, "config.erase.mode is 'noise'"),
+        ({"data__auto_augment": "rand-x1"}, "in which 'x1' is unknown"),
+        ({"data__color_jitter": (-1.0, 0.4, 0.4)}, "config.data.color_jitter is (-1.0, 0.4, 0.4); expected"),
+        ({"data__repeats": 0}, "config.data.repeats is 0"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict, message: str, data_dir: Path, tmp_path: Path) -> None:
@@ -224,6 +234,15 @@ def test_wrong_settings_are_named(settings: dict, message: str, data_dir: Path, 
         train_and_evaluate(config, tmp_path / "run")
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_of_an_older_version_gets_the_settings_that_came_later(tmp_path: Path) -> None:
+    config = tiny.get_config()
+    config_lib.save(config, tmp_path / "config.json")
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["mix"], values["data"]["repeats"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert config_lib.load(tmp_path / "config.json").to_dict() == config.to_dict()
 
 
 def test_a_teacher_with_other_classes_is_refused() -> None:
@@ -289,6 +308,34 @@ def test_distillation_mixed_with_labels_in_bfloat16(data_dir: Path, tmp_path: Pa
     weights.write_bytes(bytes(content))
     with pytest.raises(UserError, match="was started with another teacher"):
         train_and_evaluate(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_quickly")
+def test_the_whole_recipe_trains_and_continues(data_dir: Path, tmp_path: Path) -> None:
+    settings = {
+        "data__auto_augment": "rand-m9-mstd0.5-inc1",
+        "data__crop_interpolation": "random",
+        "data__repeats": 3,
+        "erase__prob": 0.25,
+        "mix__mixup_alpha": 0.8,
+        "mix__cutmix_alpha": 1.0,
+        "checkpoint__every_steps": 2,
+        "log_every_steps": 2,
+        "batch_size": 240,
+    }
+    config = tiny_config(data_dir, **settings, epochs=1)
+    shape = {"image_size": 16, "patch_size": 4, "width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 16}
+    config.model = models.model_config("deit", num_classes=10, **shape)
+    train_and_evaluate(config, tmp_path / "whole")
+    lines = metrics_of(tmp_path / "whole")
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    shutil.rmtree(tmp_path / "broken" / "checkpoints" / str(newest))
+    train_and_evaluate(config, tmp_path / "broken")
+    assert metrics_of(tmp_path / "broken") == lines
 
 
 # --- devices -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from bvit_jax.data.pipeline import (
     open_eval_split,
     open_train_split,
     steps_per_epoch,
+    train_augment,
     train_batches,
 )
 from bvit_jax.data.splits import Split, open_split
@@ -18,5 +19,6 @@ __all__ = [
     "open_split",
     "open_train_split",
     "steps_per_epoch",
+    "train_augment",
     "train_batches",
 ]

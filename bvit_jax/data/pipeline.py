@@ -6,7 +6,9 @@ and may do so on another number of hosts.
 """
 
 import os
+import sys
 from collections.abc import Generator
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from bvit_jax.data import transforms
+from bvit_jax.data import randaugment, transforms
 from bvit_jax.data.splits import Split, one_line, open_split
 from bvit_jax.errors import UserError, nearest
 
@@ -40,6 +42,34 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return max(1, num_examples // batch_size)
 
 
+def train_augment(config: ConfigDict) -> transforms.Augment | None:
+    """Returns what follows crop and flip: RandAugment, colour jitter, or None for neither.
+
+    Args:
+      config: the ``data`` settings of the run.
+
+    Raises:
+      UserError: a setting is wrong, or both are on.
+    """
+    strengths = _color_jitter(config)
+    jitters = strengths != transforms.ColorJitter()
+    if not config.auto_augment:
+        return partial(transforms.color_jitter, strengths=strengths) if jitters else None
+    if jitters:
+        raise UserError(
+            f"config.data.color_jitter is {config.color_jitter} beside auto_augment"
+            f" {config.auto_augment!r}, with which timm leaves the jitter out; switch one of them off"
+        )
+    interpolation = _interpolation(config, "crop_interpolation", transforms.RANDOM)
+    names = sorted(transforms.INTERPOLATIONS) if interpolation == transforms.RANDOM else [interpolation]
+    return partial(
+        randaugment.rand_augment,
+        policy=randaugment.parse_policy(config.auto_augment),
+        resamples=tuple(transforms.INTERPOLATIONS[name] for name in names),
+        fill=tuple(min(255, round(255 * mean)) for mean in config.mean),
+    )
+
+
 def train_batches(
     config: ConfigDict,
     image_size: int,
@@ -51,8 +81,9 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """Yields this host's part of the training batches ``start_step``, ``start_step + 1``, ...
 
-    The examples are shuffled anew every epoch, and an example is cropped and flipped differently
-    each time; epochs follow each other without a gap, inside a batch where need be.
+    The examples are shuffled anew every epoch, and an example is augmented differently each time;
+    epochs follow each other without a gap, inside a batch where need be. With ``config.repeats``
+    above 1 they come as `repeated_index` says.
 
     Args:
       config: the ``data`` settings of the run.
@@ -81,15 +112,19 @@ def train_batches(
         size=_check_integer("image_size", image_size, 1),
         scale=_range(config, "crop_scale", maximum=1.0),
         ratio=_range(config, "crop_ratio"),
-        interpolation=_interpolation(config, "crop_interpolation"),
+        interpolation=_interpolation(config, "crop_interpolation", transforms.RANDOM),
         flip=bool(config.flip),
+        augment=train_augment(config),
     )
+    repeats = _check_integer("config.data.repeats", config.repeats, 1)
     split = open_train_split(config)
 
     def augment(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return {**example, "image": transform(example["image"], rng)}
 
     dataset = grain.MapDataset.source(_DecodedSplit(split)).seed(seed).shuffle().repeat()
+    if repeats > 1:
+        dataset = _repeated(dataset, split.num_examples, repeats).seed(seed)
     # Augment before slicing: the generator is seeded by the index, which must be the global one.
     dataset = dataset.random_map(augment)[process_index::process_count]
     return _batches(dataset[start_step * local_size :], local_size, config)
@@ -146,6 +181,32 @@ def eval_batches(
     num_batches = -(-split.num_examples // batch_size)
     dataset = grain.MapDataset.range(num_batches * batch_size).map(load)
     return _batches(dataset[process_index::process_count], local_size, config)
+
+
+def repeated_index(position: int, num_examples: int, repeats: int) -> int:
+    """Returns where a position of repeated augmentation lies in the sequence without repetition.
+
+    Repeated augmentation (Hoffer et al., 2020; DeiT's ``samplers.py``) draws each image ``repeats``
+    times in a row, to be augmented differently. An epoch still has ``num_examples`` positions, so
+    that it sees one in ``repeats`` of the images; the next one draws from all images again.
+
+    Args:
+      position: in the endless sequence of training examples, over all hosts.
+      num_examples: of the split, which are the length of an epoch.
+      repeats: copies of an image.
+
+    Returns:
+      A position in the endless sequence that holds each epoch's images once, in their new order.
+    """
+    epoch, place = divmod(position, num_examples)
+    return epoch * num_examples + place // repeats
+
+
+def _repeated(shuffled: grain.MapDataset, num_examples: int, repeats: int) -> grain.MapDataset:
+    def example(position: int) -> dict[str, Any]:
+        return shuffled[repeated_index(position, num_examples, repeats)]
+
+    return grain.MapDataset.range(sys.maxsize).map(example)
 
 
 class _DecodedSplit:
@@ -214,8 +275,21 @@ def _range(config: ConfigDict, key: str, maximum: float = float("inf")) -> trans
     return low, high
 
 
-def _interpolation(config: ConfigDict, key: str) -> str:
-    name = config[key]
-    if name not in transforms.INTERPOLATIONS:
-        raise UserError(f"config.data.{key} is {name!r}{nearest(str(name), transforms.INTERPOLATIONS)}")
+def _color_jitter(config: ConfigDict) -> transforms.ColorJitter:
+    try:
+        strengths = transforms.ColorJitter(*(float(value) for value in config.color_jitter))
+    except (TypeError, ValueError):
+        strengths = transforms.ColorJitter(hue=-1.0)
+    if min(astuple(strengths)) < 0 or strengths.hue > 0.5:
+        raise UserError(
+            f"config.data.color_jitter is {config.color_jitter!r}; expected brightness, contrast and"
+            " saturation of at least 0 and a hue from 0 to 0.5"
+        )
+    return strengths
+
+
+def _interpolation(config: ConfigDict, key: str, *others: str) -> str:
+    name, known = config[key], (*transforms.INTERPOLATIONS, *others)
+    if name not in known:
+        raise UserError(f"config.data.{key} is {name!r}{nearest(str(name), known)}")
     return name

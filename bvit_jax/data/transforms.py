@@ -5,18 +5,36 @@ Boxes are ``(top, left, height, width)`` in pixels; images are RGB.
 
 import io
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+RANDOM = "random"  # in place of the name of an interpolation: one of them, drawn for each use
 CROP_TRIES = 10
 
 Box = tuple[int, int, int, int]
 Range = tuple[float, float]
+Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """How far torchvision's ``ColorJitter`` goes, each at least 0; 0 leaves that property alone.
+
+    Brightness, contrast and saturation are multiplied by a factor between ``max(0, 1 - x)`` and
+    ``1 + x``; hue, at most 0.5, is turned by up to ``x`` of the circle either way.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
 
 
 def decode(encoded: bytes) -> Image.Image:
@@ -85,6 +103,45 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def _change_brightness(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def _change_contrast(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def _change_saturation(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Color(image).enhance(factor)
+
+
+def turn_hue(image: Image.Image, share: float) -> Image.Image:
+    """Turns the hue of an RGB image by ``share`` of the circle, in steps of 1/256."""
+    hue, saturation, value = image.convert("HSV").split()
+    steps = int(share * 255)  # torchvision's own 255, on a circle of 256
+    hue = hue.point([(step + steps) % 256 for step in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def color_jitter(image: Image.Image, rng: np.random.Generator, *, strengths: ColorJitter) -> Image.Image:
+    """Changes brightness, contrast, saturation and hue of an RGB image, in random order."""
+
+    def range_around_one(strength: float) -> Range:
+        return max(0.0, 1 - strength), 1 + strength
+
+    changes: tuple[tuple[Callable[[Image.Image, float], Image.Image], Range], ...] = (
+        (_change_brightness, range_around_one(strengths.brightness)),
+        (_change_contrast, range_around_one(strengths.contrast)),
+        (_change_saturation, range_around_one(strengths.saturation)),
+        (turn_hue, (-strengths.hue, strengths.hue)),
+    )
+    for index in rng.permutation(len(changes)).tolist():
+        change, (low, high) = changes[index]
+        if low < high:
+            image = change(image, rng.uniform(low, high))
+    return image
+
+
 def train_transform(
     image: Image.Image,
     rng: np.random.Generator,
@@ -94,13 +151,20 @@ def train_transform(
     ratio: Range,
     interpolation: str,
     flip: bool,
+    augment: Augment | None = None,
 ) -> np.ndarray:
-    """Random resized crop, then a horizontal flip in half of the cases: uint8 [size, size, 3]."""
+    """Random resized crop, a horizontal flip in half of the cases, then ``augment``.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
     box = random_resized_crop_box(rng, *image.size, scale, ratio)
+    if interpolation == RANDOM:
+        interpolation = str(rng.choice(sorted(INTERPOLATIONS)))
     image = resized_crop(image, box, size, interpolation)
     if flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image)
+    return np.asarray(image if augment is None else augment(image, rng))
 
 
 def eval_transform(image: Image.Image, *, size: int, resize: int, interpolation: str) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from bvit_jax import data
+from bvit_jax.data.pipeline import repeated_index
 from bvit_jax.errors import UserError
 
 Batches = Generator[data.Batch, None, None]
@@ -89,6 +90,63 @@ def test_a_batch_may_exceed_the_dataset(make_config: MakeConfig) -> None:
     assert batch["image"].shape == (2000, 8, 8, 3)
 
 
+def test_repeated_index_draws_as_deits_sampler() -> None:
+    # RASampler's list: each index of the epoch's permutation three times, cut after an epoch's length.
+    for num_examples in (6, 10, 11):
+        epochs = [np.arange(num_examples) + epoch * num_examples for epoch in range(3)]
+        expected = np.concatenate([np.repeat(epoch, 3)[:num_examples] for epoch in epochs])
+        actual = [repeated_index(position, num_examples, 3) for position in range(3 * num_examples)]
+        assert actual == expected.tolist()
+    assert [repeated_index(position, 7, 1) for position in range(20)] == list(range(20))
+
+
+def _plain(make_config: MakeConfig, repeats: int) -> ConfigDict:
+    return make_config(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False, repeats=repeats)
+
+
+def test_repeats_come_in_a_row_and_from_all_images(make_config: MakeConfig) -> None:
+    batches = _take(data.train_batches(_plain(make_config, 3), 8, 479, seed=0), 6)
+    pixels = [image.tobytes() for batch in batches for image in batch["image"]]
+    # 1437 = 3 * 479 images: an epoch shows 479 of them three times each.
+    first, second = pixels[:1437], pixels[1437:]
+    assert all(len(set(first[i : i + 3])) == 1 for i in range(0, 1437, 3))
+    assert len(set(first)) > 470  # some digits look the same
+    both = len(set(first) & set(second))
+    assert 100 < both < 230  # of 479: a third, for the next epoch draws from all images again
+    # They are the first third of the order without repetition.
+    plain = _take(data.train_batches(_plain(make_config, 1), 8, 479, seed=0), 1)[0]["image"]
+    assert [image.tobytes() for image in plain] == first[::3]
+
+
+def test_repeats_are_augmented_differently(make_config: MakeConfig) -> None:
+    config = make_config(dataset="photos", repeats=3)
+    (batch,) = _take(data.train_batches(config, 24, 6, seed=1), 1)
+    assert batch["label"].tolist() == [batch["label"][0]] * 3 + [batch["label"][3]] * 3
+    assert len({image.tobytes() for image in batch["image"]}) == 6
+
+
+def test_repeats_do_not_depend_on_hosts_and_start(make_config: MakeConfig) -> None:
+    config = make_config(repeats=3, auto_augment="rand-m9-mstd0.5-inc1")
+    one = _take(data.train_batches(config, 8, 120, seed=3), 14)
+    for hosts in (2, 3):
+        parts = [
+            _take(data.train_batches(config, 8, 120, 3, 10, process_index=host, process_count=hosts), 4)
+            for host in range(hosts)
+        ]
+        for whole, *shares in zip(one[10:], *parts):
+            assert _keys([whole]) == _keys(shares)
+    start = time.perf_counter()
+    _take(data.train_batches(config, 8, 120, 3, start_step=10**7), 1)
+    assert time.perf_counter() - start < 5
+
+
+def test_repeats_of_an_image_go_to_different_hosts(make_config: MakeConfig) -> None:
+    config = _plain(make_config, 3)
+    parts = [_take(data.train_batches(config, 8, 120, 0, 0, host, 3), 1)[0]["image"] for host in range(3)]
+    np.testing.assert_array_equal(parts[0], parts[1])
+    np.testing.assert_array_equal(parts[0], parts[2])
+
+
 @pytest.mark.parametrize("hosts", [1, 3, 8])
 @pytest.mark.parametrize("per_host", [1, 17, 500])
 def test_eval_counts_each_image_once(make_config: MakeConfig, hosts: int, per_host: int) -> None:
@@ -153,6 +211,7 @@ def test_closing_ends_the_threads(make_config: MakeConfig) -> None:
         ({"crop_ratio": (0.0, 1.0)}, r"config\.data\.crop_ratio"),
         ({"crop_ratio": (1.0, 1.0, 1.0)}, r"config\.data\.crop_ratio"),
         ({"crop_interpolation": "bilinar"}, r"crop_interpolation.*did you mean 'bilinear'"),
+        ({"repeats": 0}, r"config\.data\.repeats is 0; expected a whole number of at least 1"),
         ({"num_threads": -1}, r"config\.data\.num_threads is -1; expected a whole number"),
         ({"prefetch": -1}, r"config\.data\.prefetch is -1"),
         ({"train_split": "trian"}, "no split 'trian' in digits"),

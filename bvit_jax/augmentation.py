@@ -1,0 +1,46 @@
+"""What happens to a batch of images inside the training step: erasing, then mixing."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bvit_jax.erasing import Erasing
+from bvit_jax.mixing import Mixing, mix_images
+from bvit_jax.normalization import Normalization
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The part of a recipe that runs on the device."""
+
+    erasing: Erasing
+    mixing: Mixing
+
+    def __call__(self, key: Array, images: Array, normalize: Normalization) -> tuple[Array, Array | None]:
+        """Augments images before they are normalised, so that a teacher with other means sees the same.
+
+        Args:
+          key: of this step.
+          images: uint8 [B, H, W, 3].
+          normalize: the student's; it gives the noise of erasing its unit.
+
+        Returns:
+          The images, float32 from 0 to 255 where anything is on, and each image's share of its own
+          pixels and label, float32 [B] or [1]; None where nothing is mixed.
+        """
+        key_erase, key_mix = jax.random.split(key)
+        partners = images[::-1]
+        if self.erasing.prob:
+            keys = jax.random.split(key_erase, images.shape[0])
+            # Erased a second time, which yields the same: devices then exchange uint8, not float32.
+            partners = self.erasing(keys[::-1], partners, normalize)
+            images = self.erasing(keys, images, normalize)
+        if not self.mixing.active:
+            return images, None
+        mix = self.mixing.draw(key_mix, *images.shape[:3])
+        return mix_images(images.astype(jnp.float32), partners.astype(jnp.float32), mix), mix.lam
+
+
+NO_AUGMENTATION = Augmentation(Erasing(), Mixing())

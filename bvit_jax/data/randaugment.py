@@ -1,0 +1,322 @@
+"""RandAugment (Cubuk et al., 2019) with timm's operations, ranges and signs, on Pillow images.
+
+A policy is text such as ``rand-m9-mstd0.5-inc1``, as timm writes it (``timm/data/auto_augment.py``).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from bvit_jax.errors import UserError, nearest
+
+MAX_MAGNITUDE = 10  # the magnitude whose level is 1
+SOLARIZE_ADD_BELOW = 128
+UNIFORM_ABOVE = 100.0  # a larger mstd stands for a uniform magnitude, from 0 to m
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """How a warp samples between pixels, and the colour it leaves outside of the image."""
+
+    resample: Image.Resampling
+    fill: tuple[int, ...]
+
+
+Apply = Callable[[Image.Image, float, Canvas], Image.Image]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One row of `OPERATIONS`.
+
+    Attributes:
+      apply: makes the new image of an image, a strength and a canvas.
+      strength: of a level, which is the magnitude over 10.
+      signed: whether the level is negative in half of the cases.
+    """
+
+    apply: Apply
+    strength: Callable[[float], float]
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a policy's text says; the field in brackets is its letter there.
+
+    Attributes:
+      operations: names in `OPERATIONS`, drawn with equal probability, with repetition.
+      weights: probabilities in place of that, and no repetition; empty for none.
+      magnitude: mean strength, 10 for a level of 1 [m].
+      magnitude_std: standard deviation of the strength; infinity: uniform up to the mean [mstd].
+      magnitude_max: where the strength is cut [mmax].
+      count: operations drawn for an image [n].
+      prob: probability that a drawn operation is applied [p].
+    """
+
+    operations: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    magnitude: int = MAX_MAGNITUDE
+    magnitude_std: float = 0.0
+    magnitude_max: int = MAX_MAGNITUDE
+    count: int = 2
+    prob: float = 0.5
+
+
+# The operations
+
+
+def _affine(image: Image.Image, coefficients: tuple[float, ...], canvas: Canvas) -> Image.Image:
+    method = Image.Transform.AFFINE
+    return image.transform(image.size, method, coefficients, resample=canvas.resample, fillcolor=canvas.fill)
+
+
+def _shear_x(image: Image.Image, factor: float, canvas: Canvas) -> Image.Image:
+    return _affine(image, (1, factor, 0, 0, 1, 0), canvas)
+
+
+def _shear_y(image: Image.Image, factor: float, canvas: Canvas) -> Image.Image:
+    return _affine(image, (1, 0, 0, factor, 1, 0), canvas)
+
+
+def _translate_x(image: Image.Image, share: float, canvas: Canvas) -> Image.Image:
+    return _affine(image, (1, 0, share * image.width, 0, 1, 0), canvas)
+
+
+def _translate_y(image: Image.Image, share: float, canvas: Canvas) -> Image.Image:
+    return _affine(image, (1, 0, 0, 0, 1, share * image.height), canvas)
+
+
+def _rotate(image: Image.Image, degrees: float, canvas: Canvas) -> Image.Image:
+    return image.rotate(degrees, resample=canvas.resample, fillcolor=canvas.fill)
+
+
+def _auto_contrast(image: Image.Image, strength: float, canvas: Canvas) -> Image.Image:
+    return ImageOps.autocontrast(image)
+
+
+def _equalize(image: Image.Image, strength: float, canvas: Canvas) -> Image.Image:
+    return ImageOps.equalize(image)
+
+
+def _invert(image: Image.Image, strength: float, canvas: Canvas) -> Image.Image:
+    return ImageOps.invert(image)
+
+
+def _posterize(image: Image.Image, bits: float, canvas: Canvas) -> Image.Image:
+    # ImageOps.posterize refuses 0 bits since Pillow 13; before, and for timm, they meant black.
+    dropped = max(0, 8 - int(bits))
+    return image.point([value >> dropped << dropped for value in range(256)] * 3)
+
+
+def _solarize(image: Image.Image, threshold: float, canvas: Canvas) -> Image.Image:
+    return ImageOps.solarize(image, int(threshold))
+
+
+def _solarize_add(image: Image.Image, add: float, canvas: Canvas) -> Image.Image:
+    table = [min(255, value + int(add)) if value < SOLARIZE_ADD_BELOW else value for value in range(256)]
+    return image.point(table * 3)
+
+
+def _enhance(enhancer: Any) -> Apply:
+    def apply(image: Image.Image, factor: float, canvas: Canvas) -> Image.Image:
+        return enhancer(image).enhance(factor)
+
+    return apply
+
+
+# From a level (0 to 1, negative for signed operations) to a strength
+
+
+def _no_strength(level: float) -> float:
+    return 0.0
+
+
+def _times(range_: float) -> Callable[[float], float]:
+    return lambda level: level * range_
+
+
+def _factor(level: float) -> float:
+    return level * 1.8 + 0.1  # 0.1 to 1.9, where 1 changes nothing
+
+
+def _factor_around_one(level: float) -> float:
+    return max(0.1, 1.0 + level * 0.9)
+
+
+def _bits(level: float) -> float:
+    return int(level * 4)
+
+
+def _threshold(level: float) -> float:
+    return min(256, int(level * 256))
+
+
+OPERATIONS: dict[str, Operation] = {
+    "AutoContrast": Operation(_auto_contrast, _no_strength),
+    "Equalize": Operation(_equalize, _no_strength),
+    "Invert": Operation(_invert, _no_strength),
+    "Rotate": Operation(_rotate, _times(30.0), signed=True),
+    "Posterize": Operation(_posterize, _bits),
+    "PosterizeIncreasing": Operation(_posterize, lambda level: 4 - _bits(level)),
+    "Solarize": Operation(_solarize, _threshold),
+    "SolarizeIncreasing": Operation(_solarize, lambda level: 256 - _threshold(level)),
+    "SolarizeAdd": Operation(_solarize_add, lambda level: min(128, int(level * 110))),
+    "Color": Operation(_enhance(ImageEnhance.Color), _factor),
+    "ColorIncreasing": Operation(_enhance(ImageEnhance.Color), _factor_around_one, signed=True),
+    "Contrast": Operation(_enhance(ImageEnhance.Contrast), _factor),
+    "ContrastIncreasing": Operation(_enhance(ImageEnhance.Contrast), _factor_around_one, signed=True),
+    "Brightness": Operation(_enhance(ImageEnhance.Brightness), _factor),
+    "BrightnessIncreasing": Operation(_enhance(ImageEnhance.Brightness), _factor_around_one, signed=True),
+    "Sharpness": Operation(_enhance(ImageEnhance.Sharpness), _factor),
+    "SharpnessIncreasing": Operation(_enhance(ImageEnhance.Sharpness), _factor_around_one, signed=True),
+    "ShearX": Operation(_shear_x, _times(0.3), signed=True),
+    "ShearY": Operation(_shear_y, _times(0.3), signed=True),
+    "TranslateXRel": Operation(_translate_x, _times(0.45), signed=True),
+    "TranslateYRel": Operation(_translate_y, _times(0.45), signed=True),
+}
+
+# Drawn without inc, and with inc1, where a larger magnitude always changes the image more.
+PLAIN = tuple(name for name in OPERATIONS if not name.endswith("Increasing"))
+INCREASING = tuple(
+    name for name in OPERATIONS if name.endswith("Increasing") or f"{name}Increasing" not in OPERATIONS
+)
+
+# timm's tweights.
+WEIGHTS = {
+    "Rotate": 3.0,
+    "ShearX": 2.0,
+    "ShearY": 2.0,
+    "TranslateXRel": 1.0,
+    "TranslateYRel": 1.0,
+    "AutoContrast": 0.25,
+    "ColorIncreasing": 0.25,
+    "SharpnessIncreasing": 0.25,
+    "BrightnessIncreasing": 0.05,
+    "ContrastIncreasing": 0.05,
+    "Equalize": 0.05,
+    "Invert": 0.05,
+    "PosterizeIncreasing": 0.05,
+    "SolarizeAdd": 0.05,
+    "SolarizeIncreasing": 0.05,
+}
+
+
+def parse_policy(text: str) -> Policy:
+    """Reads a policy such as ``rand-m9-mstd0.5-inc1``.
+
+    After ``rand``, in any order: ``m`` magnitude (10), ``mstd`` its standard deviation (0), ``mmax``
+    its bound (10), ``n`` operations an image (2), ``p`` probability of each (0.5), ``inc1`` for the
+    increasing operations, ``tweights`` for timm's weighted choice of them.
+
+    Raises:
+      UserError: a part is unknown, has no number or one out of range; names it.
+    """
+    first, *parts = text.split("-")
+    if first != "rand":
+        raise UserError(f"config.data.auto_augment is {text!r}; expected '' or 'rand-m9-mstd0.5-inc1'")
+    settings: dict[str, Any] = {}
+    operations: tuple[str, ...] = PLAIN
+    weights: tuple[float, ...] = ()
+    for part in parts:
+        name, number = _name_and_number(text, part)
+        match name:
+            case "tweights":
+                operations, weights = tuple(WEIGHTS), _normalised(tuple(WEIGHTS.values()))
+            case "inc":
+                operations = INCREASING if number and not weights else operations
+            case "mstd":
+                settings["magnitude_std"] = number if number <= UNIFORM_ABOVE else float("inf")
+            case "p":
+                settings["prob"] = number
+            case _:
+                settings[{"m": "magnitude", "mmax": "magnitude_max", "n": "count"}[name]] = int(number)
+    return Policy(operations=operations, weights=weights, **settings)
+
+
+NUMBER_RANGES = {
+    "m": (0.0, float("inf")),
+    "mstd": (0.0, float("inf")),
+    "mmax": (1.0, float("inf")),
+    "n": (1.0, len(WEIGHTS)),
+    "p": (0.0, 1.0),
+    "inc": (0.0, 1.0),
+}
+FRACTIONAL = ("mstd", "p")
+
+
+def _name_and_number(text: str, part: str) -> tuple[str, float]:
+    """Splits a part of a policy into its name and its number, 0 for ``tweights``."""
+    if part == "tweights":
+        return part, 0.0
+    name, digits = re.fullmatch(r"([a-z]*)(.*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
+    where = f"config.data.auto_augment is {text!r}, in which {part!r}"
+    if name not in NUMBER_RANGES:
+        raise UserError(f"{where} is unknown{nearest(name, [*NUMBER_RANGES, 'tweights'])}")
+    if not re.fullmatch(r"\d+(\.\d*)?" if name in FRACTIONAL else r"\d+", digits):
+        kind = "number" if name in FRACTIONAL else "whole number"
+        raise UserError(f"{where} lacks its number; expected {name} and a {kind}")
+    low, high = NUMBER_RANGES[name]
+    if not low <= float(digits) <= high:
+        bound = f"{low:g} or more" if high == float("inf") else f"{low:g} to {high:g}"
+        raise UserError(f"{where} is out of range; expected {bound}")
+    return name, float(digits)
+
+
+def _normalised(weights: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+def apply_operation(image: Image.Image, name: str, level: float, canvas: Canvas) -> Image.Image:
+    """Applies an operation of `OPERATIONS` to an RGB image.
+
+    Args:
+      image: left as it is.
+      name: of the operation.
+      level: magnitude over 10, negative for the other direction of a signed operation.
+      canvas: used by the warps alone.
+    """
+    operation = OPERATIONS[name]
+    return operation.apply(image, operation.strength(level), canvas)
+
+
+def draw_level(rng: np.random.Generator, policy: Policy, signed: bool) -> float:
+    """Draws the level of one operation: the cut magnitude over 10, with a sign if ``signed``."""
+    magnitude: float = policy.magnitude
+    if policy.magnitude_std == float("inf"):
+        magnitude = rng.uniform(0, magnitude)
+    elif policy.magnitude_std > 0:
+        magnitude = rng.normal(magnitude, policy.magnitude_std)
+    level = max(0.0, min(magnitude, policy.magnitude_max)) / MAX_MAGNITUDE
+    return -level if signed and rng.random() < 0.5 else level
+
+
+def rand_augment(
+    image: Image.Image,
+    rng: np.random.Generator,
+    *,
+    policy: Policy,
+    resamples: tuple[Image.Resampling, ...],
+    fill: tuple[int, ...],
+) -> Image.Image:
+    """Applies the operations that the policy draws, one after the other.
+
+    Args:
+      image: RGB, left as it is.
+      rng: the only source of randomness.
+      policy: see `parse_policy`.
+      resamples: of these, a warp takes one at random.
+      fill: colour outside of a warped image, 0 to 255.
+    """
+    weights = policy.weights or None
+    names = rng.choice(policy.operations, policy.count, replace=weights is None, p=weights)
+    for name in names.tolist():
+        if rng.random() < policy.prob:
+            level = draw_level(rng, policy, OPERATIONS[name].signed)
+            resample = resamples[int(rng.integers(len(resamples)))]
+            image = apply_operation(image, name, level, Canvas(resample, fill))
+    return image

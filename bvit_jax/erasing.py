@@ -1,0 +1,108 @@
+"""Random erasing (Zhong et al., 2020) on the device, as ``timm/data/random_erasing.py``."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bvit_jax.boxes import box_at, inside_box
+from bvit_jax.normalization import Normalization
+
+Mode = Literal["pixel", "rand", "const"]
+ATTEMPTS = 10
+NOISE_BITS = 10  # of each colour, so that the three fit into one random word
+
+
+def first_fitting_box(areas: Array, aspects: Array, places: Array, height: int, width: int) -> Array:
+    """Returns the first of the candidates that fits into the image, an empty box if none does.
+
+    Args:
+      areas: float32 [n], shares of the image's area.
+      aspects: float32 [n], height / width.
+      places: float32 [n, 2], from 0 to below 1: top and left, from their lowest to their highest value.
+      height: of the image.
+      width: of the image.
+
+    Returns:
+      int32 [4], see `bvit_jax.boxes`.
+    """
+    limits = jnp.array([height, width], jnp.int32)[None, :]
+    pixels = areas * (height * width)
+    sides = jnp.stack([jnp.sqrt(pixels * aspects), jnp.sqrt(pixels / aspects)], axis=-1)
+    sizes = jnp.round(sides).astype(jnp.int32)
+    starts = (places * (limits - sizes + 1).astype(jnp.float32)).astype(jnp.int32)
+    fits = jnp.all(sizes < limits, axis=-1)
+    first = jnp.argmax(fits)
+    return box_at(starts[first], jnp.where(fits[first], sizes[first], 0))
+
+
+def pixel_noise(words: Array) -> Array:
+    """Returns normal noise, three values for each random word: uint32 [H, W] -> float32 [H, W, 3].
+
+    A value is one of 1024 equally probable quantiles of the normal distribution, the outermost at
+    ±3.3: a third of the random bits of continuous noise, which would cost more than all of the rest.
+    """
+    shifts = jnp.array([0, NOISE_BITS, 2 * NOISE_BITS], jnp.uint32)[None, None, :]
+    levels = (words[..., None] >> shifts) & jnp.uint32(2**NOISE_BITS - 1)
+    share = (levels.astype(jnp.float32) + 0.5) / 2**NOISE_BITS
+    return math.sqrt(2) * jax.lax.erf_inv(2 * share - 1)
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """What is drawn at random: timm's ``RandomErasing`` with one box, and its defaults, but off.
+
+    Attributes:
+      prob: probability for an image.
+      mode: "pixel" fills the box with normal noise of mean 0 and deviation 1 in the units of the
+        student's normalised images, "rand" with one such colour, "const" with 0, the mean colour.
+      area: smallest and largest share of the image's area.
+      min_aspect: smallest height / width; the largest is 1 over it.
+    """
+
+    prob: float = 0.0
+    mode: Mode = "pixel"
+    area: tuple[float, float] = (0.02, 1 / 3)
+    min_aspect: float = 0.3
+
+    def __call__(self, keys: Array, images: Array, normalize: Normalization) -> Array:
+        """Erases a box in some images.
+
+        Args:
+          keys: [B], all the randomness of an image.
+          images: [B, H, W, 3], from 0 to 255.
+          normalize: what they go through afterwards.
+
+        Returns:
+          float32 [B, H, W, 3] on the same scale; noise may lie outside of it.
+        """
+        return jax.vmap(lambda key, image: self._erase(key, image, normalize))(keys, images)
+
+    def _erase(self, key: Array, image: Array, normalize: Normalization) -> Array:
+        height, width, _ = image.shape
+        key_box, key_fill = jax.random.split(key)
+        erased = inside_box(self.draw_box(key_box, height, width), height, width)
+        fill = normalize.inverse(self._draw_fill(key_fill, height, width))
+        return jnp.where(erased, fill, image.astype(jnp.float32))
+
+    def draw_box(self, key: Array, height: int, width: int) -> Array:
+        """Draws the box of one image, empty where nothing is erased: int32 [4]."""
+        key_erased, key_area, key_aspect, key_place = jax.random.split(key, 4)
+        low, high = self.area
+        areas = jax.random.uniform(key_area, (ATTEMPTS,), jnp.float32, low, high)
+        bound = -math.log(self.min_aspect)
+        aspects = jnp.exp(jax.random.uniform(key_aspect, (ATTEMPTS,), jnp.float32, -bound, bound))
+        places = jax.random.uniform(key_place, (ATTEMPTS, 2), jnp.float32)
+        box = first_fitting_box(areas, aspects, places, height, width)
+        return jnp.where(jax.random.bernoulli(key_erased, self.prob), box, 0)
+
+    def _draw_fill(self, key: Array, height: int, width: int) -> Array:
+        """Draws normalised colours: float32, broadcast to [height, width, 3]."""
+        if self.mode == "pixel":
+            return pixel_noise(jax.random.bits(key, (height, width), jnp.uint32))
+        if self.mode == "rand":
+            return jax.random.normal(key, (1, 1, 3), jnp.float32)
+        return jnp.zeros((1, 1, 3), jnp.float32)

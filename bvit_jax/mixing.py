@@ -1,0 +1,131 @@
+"""Mixup (Zhang et al., 2018) and cutmix (Yun et al., 2019) on the device, as ``timm/data/mixup.py``.
+
+Image i is mixed with image B - 1 - i: the partners are the batch in reverse, over all devices, so
+that a mixed batch does not depend on their number. What is drawn at random is apart from what is
+done with it; a draw has one value for the batch, or one for each image.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bvit_jax.boxes import box_area, box_at, inside_box
+from bvit_jax.losses import label_targets
+
+Mode = Literal["batch", "pair", "elem"]
+
+
+class Mix(NamedTuple):
+    """How images are mixed with their partners; n is 1 for the whole batch, or B.
+
+    Attributes:
+      use_cutmix: bool [n], whether a box of the partner replaces that of the image.
+      box: int32 [n, 4], see `bvit_jax.boxes`.
+      lam: float32 [n], the image's share of pixels and label; the partner has the rest.
+    """
+
+    use_cutmix: Array
+    box: Array
+    lam: Array
+
+
+def cutmix_box(lam: Array, centre: Array, height: int, width: int) -> Array:
+    """Returns the box whose area is ``1 - lam`` of the image, cut off at its borders.
+
+    timm's ``rand_bbox``: float32 and the row and column int32 [2] -> int32 [4].
+    """
+    sizes = jnp.array([height, width], jnp.int32)
+    half = (sizes.astype(jnp.float32) * jnp.sqrt(1 - lam)).astype(jnp.int32) // 2
+    start, end = jnp.clip(centre - half, 0, sizes), jnp.clip(centre + half, 0, sizes)
+    return box_at(start, end - start)
+
+
+def mix_images(images: Array, partners: Array, mix: Mix) -> Array:
+    """Mixes float images with their partners: [B, H, W, C] twice -> [B, H, W, C]."""
+    height, width = images.shape[1:3]
+    outside = ~jax.vmap(inside_box, (0, None, None))(mix.box, height, width)
+    lam = mix.lam.astype(images.dtype)[:, None, None, None]
+    own = jnp.where(mix.use_cutmix[:, None, None, None], outside.astype(images.dtype), lam)
+    return images * own + partners * (1 - own)
+
+
+def mix_targets(labels: Array, lam: Array, num_classes: int, smoothing: float) -> Array:
+    """Returns the smoothed targets of mixed images: int [B], float32 [n] -> float32 [B, C]."""
+    own, partners = (
+        label_targets(kind, num_classes, smoothing, jnp.float32) for kind in (labels, labels[::-1])
+    )
+    return own * lam[:, None] + partners * (1 - lam[:, None])
+
+
+def dominant_labels(labels: Array, lam: Array) -> Array:
+    """Returns the label with the larger share, the image's own in a tie: int [B], [n] -> int [B]."""
+    return jnp.where(lam >= 0.5, labels, labels[::-1])
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What is drawn at random: timm's ``Mixup`` and its defaults, but off.
+
+    Attributes:
+      mixup_alpha: mixup's share of the image follows Beta(alpha, alpha); 0 for no mixup.
+      cutmix_alpha: likewise of cutmix.
+      cutmix_minmax: if given, cutmix is on, and height and width of its box are drawn uniformly between
+        these shares of the image's.
+      prob: probability of mixing at all.
+      switch_prob: probability of cutmix where both are on.
+      mode: whether the draws are for the whole batch, for an image and its partner, or for each image.
+      correct_lam: whether the share of cutmix is that of the box after it is cut off at the borders.
+    """
+
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    cutmix_minmax: tuple[float, ...] = ()
+    prob: float = 1.0
+    switch_prob: float = 0.5
+    mode: Mode = "batch"
+    correct_lam: bool = True
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is ever mixed."""
+        return bool(self.prob and (self.mixup_alpha or self.cutmix_alpha or self.cutmix_minmax))
+
+    def draw(self, key: Array, batch: int, height: int, width: int) -> Mix:
+        """Draws how ``batch`` images are mixed; a batch of pairs must be even."""
+        number = {"batch": 1, "pair": batch // 2, "elem": batch}[self.mode]
+        keys = jax.random.split(key, number)
+        mix = jax.vmap(lambda key: self._draw_one(key, height, width))(keys)
+        if self.mode == "pair":
+            return Mix(*(jnp.concatenate([drawn, drawn[::-1]]) for drawn in mix))
+        return mix
+
+    def _draw_one(self, key: Array, height: int, width: int) -> Mix:
+        key_mixed, key_kind, key_mixup, key_cutmix, key_box = jax.random.split(key, 5)
+        cutmix_alpha = 1.0 if self.cutmix_minmax else self.cutmix_alpha
+        switch_prob = self.switch_prob if self.mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
+        mixed = jax.random.bernoulli(key_mixed, self.prob)
+        use_cutmix = mixed & jax.random.bernoulli(key_kind, switch_prob)
+        lam, lam_cutmix = _draw_lam(key_mixup, self.mixup_alpha), _draw_lam(key_cutmix, cutmix_alpha)
+        box = self._draw_box(key_box, lam_cutmix, height, width)
+        if self.correct_lam or self.cutmix_minmax:
+            lam_cutmix = 1 - box_area(box).astype(jnp.float32) / (height * width)
+        lam = jnp.where(use_cutmix, lam_cutmix, lam)
+        return Mix(use_cutmix, box, jnp.where(mixed, lam, jnp.float32(1)))
+
+    def _draw_box(self, key: Array, lam: Array, height: int, width: int) -> Array:
+        sizes = jnp.array([height, width], jnp.int32)
+        if not self.cutmix_minmax:
+            return cutmix_box(lam, jax.random.randint(key, (2,), 0, sizes, jnp.int32), height, width)
+        low, high = self.cutmix_minmax
+        key_size, key_start = jax.random.split(key)
+        lows = jnp.array([int(height * low), int(width * low)], jnp.int32)
+        highs = jnp.array([int(height * high), int(width * high)], jnp.int32)
+        size = jax.random.randint(key_size, (2,), lows, highs, jnp.int32)
+        return box_at(jax.random.randint(key_start, (2,), 0, sizes - size, jnp.int32), size)
+
+
+def _draw_lam(key: Array, alpha: float) -> Array:
+    return jax.random.beta(key, alpha, alpha, dtype=jnp.float32) if alpha else jnp.float32(1)

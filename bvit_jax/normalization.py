@@ -1,0 +1,29 @@
+"""From images to a model's input."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and standard deviation of each colour, of images in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Array) -> Array:
+        """Returns images (batch, height, width, 3), from 0 to 255 in any dtype, as normalised float32."""
+        mean, std = self._broadcastable(images.ndim)
+        return (images.astype(jnp.float32) / 255 - mean) / std
+
+    def inverse(self, normalised: Array) -> Array:
+        """Returns float32 values (..., 3) on the scale from 0 to 255, where they need not stay within."""
+        mean, std = self._broadcastable(normalised.ndim)
+        return (normalised * std + mean) * 255
+
+    def _broadcastable(self, rank: int) -> tuple[Array, Array]:
+        shape = (1,) * (rank - 1) + (-1,)
+        mean, std = (jnp.array(values, jnp.float32).reshape(shape) for values in (self.mean, self.std))
+        return mean, std
