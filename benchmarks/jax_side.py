@@ -70,7 +70,7 @@ class JaxSide:
         whole = replicated(self._mesh)
         self._key = jax.device_put(jax.random.key(0), whole)
         self._images_and_labels, mask = self._random_batch(plan.batch, model)
-        self._eval_batch = {**self._images_and_labels, "mask": mask}
+        self._eval_batch = {**self._images_and_labels, "mask": mask, "bad": jnp.where(mask, -1, 0)}
         variables = teacher.init(self._key, self._images_and_labels["image"])
         self._teacher_variables = jax.device_put(variables, whole)
         initial = functools.partial(

@@ -35,6 +35,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "checkpoint.every_steps",
+    "data.max_bad_images",
     "data.num_threads",
     "data.prefetch",
     "mix.cutmix_alpha",
@@ -88,7 +89,9 @@ def default_config() -> ConfigDict:
     data.eval_interpolation = "bicubic"
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
-    data.num_threads = 0  # 0: chosen from the number of cores
+    data.max_bad_images = 0  # different images that may be undecodable, on each host
+    data.num_workers = -1  # processes that load images; -1: some where there are many cores, else 0
+    data.num_threads = 0  # in each of them; 0: chosen from the number of cores
     data.prefetch = 16  # decoded images waiting per thread
 
     config.erase = erase = ConfigDict()  # random erasing, on the device

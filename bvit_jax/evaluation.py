@@ -28,6 +28,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns top-1 and top-5 (shares of 1), the mean cross-entropy, and the number of images.
 
+    Where images could not be decoded, also their number, ``bad_images``.
+
     Args:
       step: a compiled evaluation step, from `bvit_jax.step.jit_eval_step`.
       variables: parameters and running statistics.
@@ -47,8 +49,9 @@ def evaluate(
             collect()
     while in_flight:
         collect()
-    images = totals.pop("images")
-    return {name: total / images for name, total in totals.items()} | {"images": int(images)}
+    images, bad = totals.pop("images"), totals.pop("bad_images")
+    figures = {name: total / images for name, total in totals.items()} | {"images": int(images)}
+    return figures | ({"bad_images": int(bad)} if bad else {})
 
 
 def eval_batches(config: ConfigDict) -> Iterable[data.Batch]:

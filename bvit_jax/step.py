@@ -105,9 +105,9 @@ def make_train_step(
 def make_eval_step(model: nn.Module, normalize: Normalization, *, images_at_once: int = 0) -> EvalStep:
     """Returns the pure evaluation step.
 
-    It takes variables and a batch of ``image``, ``label`` and ``mask``, and returns sums over the
-    images that the mask keeps: ``top1``, ``top5``, ``loss`` (cross-entropy with the labels) and
-    their number, ``images``.
+    It takes variables and a batch of ``image``, ``label``, ``mask`` and ``bad``, and returns sums over
+    the images that the mask keeps: ``top1``, ``top5``, ``loss`` (cross-entropy with the labels) and
+    their number, ``images``; and the number of ``bad_images``, which could not be decoded.
 
     Args:
       model: the model.
@@ -138,6 +138,7 @@ def make_eval_step(model: nn.Module, normalize: Normalization, *, images_at_once
             "top5": total(topk_correct(logits, labels, 5)),
             "loss": total(cross_entropy(logits, targets)),
             "images": total(mask),
+            "bad_images": jnp.sum(batch["bad"] >= 0),
         }
 
     return eval_step

@@ -22,10 +22,11 @@ from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.erasing import Erasing
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
+from bvit_jax.feed import Feed
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
 from bvit_jax.mixing import Mixing
 from bvit_jax.normalization import Normalization
-from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated, shard_batch
+from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated
 from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.train_state import TrainState, abstract_state, create_state
 
@@ -192,14 +193,15 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     key_init, key_train = jax.random.split(jax.random.key(config.seed))
     restored = checkpoints.restore("latest", run.state)
-    window, best, figures = MetricWindow(), {"top1": -1.0, "step": 0}, {}
+    window, best, figures, bad_images = MetricWindow(), {"top1": -1.0, "step": 0}, {}, 0
     if restored is None:
         state = run.create(key_init)
     else:
         state, metadata = restored
         _check_teacher(metadata["teacher"], run.teacher, workdir)
+        _check_dataset(metadata["dataset"], train_split, workdir)
         window.restore(metadata["window"])
-        best, figures = metadata["best"], metadata["figures"]
+        best, figures, bad_images = metadata["best"], metadata["figures"], metadata["bad_images"]
         logger.info("continuing from step %d in %s", int(state.step), workdir)
     start = int(state.step)
     if start > run.total_steps:
@@ -224,13 +226,15 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         jax.process_index(),
         jax.process_count(),
     )
+    feed = Feed(batches, run.mesh)
     progress = ProgressLine(run.total_steps, start)
     checkpoint_every = config.checkpoint.every_steps or run.steps_per_epoch
     eval_every = config.eval_every_epochs * run.steps_per_epoch
     clock = _Clock(start, config.batch_size)
     try:
         for step in range(start + 1, run.total_steps + 1):
-            batch = shard_batch(next(batches), run.mesh)
+            batch, bad = next(feed)
+            bad_images += bad
             state, metrics = run.step(state, batch, teacher_variables, key_train)
             window.add(metrics)
             last = step == run.total_steps
@@ -239,7 +243,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 means = _finite(window.mean(), step, workdir)
                 means["learning_rate"] = float(run.schedule(step - 1))
                 means["epoch"] = step / run.steps_per_epoch
-                means |= clock.lap(step, run.total_steps)
+                means["bad_images"] = bad_images
+                means |= clock.lap(step, run.total_steps, feed.waited)
                 writer.write(step, means)
                 progress.update(step, means)
                 if is_main and not progress.active:
@@ -275,10 +280,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                             "best": best,
                             "figures": figures,
                             "teacher": run.teacher.digest,
+                            "dataset": train_split.version,
+                            "bad_images": bad_images,
                         },
                     )
     finally:
-        batches.close()
+        feed.close()
         progress.close()
         writer.close()
         checkpoints.close()
@@ -331,16 +338,29 @@ class _Clock:
 
     def __init__(self, step: int, batch_size: int) -> None:
         self._batch_size = batch_size
-        self._step, self._start = step, time.perf_counter()
+        self._step, self._start, self._waited = step, time.perf_counter(), 0.0
 
-    def lap(self, step: int, total: int) -> dict[str, float]:
-        """Returns images a second since the last lap and the seconds left at that speed."""
+    def lap(self, step: int, total: int, waited: float) -> dict[str, float]:
+        """Returns what happened since the last lap.
+
+        Args:
+          step: the last one done.
+          total: number of steps.
+          waited: seconds spent waiting for data since the start.
+
+        Returns:
+          Images a second, the seconds left at that speed, and the share of the time that went into
+          waiting for data.
+        """
         now = time.perf_counter()
-        seconds_per_step = (now - self._start) / (step - self._step)
-        self._step, self._start = step, now
+        seconds = now - self._start
+        seconds_per_step = seconds / (step - self._step)
+        share = (waited - self._waited) / seconds
+        self._step, self._start, self._waited = step, now, waited
         return {
             "images_per_second": self._batch_size / seconds_per_step,
             "seconds_left": (total - step) * seconds_per_step,
+            "data_wait": share,
         }
 
     def paused(self) -> "_Pause":
@@ -390,6 +410,15 @@ def _check_teacher(digest: str, teacher: Teacher, workdir: Path) -> None:
         raise UserError(
             f"the run in {workdir} was started with another teacher than config.teacher.path;"
             " use that one or choose another workdir"
+        )
+
+
+def _check_dataset(version: str, split: data.Split, workdir: Path) -> None:
+    if version != split.version:
+        raise UserError(
+            f"the run in {workdir} was started with version {version} of {split.dataset}, and there is"
+            f" {split.version} now, whose order may be another; name it in config.data.dataset, as in"
+            f" {split.dataset}:{version}"
         )
 
 

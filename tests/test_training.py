@@ -26,7 +26,7 @@ from configs import digits
 from tests.configs import tiny
 
 ROOT = Path(__file__).parent.parent
-TIMES = ("images_per_second", "seconds_left")
+TIMES = ("images_per_second", "seconds_left", "data_wait")
 
 
 def command(script: str, *flags: str) -> list[str]:
@@ -479,6 +479,7 @@ def test_evaluation_in_groups_gives_the_same_sums() -> None:
         "image": generator.integers(0, 256, (8, 16, 16, 3), np.uint8),
         "label": generator.integers(0, 10, 8, np.int32),
         "mask": np.arange(8) < 7,
+        "bad": np.full(8, -1, np.int32),
     }
     normalize = Normalization((0.5,) * 3, (0.5,) * 3)
     whole = jax.jit(make_eval_step(model, normalize))(variables, batch)

@@ -14,6 +14,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -23,6 +24,7 @@ from bvit_jax.errors import UserError, nearest
 
 MAX_THREADS = 16  # more only fight for the interpreter lock
 MAX_SEED = 2**32
+NOT_BAD = np.int32(-1)
 
 Batch = dict[str, np.ndarray]
 
@@ -95,12 +97,14 @@ def train_batches(
       process_count: number of hosts.
 
     Yields:
-      ``image``, uint8 [b, image_size, image_size, 3], and ``label``, int32 [b], where b is
-      ``batch_size / process_count``; without end, so ``close()`` it to stop its threads.
+      ``image``, uint8 [b, image_size, image_size, 3], ``label``, int32 [b], and ``bad``, int32 [b],
+      where b is ``batch_size / process_count``; without end, so ``close()`` it to stop its threads.
+      In place of an image that cannot be decoded comes the next one of the split; ``bad`` is the
+      number of its record, -1 where all is well.
 
     Raises:
       UserError: a setting is wrong, the split cannot be opened (both at once, not when the first
-        batch is drawn), or an image cannot be decoded.
+        batch is drawn), or more different images than ``config.max_bad_images`` cannot be decoded.
     """
     local_size = _local_size("batch_size", batch_size, process_index, process_count)
     _check_integer("start_step", start_step, 0)
@@ -122,12 +126,14 @@ def train_batches(
     def augment(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return {**example, "image": transform(example["image"], rng)}
 
-    dataset = grain.MapDataset.source(_DecodedSplit(split)).seed(seed).shuffle().repeat()
+    budget = _check_integer("config.data.max_bad_images", config.max_bad_images, 0)
+    source = _DecodedSplit(split, substitute=budget > 0)
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if repeats > 1:
         dataset = _repeated(dataset, split.num_examples, repeats).seed(seed)
     # Augment before slicing: the generator is seeded by the index, which must be the global one.
     dataset = dataset.random_map(augment)[process_index::process_count]
-    return _batches(dataset[start_step * local_size :], local_size, config)
+    return _batches(dataset[start_step * local_size :], local_size, config, split, budget)
 
 
 def eval_batches(
@@ -150,9 +156,9 @@ def eval_batches(
       process_count: number of hosts.
 
     Yields:
-      ``image``, uint8 [b, image_size, image_size, 3], ``label``, int32 [b], and ``mask``, bool [b],
-      where b is ``batch_size / process_count``; black images with label 0 and mask False fill the
-      last batch.
+      ``image``, uint8 [b, image_size, image_size, 3], ``label``, int32 [b], ``mask``, bool [b], and
+      ``bad``, int32 [b] as in `train_batches`, where b is ``batch_size / process_count``; black images
+      with label 0 and mask False fill the last batch and stand for images that cannot be decoded.
 
     Raises:
       UserError: as for `train_batches`.
@@ -165,22 +171,29 @@ def eval_batches(
         interpolation=_interpolation(config, "eval_interpolation"),
     )
     split = open_eval_split(config)
-    images = _DecodedSplit(split)
+    budget = _check_integer("config.data.max_bad_images", config.max_bad_images, 0)
+    images = _DecodedSplit(split, substitute=False)
     padding = {
         "image": np.zeros((image_size, image_size, 3), np.uint8),
         "label": np.int32(0),
         "mask": np.False_,
+        "bad": NOT_BAD,
     }
 
     def load(index: int) -> dict[str, Any]:
         if index >= split.num_examples:
             return padding
-        example = images[index]
+        try:
+            example = images[index]
+        except UserError:
+            if budget == 0:
+                raise
+            return {**padding, "bad": np.int32(index)}
         return {**example, "image": transform(example["image"]), "mask": np.True_}
 
     num_batches = -(-split.num_examples // batch_size)
     dataset = grain.MapDataset.range(num_batches * batch_size).map(load)
-    return _batches(dataset[process_index::process_count], local_size, config)
+    return _batches(dataset[process_index::process_count], local_size, config, split, budget)
 
 
 def repeated_index(position: int, num_examples: int, repeats: int) -> int:
@@ -210,33 +223,86 @@ def _repeated(shuffled: grain.MapDataset, num_examples: int, repeats: int) -> gr
 
 
 class _DecodedSplit:
-    """A split whose images are decoded when they are read, by the thread that reads them."""
+    """A split whose images are decoded when they are read, by the thread that reads them.
 
-    def __init__(self, split: Split) -> None:
-        self._split = split
+    With ``substitute``, the next image of the split takes the place of one that cannot be decoded.
+    """
+
+    def __init__(self, split: Split, *, substitute: bool) -> None:
+        self._split, self._substitute = split, substitute
 
     def __len__(self) -> int:
         return self._split.num_examples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        bad = NOT_BAD
+        for tried in range(len(self)):
+            try:
+                return {**self._decoded((index + tried) % len(self)), "bad": bad}
+            except UserError:
+                if not self._substitute:
+                    raise
+                bad = np.int32(index)
+        raise UserError(f"no image of split {self._split.name!r} of {self._split.dataset} can be decoded")
+
+    def _decoded(self, index: int) -> dict[str, Any]:
         try:
             record = self._split.source[index]
             image: Image.Image = transforms.decode(record["image"])
         except Exception as error:  # Pillow and ArrayRecord have a dozen types for damaged data
             raise UserError(
                 f"cannot read record {index} of split {self._split.name!r} of "
-                f"{self._split.dataset}: {one_line(error)}; prepare the dataset again"
+                f"{self._split.dataset}: {one_line(error)}; prepare the dataset again, or allow a few"
+                " such images with config.data.max_bad_images"
             ) from error
         return {"image": image, "label": np.int32(record["label"])}
 
 
-def _batches(dataset: Any, local_size: int, config: ConfigDict) -> Generator[Batch, None, None]:
-    threads = _check_integer("config.data.num_threads", config.num_threads, 0)
-    threads = threads or min(MAX_THREADS, os.cpu_count() or 1)
+def _batches(
+    dataset: Any, local_size: int, config: ConfigDict, split: Split, budget: int
+) -> Generator[Batch, None, None]:
+    workers, threads = _parallelism(config)
     prefetch = _check_integer("config.data.prefetch", config.prefetch, 0)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * prefetch)
-    # Threads work on images, not on batches: the first batch comes soon and few images wait.
-    return _until_closed(dataset.to_iter_dataset(options).batch(local_size, drop_remainder=True))
+    if not workers:
+        # Threads work on images, not on batches: the first batch comes soon and few images wait.
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * prefetch)
+        dataset = dataset.to_iter_dataset(options).batch(local_size, drop_remainder=True)
+        return _within_budget(_until_closed(dataset), split, budget)
+    # Each process takes every n-th element, so that the elements must be whole batches.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    dataset = dataset.batch(local_size, drop_remainder=True).to_iter_dataset(options)
+    if not flags.FLAGS.is_parsed():  # outside of a command; Grain reads flags of its own
+        flags.FLAGS.mark_as_parsed()
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return _within_budget(_until_closed(dataset), split, budget)
+
+
+def _parallelism(config: ConfigDict) -> tuple[int, int]:
+    """Returns the number of worker processes, 0 for none, and of threads in each."""
+    cores = os.cpu_count() or 1
+    threads = _check_integer("config.data.num_threads", config.num_threads, 0)
+    workers = _check_integer("config.data.num_workers", config.num_workers, -1)
+    if workers < 0:
+        workers = cores // MAX_THREADS if cores >= 2 * MAX_THREADS else 0
+    return workers, threads or max(1, min(MAX_THREADS, cores // max(workers, 1)))
+
+
+def _within_budget(
+    batches: Generator[Batch, None, None], split: Split, budget: int
+) -> Generator[Batch, None, None]:
+    bad: set[int] = set()
+    try:
+        for batch in batches:
+            bad.update(batch["bad"][batch["bad"] != NOT_BAD].tolist())
+            if len(bad) > budget:
+                raise UserError(
+                    f"{len(bad)} images of split {split.name!r} of {split.dataset} cannot be decoded, the"
+                    f" records {', '.join(map(str, sorted(bad)[:5]))} among them, and"
+                    f" config.data.max_bad_images is {budget}; prepare the dataset again"
+                )
+            yield batch
+    finally:
+        batches.close()
 
 
 def _until_closed(dataset: Any) -> Generator[Batch, None, None]:

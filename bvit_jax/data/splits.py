@@ -24,6 +24,7 @@ class Split:
     """
 
     dataset: str
+    version: str
     name: str
     source: Sequence[dict[str, Any]]
     num_examples: int
@@ -137,6 +138,7 @@ def _open(dataset: str, path: Any, split: str) -> Split:
     label = features["label"]
     return Split(
         dataset=dataset,
+        version=str(builder.info.version),
         name=split,
         source=source,
         num_examples=len(source),
