@@ -5,8 +5,10 @@ whole; run the same command again to continue after an interruption.
 """
 
 import argparse
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -117,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _start_logging() -> None:
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Sends this package's log to stderr, one line an event."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # TFDS logs every directory that it reads
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -125,14 +129,19 @@ def _start_logging() -> None:
     logger.addHandler(handler)
     logger.propagate = False
     logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
-    _start_logging()
     try:
-        path = run(arguments)
+        with _logging():
+            path = run(arguments)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

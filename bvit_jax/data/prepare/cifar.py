@@ -23,6 +23,7 @@ NAME, VERSION = "cifar100", "3.0.2"  # of TFDS, whose features and keys these ar
 ARCHIVE = "cifar-100-python.tar.gz"
 COUNTS = {"train": 50_000, "test": 10_000}
 SIDE = 32
+# Of each feature: the keys of its values and of its names, the number of names.
 LABELS = {
     "label": ("fine_labels", "fine_label_names", 100),
     "coarse_label": ("coarse_labels", "coarse_label_names", 20),

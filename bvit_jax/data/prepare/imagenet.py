@@ -119,7 +119,8 @@ def _synset_tars(path: Path, synsets: Sequence[str]) -> list[Member]:
     missing = sorted(known - set(names))
     if missing:
         raise UserError(
-            f"{path} lacks {len(missing)} of the 1,000 synsets, such as {', '.join(missing[:3])}; get it again"
+            f"{path} lacks {len(missing)} of the 1,000 synsets, such as {', '.join(missing[:3])}; "
+            "get it again"
         )
     return members
 
@@ -197,8 +198,10 @@ def _check_md5(path: Path, expected: str) -> None:
         open_tar(path) as file,
         ProgressBar(f"MD5 of {path.name}, in MB", path.stat().st_size // 10**6) as bar,
     ):
+        done = 0
         while chunk := file.read(HASH_CHUNK):
             digest.update(chunk)
-            bar.advance(len(chunk) // 10**6)
+            bar.advance((done + len(chunk)) // 10**6 - done // 10**6)
+            done += len(chunk)
     if digest.hexdigest() != expected:
         raise UserError(f"{path} has the MD5 sum {digest.hexdigest()}; expected {expected}; get it again")

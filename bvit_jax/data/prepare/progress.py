@@ -50,7 +50,7 @@ class ProgressBar:
         now = time.monotonic()
         if now - self._logged >= LOG_SECONDS:
             self._logged = now
-            left = (self._total - self._done) * (now - self._started) / (self._done - self._first)
+            left = (self._total - self._done) * (now - self._started) / max(self._done - self._first, 1)
             share = self._done / max(self._total, 1)
             logger.info(
                 "%s: %s of %s (%.1f%%), %.0f minutes left",

@@ -264,7 +264,8 @@ def _check_space(stage: Staging, source: Source) -> None:
     free = shutil.disk_usage(stage.path).free
     if free < needed - there:
         raise cannot_write(
-            stage.path, f"about {(needed - there) / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
+            stage.path,
+            f"about {(needed - there) / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free",
         )
 
 

@@ -172,8 +172,8 @@ def cannot_write(path: Path, reason: str) -> UserError:
     if os.strerror(errno.ENOSPC) in reason:
         reason = os.strerror(errno.ENOSPC)
     return UserError(
-        f"cannot write {path}: {reason}; make it possible and run the same command again: "
-        "it continues where it stopped"
+        f"cannot write {path}: {reason}; mend that and run the same command again: it continues "
+        "where it stopped"
     )
 
 
