@@ -28,7 +28,7 @@ from bvit_jax.data.prepare.writer import Staging, cannot_write, is_prepared, ope
 from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError
 
-COMMIT_SECONDS = 30.0  # of work that an interruption may cost
+COMMIT_SECONDS = 10.0  # of work that an interruption may cost
 BUCKET_BYTES = 1 << 30
 MAX_BUCKETS = 200  # all are open at once, and many systems allow 256 files
 HASH_BITS = 128
