@@ -134,6 +134,7 @@ def _run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
     """Every run is killed a little later; the last one finds the rest and the result is the same."""
     directory = tmp_path / "killed"

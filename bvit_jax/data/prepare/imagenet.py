@@ -18,6 +18,7 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_build
 from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.data.prepare.source import ARRAY_RECORD, Example, Part, Source, SplitSource, check_image
 from bvit_jax.data.prepare.tars import Member, list_members, open_tar, read_member
+from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError, nearest
 
 NAME = "imagenet2012"
@@ -172,8 +173,8 @@ def _image(encoded: bytes, file_name: str, name: str) -> bytes:
     check_image(encoded, name, ("JPEG", "PNG"))
     try:
         return to_rgb_jpeg(encoded)
-    except OSError as error:
-        raise UserError(f"{name} is damaged: {error}; get that file again") from error
+    except Exception as error:  # Pillow has a dozen types for damaged files
+        raise UserError(f"{name} is damaged: {one_line(error)}; get that file again") from error
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
