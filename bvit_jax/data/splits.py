@@ -56,7 +56,8 @@ def open_split(dataset: str, data_dir: str, split: str) -> Split:
         raise UserError(
             f"config.data.dataset {dataset!r} is not prepared in {root}"
             f"{nearest(dataset, {*names, DIGITS})}; prepare it there with "
-            "tfds's download_and_prepare(file_format='array_record') or set config.data.data_dir"
+            "python -m bvit_jax.data.prepare or tfds's download_and_prepare(file_format='array_record'), "
+            "or set config.data.data_dir"
         )
     return _open(dataset, path, split)
 
@@ -126,7 +127,8 @@ def _open(dataset: str, path: Any, split: str) -> Split:
     except NotImplementedError:
         raise UserError(
             f"{path} is in {builder.info.file_format.value} format, which cannot be read at random;"
-            " convert it or prepare it again with file_format='array_record'"
+            " convert it with python -m bvit_jax.data.prepare tfrecord or prepare it again with"
+            " file_format='array_record'"
         ) from None
     except (ValueError, KeyError, AssertionError) as error:
         raise UserError(

@@ -1,0 +1,141 @@
+"""iNaturalist 2018 and 2019 in the layout that DeiT and BinaryViT read.
+
+A directory with ``train<year>.json``, ``val<year>.json``, ``categories.json`` and the images. Labels are
+the values of one rank (``kingdom`` to ``name``), numbered as they first come in the training annotations.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from bvit_jax.data.prepare.source import (
+    Example,
+    Part,
+    Source,
+    SplitSource,
+    check_image,
+    dataset_info,
+    read_file,
+)
+from bvit_jax.data.splits import one_line
+from bvit_jax.errors import UserError, nearest
+
+YEARS = (2018, 2019)
+VERSION = "1.0.0"
+RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+SPLITS = {"train": "train", "validation": "val"}  # TFDS's names, and those in the files'
+PART = 1000  # images
+
+
+def inaturalist_source(folder: Path, year: int, data_dir: Path, category: str = "name") -> Source:
+    """Returns the images of one year as the source of ``inaturalist<year>``, or ``..._<category>``.
+
+    An image's class is the number of its directory, as in the reference: ``<tree>/<group>/<class>/<file>``
+    in the annotations, ``<tree>/<class>/<file>`` or the same on the disk.
+
+    Args:
+      folder: the directory with the annotation files.
+      year: 2018 or 2019.
+      data_dir: the TFDS directory to prepare in.
+      category: the rank whose values are the labels.
+
+    Raises:
+      UserError: a file is missing or is not what it should be.
+    """
+    if category not in RANKS:
+        raise UserError(f"--category is {category!r}{nearest(category, RANKS)}")
+    categories = _json(folder / "categories.json", list)
+    annotations = {split: _json(folder / f"{stem}{year}.json", dict) for split, stem in SPLITS.items()}
+    train = folder / f"train{year}.json"
+    labels: dict[str, int] = {}
+    for annotation in _list(annotations["train"], "annotations", train):
+        rank = _rank(categories, _field(annotation, "category_id", train), category, train)
+        labels.setdefault(rank, len(labels))
+    digest = hashlib.sha256(str(folder.absolute()).encode())
+    splits = []
+    for split, stem in SPLITS.items():
+        path = folder / f"{stem}{year}.json"
+        images = []
+        num_bytes = 0
+        for entry in _list(annotations[split], "images", path):
+            name = _field(entry, "file_name", path)
+            number, image = _locate(folder, name, path)
+            rank = _rank(categories, number, category, path)
+            if rank not in labels:
+                raise UserError(f"{path}: {name} has the {category} {rank!r}, which {train} does not have")
+            try:
+                size = image.stat().st_size
+            except OSError as error:
+                raise UserError(f"cannot read {image}, which {path} lists: {error.strerror}") from error
+            images.append((name, image, labels[rank]))
+            num_bytes += size
+            digest.update(repr((name, rank, size)).encode())
+        parts = [
+            Part(f"{path}, images {i} and following", partial(_examples, images[i : i + PART]))
+            for i in range(0, len(images), PART)
+        ]
+        splits.append(SplitSource(split, len(images), num_bytes, tuple(parts)))
+    info = dataset_info(
+        data_dir,
+        f"inaturalist{year}" + ("" if category == "name" else f"_{category}"),
+        VERSION,
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=list(labels)),
+            "file_name": tfds.features.Text(),
+        },
+        description=f"iNaturalist {year}, labelled by {category}.",
+        homepage=f"https://github.com/visipedia/inat_comp/tree/master/{year}",
+    )
+    return Source(info, tuple(splits), fingerprint=digest.hexdigest())
+
+
+def _examples(images: Sequence[tuple[str, Path, int]]) -> Iterator[tuple[str, Example]]:
+    for name, path, label in images:
+        encoded = read_file(path)
+        check_image(encoded, str(path))
+        yield name, {"image": encoded, "label": label, "file_name": name}
+
+
+def _locate(folder: Path, name: Any, path: Path) -> tuple[int, Path]:
+    """Returns the class and the file of an image."""
+    parts = str(name).split("/")
+    if len(parts) != 4 or not parts[2].isdecimal() or ".." in parts:
+        raise UserError(f"{path} lists {name!r}; expected <tree>/<group>/<number of the class>/<file>")
+    tree, _, number, file = parts
+    flat = folder / tree / number / file
+    return int(number), flat if flat.exists() else folder / str(name)
+
+
+def _rank(categories: list[Any], number: Any, category: str, path: Path) -> str:
+    if not isinstance(number, int) or not 0 <= number < len(categories):
+        raise UserError(f"{path} names the category {number}; categories.json has 0 to {len(categories) - 1}")
+    return str(_field(categories[number], category, path.parent / "categories.json"))
+
+
+def _json(path: Path, kind: type) -> Any:
+    try:
+        value = json.loads(read_file(path))
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}; get it again") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}")
+    return value
+
+
+def _list(value: dict[str, Any], key: str, path: Path) -> list[Any]:
+    found = value.get(key)
+    if not isinstance(found, list) or not found:
+        raise UserError(f"{path} has no list {key!r}; expected the annotations of the challenge")
+    return found
+
+
+def _field(value: Any, key: str, path: Path) -> Any:
+    if not isinstance(value, dict) or key not in value:
+        raise UserError(f"{path} has an entry without {key!r}: {value!r:.80}")
+    return value[key]

@@ -1,0 +1,101 @@
+"""What a data set to be prepared looks like to the writer: splits made of parts, parts of examples."""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
+from bvit_jax.data.splits import one_line
+from bvit_jax.errors import UserError
+
+Key = int | str
+Example = dict[str, Any]
+ARRAY_RECORD = "array_record"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a split that is read in one go: after an interruption, finished parts stay finished.
+
+    ``examples()`` yields the key of each example, unique in its split, and the values of its
+    features; it may be called again and then yields the same. ``name`` is for messages.
+    """
+
+    name: str
+    examples: Callable[[], Iterator[tuple[Key, Example]]]
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """One split: its parts, how many examples they must yield together, and about how many bytes."""
+
+    name: str
+    num_examples: int
+    num_bytes: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set to be prepared.
+
+    ``info.data_dir`` is where it will appear. ``fingerprint`` changes when the files that are read do:
+    what was prepared from other files is never continued.
+    """
+
+    info: tfds.core.DatasetInfo
+    splits: tuple[SplitSource, ...]
+    fingerprint: str
+
+
+def dataset_info(
+    data_dir: Path,
+    name: str,
+    version: str,
+    features: dict[str, Any],
+    description: str,
+    homepage: str | None = None,
+) -> tfds.core.DatasetInfo:
+    """Describes the data set ``name`` below ``data_dir``, without a TFDS builder of that name."""
+    identity = DatasetIdentity(
+        name=name,
+        version=tfds.core.Version(version),
+        data_dir=str(data_dir / name / version),
+        module_name=__name__,
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        description=description,
+        features=tfds.features.FeaturesDict(features),
+        supervised_keys=("image", "label"),
+        homepage=homepage,
+    )
+    info.set_file_format(ARRAY_RECORD)
+    return info
+
+
+def check_image(encoded: bytes, name: str, formats: tuple[str, ...] | None = None) -> None:
+    """Raises `UserError` naming ``name`` if the header is not that of an image (of one of ``formats``)."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=formats):
+            pass  # the pixels are not decoded: that would take days for ImageNet
+    except Exception as error:  # Pillow has a dozen types for damaged files
+        reason = "" if "cannot identify" in str(error) else f" ({one_line(error)})"
+        expected = " or ".join(formats) if formats else "an image"
+        raise UserError(
+            f"{name} is damaged{reason}: expected {expected} and found {len(encoded)} bytes that begin "
+            f"with {encoded[:8]!r}; get that file again"
+        ) from error
+
+
+def read_file(path: Path) -> bytes:
+    """Returns the bytes of a file of the source; raises `UserError` if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error

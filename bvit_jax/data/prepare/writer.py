@@ -1,0 +1,247 @@
+"""Where a data set grows out of sight until it is whole.
+
+Everything is written to ``<data_dir>/<name>/incomplete.bvit_<version>``, a name that no reader takes for
+a data set. Its ``dataset`` holds finished shards; when the last one and the description are there, it is
+renamed to ``<data_dir>/<name>/<version>``, which is atomic. A later run finds what an earlier one left.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tensorflow_datasets.core import naming
+
+from bvit_jax.data.prepare.source import ARRAY_RECORD
+from bvit_jax.data.splits import one_line
+from bvit_jax.errors import UserError
+
+WRITER_OPTIONS = "group_size:1"  # as TFDS writes: every record can be read on its own
+PLAN = "plan.json"
+
+logger = logging.getLogger(__name__)
+
+
+class Staging:
+    """The directory in which this process, and no other, prepares the data set of ``info``."""
+
+    def __init__(self, info: tfds.core.DatasetInfo) -> None:
+        self.info = info
+        self.target = Path(info.data_dir)
+        self.path = staging_path(self.target)
+        self._dataset = self.path / "dataset"
+
+    def read_json(self, name: str) -> Any:
+        """Returns the content of a file of this directory, None if there is none."""
+        path = self.path / name
+        try:
+            return json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"cannot read {path}: {one_line(error)}; {_start_again(self.path)}") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replaces a file of this directory: after a crash it holds the old value or the new one."""
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(json.dumps(value))
+        replace(temporary, self.path / name)
+
+    def shard_path(self, split: str, shard: int, num_shards: int) -> Path:
+        """Returns where a finished shard lies."""
+        template = self._template(split)
+        return Path(template.sharded_filepath(shard_index=shard, num_shards=num_shards))
+
+    def write_shard(self, path: Path, records: Iterable[bytes]) -> None:
+        """Writes one ArrayRecord file, under its name only when it is whole and on the disk."""
+        self._dataset.mkdir(exist_ok=True)
+        temporary = self.path / "shard.tmp"
+        temporary.unlink(missing_ok=True)
+        writer, count = ArrayRecordWriter(str(temporary), WRITER_OPTIONS), 0
+        try:
+            for record in records:
+                writer.write(record)
+                count += 1
+        finally:
+            error = _close(writer)  # the writer tells here, not earlier, if the disk is full
+        if error is None and _num_records(temporary) != count:
+            error = f"{count} records were written and the file does not hold them"
+        if error is not None:
+            raise cannot_write(self.path, error)
+        replace(temporary, path)
+
+    def finish(self, splits: Mapping[str, tuple[list[int], int]]) -> None:
+        """Makes the data set appear.
+
+        Args:
+          splits: of each split, the number of records of each shard and the bytes of all records.
+
+        Raises:
+          UserError: a shard is not what it should be.
+        """
+        infos = [
+            tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=lengths,
+                num_bytes=num_bytes,
+                filename_template=self._template(name),
+            )
+            for name, (lengths, num_bytes) in splits.items()
+        ]
+        self.info.set_splits(tfds.core.splits.SplitDict(infos))
+        self.info.write_to_directory(self._dataset)
+        counts = {name: sum(lengths) for name, (lengths, _) in splits.items()}
+        problem = _problem(self._dataset, counts)
+        if problem:
+            raise UserError(f"{self._dataset} {problem}; {_start_again(self.path)}")
+        for path in self._dataset.iterdir():
+            _sync(path)
+        replace(self._dataset, self.target)
+        shutil.rmtree(self.path)
+
+    def _template(self, split: str) -> naming.ShardedFileTemplate:
+        return naming.ShardedFileTemplate(
+            data_dir=self._dataset,
+            dataset_name=self.info.name,
+            filetype_suffix=ARRAY_RECORD,
+            split=split,
+        )
+
+
+@contextlib.contextmanager
+def open_staging(info: tfds.core.DatasetInfo, fingerprint: str) -> Iterator[Staging]:
+    """Yields the directory for preparing ``info``, new or as an interrupted run left it.
+
+    Args:
+      info: of the data set; ``info.data_dir`` must not exist.
+      fingerprint: of the source, see `Source`.
+
+    Raises:
+      UserError: an interrupted run had another source, another process is at work, or the directory
+        cannot be written; also in place of any OSError inside the ``with``.
+    """
+    stage = Staging(info)
+    try:
+        stage.path.mkdir(parents=True, exist_ok=True)
+        with (stage.path / "lock").open("w") as lock:
+            _lock(lock.fileno(), stage.path)
+            _check_plan(stage, fingerprint)
+            yield stage
+    except OSError as error:
+        raise cannot_write(stage.path, error.strerror or one_line(error)) from error
+
+
+def staging_path(target: Path) -> Path:
+    """Returns where the data set that will appear at ``target`` is prepared."""
+    return target.parent / f"incomplete.bvit_{target.name}"  # TFDS ignores incomplete.*
+
+
+def is_prepared(target: Path, counts: Mapping[str, int]) -> bool:
+    """Returns whether the data set is there already, and removes what a crash at the end left over.
+
+    Raises:
+      UserError: something else is in its place.
+    """
+    if not target.exists():
+        return False
+    problem = _problem(target, counts)
+    if problem:
+        raise UserError(f"{target} exists and {problem}; delete it or choose another --data_dir")
+    shutil.rmtree(staging_path(target), ignore_errors=True)
+    logger.info("%s was prepared earlier", target)
+    return True
+
+
+def replace(old: Path, new: Path) -> None:
+    """Renames a file or directory so that a crash, even of the machine, cannot leave a broken one."""
+    _sync(old)
+    old.replace(new)
+    _sync(new.parent)
+
+
+def cannot_write(path: Path, reason: str) -> UserError:
+    """Returns the error of a preparation that can be continued."""
+    if os.strerror(errno.ENOSPC) in reason:
+        reason = os.strerror(errno.ENOSPC)
+    return UserError(
+        f"cannot write {path}: {reason}; mend that and run the same command again: it continues "
+        "where it stopped"
+    )
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process prepares {path}; wait for it") from None
+
+
+def _check_plan(stage: Staging, fingerprint: str) -> None:
+    plan = {"format": 1, "fingerprint": fingerprint}
+    begun = stage.read_json(PLAN)
+    if begun is None:
+        stage.write_json(PLAN, plan)
+    elif begun != plan:
+        raise UserError(
+            f"{stage.path} was begun from other files or with other options; {_start_again(stage.path)}"
+        )
+
+
+def _start_again(path: Path) -> str:
+    return f"delete {path} and run the same command again to start anew"
+
+
+def _problem(directory: Path, counts: Mapping[str, int]) -> str | None:
+    """Returns what is wrong with a finished data set; every shard is opened."""
+    try:
+        builder = tfds.builder_from_directory(directory)
+        if builder.info.file_format.value != ARRAY_RECORD:
+            return f"is in {builder.info.file_format.value} format; expected {ARRAY_RECORD}"
+        found = {name: len(builder.as_data_source(name)) for name in builder.info.splits}
+    except Exception as error:  # TFDS, protobuf, JSON and ArrayRecord each raise their own
+        return f"cannot be opened: {one_line(error)}"
+    if found != counts:
+        return f"holds {_listed(found)}; expected {_listed(counts)}"
+    for name, split in builder.info.splits.items():
+        for path, length in zip(split.filepaths, split.shard_lengths):
+            if _num_records(Path(path)) != length:
+                return f"holds the damaged shard {path} of split {name}"
+    return None
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _num_records(path: Path) -> int | None:
+    try:
+        reader = ArrayRecordReader(str(path))
+        count = int(reader.num_records()) if reader.ok() else None
+        reader.close()
+    except (RuntimeError, ValueError):
+        return None
+    return count
+
+
+def _close(writer: Any) -> str | None:
+    try:
+        writer.close()
+    except RuntimeError as error:
+        return one_line(error)
+    return None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
