@@ -248,9 +248,8 @@ def _compare(digests: list[str]) -> None:
 
 def _print(speeds: dict[str, dict[str, list[float]]], arguments: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
-    print(
-        f"python {platform.python_version()}, {cores} cores, batches of {arguments.batch}, {_versions(speeds)}"
-    )
+    versions = _versions(list(speeds))
+    print(f"python {platform.python_version()}, {cores} cores, batches of {arguments.batch}, {versions}")
     for kind in SPLITS.values():
         cells = []
         for side, rounds in speeds.items():
@@ -262,9 +261,8 @@ def _print(speeds: dict[str, dict[str, list[float]]], arguments: argparse.Namesp
             line += f", ratio {statistics.median(a / b for a, b in pairs):.2f}"
         print(line)
     per_core = statistics.median(speeds["bvit_jax"]["training"]) / cores
-    print(
-        f"per core {per_core:.0f} images/s: {arguments.step:.0f} images/s need {arguments.step / per_core:.0f} cores"
-    )
+    needed = arguments.step / per_core
+    print(f"per core {per_core:.0f} images/s: {arguments.step:.0f} images/s need {needed:.0f} cores")
     if arguments.json:
         arguments.json.write_text(json.dumps(speeds, indent=2) + "\n")
 

@@ -1,11 +1,6 @@
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -20,37 +15,17 @@ from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.sharding import make_mesh, replicated, shard_batch
 from bvit_jax.step import Normalization, jit_train_step, make_eval_step, make_train_step
-from bvit_jax.train_state import abstract_state, create_state
+from bvit_jax.train_state import create_state
 from bvit_jax.training import build, load_teacher, train_and_evaluate
 from configs import digits
 from tests.configs import tiny
-
-ROOT = Path(__file__).parent.parent
-TIMES = ("images_per_second", "seconds_left", "data_wait")
-
-
-def command(script: str, *flags: str) -> list[str]:
-    return [sys.executable, str(ROOT / script), *flags]
-
-
-CACHE = tempfile.mkdtemp(prefix="bvit_jax_compiled_")
-
-
-def environment() -> dict[str, str]:
-    """One CPU device, whatever this process simulates, and what earlier processes compiled."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": CACHE,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-def run(script: str, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(script, *flags), env=environment(), cwd=ROOT, capture_output=True, text=True
-    )
+from tests.processes import (
+    ROOT,
+    assert_same_runs,
+    metrics_of,
+    run,
+    run_until,
+)
 
 
 def training_flags(workdir: Path, data_dir: Path) -> list[str]:
@@ -75,24 +50,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> tuple[
     return workdir, json.loads(result.stdout.splitlines()[-1])
 
 
-def metrics_of(workdir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def final_state(workdir: Path) -> dict[str, np.ndarray]:
-    config = config_lib.load(workdir / "config.json")
-    model = models.create_model(config.model)
-    optimizer = optim.make_optimizer(config.optim, lambda step: 1.0)
-    whole = replicated(make_mesh(jax.devices()[:1]))
-    checkpoints = Checkpoints(workdir, keep=2)
-    restored = checkpoints.restore("latest", abstract_state(model, optimizer, config.model.image_size, whole))
-    checkpoints.close()
-    assert restored is not None
-    leaves = jax.tree_util.tree_leaves_with_path(restored[0])
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
 def test_a_run_writes_what_it_promises(unbroken: tuple[Path, dict]) -> None:
     workdir, printed = unbroken
     assert printed["step"] == 18
@@ -112,26 +69,13 @@ def test_a_killed_run_continues_bit_for_bit(
     whole, printed = unbroken
     broken = tmp_path / "broken"
     flags = training_flags(broken, data_dir)
-    process = subprocess.Popen(
-        command("train.py", *flags), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if kill_after in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.stderr.close()
-    assert process.wait() == -signal.SIGKILL
+    run_until(kill_after, *flags)
 
     result = run("train.py", *flags)
     assert result.returncode == 0, result.stderr
     assert "continuing from step" in result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == printed
-    assert metrics_of(broken) == metrics_of(whole)
-    ours, theirs = final_state(broken), final_state(whole)
-    assert ours.keys() == theirs.keys()
-    for name, array in theirs.items():
-        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    assert_same_runs(broken, whole)
 
 
 def test_evaluation_prints_the_same_figures(unbroken: tuple[Path, dict]) -> None:
