@@ -40,7 +40,8 @@ class ColorJitter:
 def decode(encoded: bytes) -> Image.Image:
     """Decodes an image file to RGB; raises whatever Pillow raises for a damaged one."""
     with Image.open(io.BytesIO(encoded)) as image:
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def random_resized_crop_box(
