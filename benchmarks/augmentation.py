@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax_side import NORMALIZE, JaxSide
-from workload import MODELS, WARMUP_STEPS, Plan, known_model
+from workload import MODELS, WARMUP_STEPS, Plan, known_model, parse_override
 
 from bvit_jax.augmentation import Augmentation
 from bvit_jax.erasing import Erasing
@@ -42,6 +42,9 @@ def main() -> int:
     parser.add_argument(
         "--model", action="append", required=True, metavar="NAME", help=f"{', '.join(MODELS)}; repeatable"
     )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the models; repeatable"
+    )
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images of a step (16)")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="rounds (5)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -50,7 +53,8 @@ def main() -> int:
         for name in arguments.model:
             known_model(name)
         for name in arguments.model:
-            plan = Plan(name, None, {}, arguments.batch, arguments.dtype, None, False)
+            overrides = dict(map(parse_override, arguments.set))
+            plan = Plan(name, None, overrides, arguments.batch, arguments.dtype, None, False)
             print(line(name, *measure(plan, arguments.repeats)), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -124,8 +124,17 @@ def our_batches(directory: Path, arguments: argparse.Namespace) -> Batches:
             source = data.train_batches(config, SIZE, arguments.batch, SEED)
         else:
             source = data.eval_batches(config, SIZE, arguments.batch)
+        waiting = None
         for batch in source:
-            yield batch["image"] if uint8 else jax.block_until_ready(normalize(batch["image"]))
+            if uint8:
+                yield batch["image"]
+                continue
+            # The device works on one batch while the host makes the next, as in training.
+            previous, waiting = waiting, normalize(batch["image"])
+            if previous is not None:
+                yield jax.block_until_ready(previous)
+        if waiting is not None:
+            yield jax.block_until_ready(waiting)
 
     return batches
 

@@ -63,10 +63,10 @@ class ViTForImageClassification(nn.Module):
 """
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
     one_device = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, str(script), *arguments],
         env={**os.environ, **one_device},
         capture_output=True,
         text=True,
@@ -127,6 +127,15 @@ def test_measures_the_reference_beside_it(tmp_path):
     best = max(speeds[0]) / max(speeds[1])
     assert found["ratios"]["best_training"] == best
     assert f"(best {best:.2f})" in ran.stdout
+
+
+@pytest.mark.slow
+def test_measures_augmentation():
+    flags = ("--model", "deit_small", "--batch", "2", "--repeats", "1", *settings(TINY_DEIT))
+    ran = run(*flags, script=SCRIPT.with_name("augmentation.py"))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("deit_small: step ")
+    assert ran.stdout.endswith(" % of the step\n")
 
 
 def test_refuses_another_model_than_ours(tmp_path):
