@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,6 +43,8 @@ Batches = Callable[[str, bool], Iterator[np.ndarray]]  # of a split, whether in 
 def main() -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args()
+    if arguments.deit and not arguments.alone:
+        raise SystemExit("error: --deit has no counterpart in torchvision; add --alone")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         make_images(directory, arguments.images)
@@ -109,6 +112,7 @@ def make_images(directory: Path, count: int) -> None:
 def our_batches(directory: Path, arguments: argparse.Namespace) -> Batches:
     """Returns the batches of this project's pipeline."""
     import jax
+    import jax.numpy as jnp
 
     from bvit_jax import data
     from bvit_jax.config import default_config
@@ -117,24 +121,29 @@ def our_batches(directory: Path, arguments: argparse.Namespace) -> Batches:
     config = default_config().data
     config.dataset, config.data_dir = "photographs", str(directory)
     config.num_threads = arguments.workers
-    normalize = jax.jit(Normalization(config.mean, config.std))
+    if arguments.deit:
+        config.crop_interpolation, config.auto_augment = "bicubic", "rand-m9-mstd0.5-inc1"
+        config.repeats = 3
+    normalized = Normalization(config.mean, config.std)
+    # Into memory of an earlier batch, as an accelerator's allocator would: fresh pages cost a CPU dearly.
+    normalize = jax.jit(lambda memory, images: normalized(images), donate_argnums=0, keep_unused=True)
 
-    def batches(split: str, uint8: bool) -> Iterator[np.ndarray]:
+    def batches(split: str, uint8: bool) -> Iterator[Any]:
         if split == "train":
             source = data.train_batches(config, SIZE, arguments.batch, SEED)
         else:
             source = data.eval_batches(config, SIZE, arguments.batch)
-        waiting = None
+        if uint8:
+            yield from (batch["image"] for batch in source)
+            return
+        shape = (arguments.batch, SIZE, SIZE, 3)
+        free, waiting = deque(jnp.zeros(shape, jnp.float32) for _ in range(3)), deque[jax.Array]()
         for batch in source:
-            if uint8:
-                yield batch["image"]
-                continue
-            # The device works on one batch while the host makes the next, as in training.
-            previous, waiting = waiting, normalize(batch["image"])
-            if previous is not None:
-                yield jax.block_until_ready(previous)
-        if waiting is not None:
-            yield jax.block_until_ready(waiting)
+            waiting.append(normalize(free.popleft(), batch["image"]))
+            if len(waiting) > 1:  # the device works on one batch while the host makes the next
+                yield jax.block_until_ready(waiting[0])
+                free.append(waiting.popleft())
+        yield from waiting
 
     return batches
 
@@ -296,6 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
     parser.add_argument("--workers", type=int, default=0, help="threads or workers (0: one a core)")
     parser.add_argument("--uint8", action="store_true", help="without normalisation, on both sides")
+    parser.add_argument("--deit", action="store_true", help="train with DeiT's augmentation; with --alone")
     parser.add_argument("--alone", action="store_true", help="without torchvision")
     parser.add_argument(
         "--step", type=float, default=STEP_IMAGES_PER_SECOND, help="images/s that a machine trains"

@@ -635,7 +635,8 @@ def test_nonsense_in_a_description_is_one_line(tmp_path, file_format, file):
         return
     original = json.loads(path.read_text())
     foreign = {key: value for key, value in original.items() if key != "bvit_jax"}
-    for tree in [original] if file_format == "native" else [original, foreign]:
+    trees = {"native": [original], "huggingface": [original, foreign], "timm": [foreign]}[file_format]
+    for tree in trees:
         (tmp_path / "x" / "config.json").write_text(
             json.dumps(tree) if file == "config.json" else (tmp_path / "x" / "config.json").read_text()
         )

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from bvit_jax import config as config_lib
-from bvit_jax import models, optim, pretrained
+from bvit_jax import data, models, optim, pretrained
 from bvit_jax.checkpoint import Checkpoints
+from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.sharding import make_mesh, replicated, shard_batch
@@ -280,6 +282,49 @@ def test_the_whole_recipe_trains_and_continues(data_dir: Path, tmp_path: Path) -
     shutil.rmtree(tmp_path / "broken" / "checkpoints" / str(newest))
     train_and_evaluate(config, tmp_path / "broken")
     assert metrics_of(tmp_path / "broken") == lines
+
+
+# --- data --------------------------------------------------------------------------------------
+
+
+def test_another_version_of_the_data_is_refused(
+    unbroken: tuple[Path, dict], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken[0], workdir)
+    config = tiny_config(data_dir)
+    open_train_split = data.open_train_split
+    monkeypatch.setattr(
+        data,
+        "open_train_split",
+        lambda config: dataclasses.replace(open_train_split(config), version="9.0.0"),
+    )
+    with pytest.raises(UserError, match=r"started with version 1.0.0 of digits, and there is 9.0.0 now"):
+        train_and_evaluate(config, workdir)
+
+
+def test_damaged_images_are_counted_and_the_count_survives(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = transforms.decode
+    damaged = {bytes(data.open_split("digits", str(data_dir), "train").source[i]["image"]) for i in (3, 77)}
+
+    def fails_for_two(encoded: bytes) -> Image.Image:
+        if encoded in damaged:
+            raise OSError("truncated")
+        return decode(encoded)
+
+    monkeypatch.setattr(transforms, "decode", fails_for_two)
+    config = tiny_config(data_dir, batch_size=480, epochs=1)
+    config.data.max_bad_images = 2
+    train_and_evaluate(config, tmp_path / "run")
+    (line,) = [line for line in metrics_of(tmp_path / "run") if "loss" in line]
+    # Two of three batches of an epoch of 1437 images; some images look the same.
+    assert 1 <= line["bad_images"] <= 4
+    config.epochs = 2
+    train_and_evaluate(config, tmp_path / "run")
+    last = [line for line in metrics_of(tmp_path / "run") if "loss" in line][-1]
+    assert last["bad_images"] > line["bad_images"]
 
 
 # --- devices -----------------------------------------------------------------------------------
