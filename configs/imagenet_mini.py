@@ -9,8 +9,9 @@ Command: python -m bvit_jax.data.mini_imagenet --out mini
 Argument: teacher trains a small DeiT with the recipe of deit_small.py; without it, a small BinaryViT is
   distilled from it with that of binaryvit_small.py.
 Data: what the first two commands make.
-Expected: above chance, 0.1 %; there are two training images a class.
-Hardware and cost: two minutes each on two cores of an AMD EPYC.
+Expected: 0.8 % top-1 of both, 4.0 and 3.6 % top-5, where chance has 0.1 and 0.5 %: there are two
+  training images a class. It rehearses the machinery, not the accuracy.
+Hardware and cost: 46 and 93 seconds on two cores of an AMD EPYC.
 """
 
 from typing import Any
@@ -39,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.eval_resize = IMAGE_SIZE * 256 // 224
     config.batch_size = config.eval_batch_size = 100
     config.epochs = 20
+    config.optim.learning_rate = 1e-2  # 400 steps are few for that of the full run
     config.eval_every_epochs = 5
     config.log_every_steps = 10
     return config
