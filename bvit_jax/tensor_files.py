@@ -100,7 +100,7 @@ def read_torch(path: Path) -> dict[str, Any]:
       UserError: torch is not installed; the file is missing, damaged, wants to run code, or holds
         something else than a dict.
     """
-    torch = _import_torch(path)
+    torch = _import_torch()
     if not path.is_file():
         raise UserError(f"no file {path}; expected a checkpoint")
     _check_zip(path)
@@ -117,16 +117,16 @@ def read_torch(path: Path) -> dict[str, Any]:
 
 def write_torch(path: Path, content: dict[str, Any]) -> None:
     """Writes a dict, its numpy arrays as tensors; raises `UserError` if torch is not installed."""
-    torch = _import_torch(path)
+    torch = _import_torch()
     torch.save(_to_torch(content), path)
 
 
-def _import_torch(path: Path) -> Any:
+def _import_torch() -> Any:
     try:
         import torch
     except ImportError:
         raise UserError(
-            f"{path.name} needs PyTorch, which is not installed; install it (pip install torch) or use"
+            "a .pth file needs PyTorch, which is not installed; install it (pip install torch) or use"
             " safetensors"
         ) from None
     return torch

@@ -236,5 +236,8 @@ def test_missing_checkpoint(tmp_path, torch):
 
 def test_without_torch_the_message_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"x.pth needs PyTorch, which is not installed"):
+    with pytest.raises(UserError, match=r"a .pth file needs PyTorch, which is not installed"):
         tensor_files.read_torch(tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"a .pth file needs PyTorch"):
+        tensor_files.write_torch(tmp_path / "x.pth", {})
+    assert list(tmp_path.iterdir()) == []
