@@ -5,8 +5,8 @@
 Both sides read the same JPEG files, made from scikit-learn's two photographs at ImageNet's usual size,
 decode them with Pillow, crop, resize, flip and normalise, and hand out batches of float32: the DataLoader
 with ToTensor and Normalize in its workers, as the recipes do, ours as uint8 that the device normalises
-(here the same CPU). ``--uint8`` leaves normalisation out on both sides. The first evaluation batches in
-uint8 are compared first: they are equal bit for bit. Each side lives in a process of its own and sleeps
+(here the same CPU). ``--uint8`` leaves normalisation out on both sides. The first evaluation batches are
+compared before that: they are equal bit for bit. Each side lives in a process of its own and sleeps
 while the other is measured; the sides alternate, so that the noise of the machine hits both.
 """
 
@@ -219,7 +219,7 @@ class Worker:
         self._process.start()
 
     def digest(self) -> str:
-        """Returns the SHA-256 of the first evaluation batch in uint8."""
+        """Returns the SHA-256 of the first evaluation batch."""
         return self._ask(("digest", "validation"))
 
     def images_per_second(self, split: str) -> float:
@@ -242,9 +242,9 @@ def _serve(pipe: Connection, make: Any, directory: Path, arguments: argparse.Nam
     batches: Batches = make(directory, arguments)
     while (request := pipe.recv()) is not None:
         command, split = request
-        source = batches(split, command == "digest" or arguments.uint8)
+        source = batches(split, arguments.uint8)
         if command == "digest":
-            content = np.ascontiguousarray(next(source), np.uint8)
+            content = np.ascontiguousarray(next(source))
             pipe.send(hashlib.sha256(content.tobytes()).hexdigest())
         else:
             pipe.send(_speed(source, arguments.measured))
