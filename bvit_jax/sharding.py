@@ -1,5 +1,10 @@
-"""The mesh, and where every array lives: images over ``data``, everything else on all devices."""
+"""The mesh, and where every array lives.
 
+The mesh has two axes. Images are spread over both. Parameters and the state of the optimiser are whole
+on every device, or spread over ``fsdp`` where it has more than one; everything else is whole everywhere.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,14 +14,38 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bvit_jax.errors import UserError
 
-DATA_AXIS = "data"
+DATA_AXIS, FSDP_AXIS = "data", "fsdp"
+BATCH = PartitionSpec((DATA_AXIS, FSDP_AXIS))
+
+LARGEST, WHOLE = "largest", "whole"
+# Path of an array in the state, and which of its axes goes over fsdp; the first match counts.
+RULES = (
+    (r"^(batch_stats|step|signs)\b", WHOLE),
+    (r"^ema/batch_stats\b", WHOLE),
+    (r"", LARGEST),
+)
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a one-dimensional mesh of the devices, by default all of all processes."""
+def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
+    """Returns the mesh of the devices, by default all of all processes.
+
+    Args:
+      devices: their number must be a multiple of ``fsdp``.
+      fsdp: devices that share one copy of the parameters; neighbours, so that they are on one host
+        where it has so many.
+
+    Raises:
+      UserError: the devices do not divide.
+    """
     devices = jax.devices() if devices is None else devices
-    auto = (AxisType.Auto,)
-    return jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=auto, devices=devices)
+    if len(devices) % fsdp:
+        raise UserError(f"config.mesh.fsdp is {fsdp}; expected a divisor of the {len(devices)} devices")
+    return jax.make_mesh(
+        (len(devices) // fsdp, fsdp),
+        (DATA_AXIS, FSDP_AXIS),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=devices,
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -26,7 +55,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of arrays whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return NamedSharding(mesh, BATCH)
+
+
+def state_sharding(tree: Any, mesh: Mesh) -> Any:
+    """Returns the sharding of every array of a training state, by the table `RULES`.
+
+    Args:
+      tree: arrays or their shapes, of the whole state.
+      mesh: with an fsdp axis of 1, every array is whole on every device.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        kind = next(kind for pattern, kind in RULES if re.search(pattern, name))
+        spec = PartitionSpec() if kind == WHOLE else _over_fsdp(leaf.shape, mesh.shape[FSDP_AXIS])
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _over_fsdp(shape: tuple[int, ...], count: int) -> PartitionSpec:
+    """Returns the spec that splits the largest axis which ``count`` divides, if there is one."""
+    sizes = [size if size % count == 0 else 0 for size in shape]
+    if count == 1 or not any(sizes):
+        return PartitionSpec()
+    axis = int(np.argmax(sizes))
+    return PartitionSpec(*(None,) * axis, FSDP_AXIS)
 
 
 def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
@@ -35,12 +90,24 @@ def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
         raise UserError(f"config.{key} is {batch_size}; expected a multiple of the {mesh.size} devices")
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Returns which rows of a global batch the devices of this process hold, ascending, int64 [b]."""
+    indices = batch_sharded(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.concatenate(sorted((np.arange(batch_size)[index] for index in indices), key=lambda rows: rows[0]))
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns the global arrays of a batch of which this process holds its part."""
+    """Returns the global arrays of a batch of which this process holds its `local_rows`."""
     sharding = batch_sharded(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def with_sharding(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Returns the shapes and dtypes of a tree of arrays, all with one sharding."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+def with_sharding(tree: Any, shardings: Any) -> Any:
+    """Returns the shapes and dtypes of a tree of arrays with their shardings, one for all or a tree."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda leaf: shardings, tree)
+
+    def struct(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(struct, tree, shardings)

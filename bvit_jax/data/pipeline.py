@@ -1,13 +1,13 @@
 """Batches of uint8 images for training and evaluation, the same ones for any number of hosts.
 
-Batch k holds examples ``k * batch_size`` and following of one global sequence; host i of n takes
-every n-th of them. So a batch depends on the seed and its number alone: a run resumes from its step
-and may do so on another number of hosts.
+Batch k holds examples ``k * batch_size`` and following of one global sequence; a host loads the rows of
+it that its devices hold. So a batch depends on the seed and its number alone: a run resumes from its
+step and may do so on another number of hosts.
 """
 
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import astuple
 from functools import partial
 from typing import Any
@@ -78,8 +78,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Generator[Batch, None, None]:
     """Yields this host's part of the training batches ``start_step``, ``start_step + 1``, ...
 
@@ -93,12 +92,11 @@ def train_batches(
       batch_size: over all hosts.
       seed: of the order and of the augmentation, from 0 to 2**32 - 1.
       start_step: number of the first batch; a large one costs nothing.
-      process_index: number of this host.
-      process_count: number of hosts.
+      rows: which images of each batch this host loads, in ascending order; by default all.
 
     Yields:
       ``image``, uint8 [b, image_size, image_size, 3], ``label``, int32 [b], and ``bad``, int32 [b],
-      where b is ``batch_size / process_count``; without end, so ``close()`` it to stop its threads.
+      where b is the number of rows; without end, so ``close()`` it to stop its threads.
       In place of an image that cannot be decoded comes the next one of the split; ``bad`` is the
       number of its record, -1 where all is well.
 
@@ -106,7 +104,7 @@ def train_batches(
       UserError: a setting is wrong, the split cannot be opened (both at once, not when the first
         batch is drawn), or more different images than ``config.max_bad_images`` cannot be decoded.
     """
-    local_size = _local_size("batch_size", batch_size, process_index, process_count)
+    rows = _rows("batch_size", batch_size, rows)
     _check_integer("start_step", start_step, 0)
     _check_integer("config.seed", seed, 0)
     if seed >= MAX_SEED:
@@ -131,17 +129,16 @@ def train_batches(
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if repeats > 1:
         dataset = _repeated(dataset, split.num_examples, repeats).seed(seed)
-    # Augment before slicing: the generator is seeded by the index, which must be the global one.
-    dataset = dataset.random_map(augment)[process_index::process_count]
-    return _batches(dataset[start_step * local_size :], local_size, config, split, budget)
+    # Augment before choosing rows: the generator is seeded by the index, which must be the global one.
+    dataset = _of_rows(dataset.random_map(augment), sys.maxsize, batch_size, rows)
+    return _batches(dataset[start_step * len(rows) :], len(rows), config, split, budget)
 
 
 def eval_batches(
     config: ConfigDict,
     image_size: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Generator[Batch, None, None]:
     """Yields this host's part of one pass over the evaluation split, in the order of the records.
 
@@ -152,18 +149,16 @@ def eval_batches(
       config: the ``data`` settings of the run.
       image_size: of the square images, in pixels.
       batch_size: over all hosts.
-      process_index: number of this host.
-      process_count: number of hosts.
+      rows: which images of each batch this host loads, in ascending order; by default all.
 
     Yields:
       ``image``, uint8 [b, image_size, image_size, 3], ``label``, int32 [b], ``mask``, bool [b], and
-      ``bad``, int32 [b] as in `train_batches`, where b is ``batch_size / process_count``; black images
-      with label 0 and mask False fill the last batch and stand for images that cannot be decoded.
+      ``bad``, int32 [b] as in `train_batches`, where b is the number of rows; black images with label 0 and mask False fill the last batch and stand for images that cannot be decoded.
 
     Raises:
       UserError: as for `train_batches`.
     """
-    local_size = _local_size("eval_batch_size", batch_size, process_index, process_count)
+    rows = _rows("eval_batch_size", batch_size, rows)
     transform = partial(
         transforms.eval_transform,
         size=_check_integer("image_size", image_size, 1),
@@ -193,7 +188,7 @@ def eval_batches(
 
     num_batches = -(-split.num_examples // batch_size)
     dataset = grain.MapDataset.range(num_batches * batch_size).map(load)
-    return _batches(dataset[process_index::process_count], local_size, config, split, budget)
+    return _batches(_of_rows(dataset, num_batches, batch_size, rows), len(rows), config, split, budget)
 
 
 def repeated_index(position: int, num_examples: int, repeats: int) -> int:
@@ -313,13 +308,24 @@ def _until_closed(dataset: Any) -> Generator[Batch, None, None]:
         iterator.close()  # or its threads would finish the waiting images first
 
 
-def _local_size(key: str, batch_size: int, process_index: int, process_count: int) -> int:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}")
+def _rows(key: str, batch_size: int, rows: Sequence[int] | None) -> list[int]:
     _check_integer(f"config.{key}", batch_size, 1)
-    if batch_size % process_count:
-        raise UserError(f"config.{key} is {batch_size}; expected a multiple of the {process_count} hosts")
-    return batch_size // process_count
+    rows = list(range(batch_size)) if rows is None else [int(row) for row in rows]
+    if not rows or sorted(set(rows)) != rows or not 0 <= rows[0] <= rows[-1] < batch_size:
+        raise ValueError(f"rows {rows}; expected some of range({batch_size}), in ascending order")
+    return rows
+
+
+def _of_rows(dataset: Any, num_batches: int, batch_size: int, rows: list[int]) -> Any:
+    """Returns the examples in some rows of each batch."""
+    if len(rows) == batch_size:
+        return dataset
+
+    def example(position: int) -> dict[str, Any]:
+        batch, place = divmod(position, len(rows))
+        return dataset[batch * batch_size + rows[place]]
+
+    return grain.MapDataset.range(min(num_batches * len(rows), sys.maxsize)).map(example)
 
 
 def _check_integer(key: str, value: Any, minimum: int) -> int:
