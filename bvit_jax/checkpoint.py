@@ -1,26 +1,29 @@
-"""Checkpoints of a run: complete or invisible, verified when read, Orbax underneath.
+"""Checkpoints of a run: written while it goes on, complete or invisible, verified when read.
 
-Layout below the run's directory::
+Layout below the run's directory, Orbax underneath::
 
-    checkpoints/<step>/   the newest ones
-    best/<step>/          the best one
+    checkpoints/<step>/
         state/            the arrays
         metadata/         JSON
         checksums.json    SHA-256 of the files above, written last and removed first
 
 A step without ``checksums.json`` was not completely written, or not completely deleted, and does
-not exist for this module. The directory must be on a file system all processes see.
+not exist for this module. The directory must be on a file system that all processes see.
 """
 
 import hashlib
 import json
+import logging
 import os
 import re
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -28,76 +31,152 @@ from bvit_jax.errors import UserError
 
 Kind = Literal["latest", "best"]
 State = TypeVar("State")
+T = TypeVar("T")
 
-FOLDERS: dict[Kind, str] = {"latest": "checkpoints", "best": "best"}
+FOLDER = "checkpoints"
 ITEMS = ("state", "metadata")
 CHECKSUMS = "checksums.json"
+NONE, ALL_DAMAGED = -1, -2  # in place of a step
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one training run; creates their folders and clears unfinished ones.
+    """The checkpoints of one training run; creates their folder and clears unfinished ones.
 
     All processes make the same calls in the same order.
 
     Args:
       directory: the run's directory.
-      keep: number of latest checkpoints to keep; of the best, one is kept.
+      keep: number of newest checkpoints to keep, beside the best one.
 
     Raises:
-      UserError: the directory cannot be written.
+      UserError: the directory cannot be written, or is not the same one for all processes.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        self._latest = _Series(directory / FOLDERS["latest"], keep=keep, create=True)
-        self._best = _Series(directory / FOLDERS["best"], keep=1, create=True)
+        self._folder = (directory / FOLDER).absolute()
+        self._keep = keep
+        self._writer = ocp.AsyncCheckpointer(_handler())
+        self._finisher: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._current: int | None = None  # the step last saved or restored
+        self._steps: list[int] = []
+        if jax.process_index() == 0:
+            _writing(self._folder, lambda: _clear_unfinished(self._folder))
+            self._steps = _complete_steps(self._folder)
+        _check_shared(self._folder)
 
-    def save_latest(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Saves a tree of arrays and JSON values; returns when they are on disk.
+    def save(self, step: int, state: Any, metadata: dict[str, Any], best_step: int | None = None) -> None:
+        """Starts to save a tree of arrays and JSON values; returns when the arrays may change.
 
-        A step that this object has saved or restored is not written again; one left by an earlier
-        run of the process is replaced. Checkpoints of later steps are removed: this run has not
-        reached them.
-
-        Raises:
-          UserError: the directory cannot be written.
-        """
-        self._latest.save(step, state, metadata)
-
-    def save_best(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Like `save_latest`, replacing the best checkpoint."""
-        self._best.save(step, state, metadata)
-
-    def restore(self, kind: Kind, abstract_state: State) -> tuple[State, dict[str, Any]] | None:
-        """Returns the newest state and metadata of a kind, or None if there is none.
+        What is written meanwhile becomes visible when it is complete. Before, this waits for the save
+        before it. A step that this object has saved or restored is not written again; one left by an
+        earlier process is replaced. Checkpoints of later steps are removed: this run has not reached
+        them.
 
         Args:
-          kind: "latest" or "best".
+          step: number of the steps taken.
+          state: the arrays.
+          metadata: JSON values.
+          best_step: the checkpoint to keep as the best one, this or an earlier step.
+
+        Raises:
+          UserError: this or the save before it could not be written.
+        """
+        self.wait()
+        if step == self._current:
+            return
+        path = self._folder / str(step)
+        if jax.process_index() == 0:
+            (path / CHECKSUMS).unlink(missing_ok=True)
+        content = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state),
+            metadata=ocp.args.JsonSave({"best_step": best_step, "run": metadata}),
+        )
+        _writing(self._folder, lambda: self._writer.save(path, args=content, force=True))
+        self._current = step
+        self._finisher = threading.Thread(target=self._finish, args=(step, best_step), name="checkpoint")
+        self._finisher.start()
+
+    def restore(self, abstract_state: State) -> tuple[State, dict[str, Any]] | None:
+        """Returns the newest whole state and its metadata, or None if there is none.
+
+        Damaged checkpoints are reported to the log and passed over.
+
+        Args:
           abstract_state: `jax.ShapeDtypeStruct` with a sharding for every array of the state.
 
         Raises:
-          UserError: the checkpoint is damaged, or its arrays are not those of ``abstract_state``.
+          UserError: all checkpoints are damaged, or the arrays are not those of ``abstract_state``.
         """
-        series = self._latest if kind == "latest" else self._best
-        return series.restore(abstract_state, partial=False)
+        self.wait()
+        step = NONE
+        if jax.process_index() == 0:
+            step = _newest_whole(self._folder, self._steps)
+        step = _from_first_process(step)
+        if step == NONE:
+            return None
+        if step == ALL_DAMAGED:
+            raise UserError(
+                f"every checkpoint in {self._folder} is damaged; restore one from a copy, or delete that"
+                " directory to start anew"
+            )
+        state, metadata = _read(self._folder / str(step), abstract_state, partial=False)
+        self._current = step
+        self._steps = [other for other in self._steps if other <= step]
+        return state, metadata["run"]
 
     def latest_step(self) -> int | None:
-        """Returns the newest step saved, or None."""
-        return self._latest.newest()
+        """Returns the newest step that is completely saved, or None; known to the first process."""
+        return max(self._steps, default=None)
 
-    def best_step(self) -> int | None:
-        """Returns the step of the best checkpoint, or None."""
-        return self._best.newest()
+    def wait(self) -> None:
+        """Waits until what `save` started is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        if self._finisher is not None:
+            self._finisher.join()
+            self._finisher = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises the `UserError` of a save that has failed meanwhile; does not wait."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            _writing(self._folder, lambda: _raise(error))
 
     def close(self) -> None:
-        """Releases what Orbax holds."""
-        self._latest.manager.close()
-        self._best.manager.close()
+        """Waits for the last save, and releases what Orbax holds."""
+        try:
+            self.wait()
+        finally:
+            self._writer.close()
+
+    def _finish(self, step: int, best_step: int | None) -> None:
+        try:
+            self._writer.wait_until_finished()
+            if jax.process_index() == 0:
+                _write_checksums(self._folder / str(step))
+                self._steps = self._prune(step, best_step)
+        except BaseException as error:  # for the thread that saves next
+            self._error = error
+
+    def _prune(self, step: int, best_step: int | None) -> list[int]:
+        reached = sorted(s for s in {*self._steps, step} if s <= step)
+        kept = [s for s in reached if s in reached[-self._keep :] or s == best_step]
+        for other in _all_steps(self._folder):
+            if other not in kept:
+                _delete(self._folder / str(other))
+        return kept
 
 
 def restore_variables(
     directory: Path, abstract: dict[str, Any], kind: Kind = "best"
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Returns some top-level fields of a saved state, and the metadata; changes nothing on disk.
+) -> tuple[dict[str, Any], dict[str, Any], int] | None:
+    """Returns some top-level fields of a saved state, the metadata and the step; writes nothing.
 
     For evaluation: ``{"params": ..., "batch_stats": ...}`` reads no optimiser state, and a run may
     be writing to the directory meanwhile.
@@ -105,81 +184,100 @@ def restore_variables(
     Args:
       directory: the run's directory.
       abstract: the fields, with `jax.ShapeDtypeStruct` leaves that carry shardings.
-      kind: "best" or "latest".
+      kind: "latest", or "best" for the one that the latest names as such.
 
     Returns:
-      (fields, metadata), or None if there is no checkpoint of that kind.
+      (fields, metadata, step), or None if there is no checkpoint of that kind.
 
     Raises:
       UserError: the checkpoint is damaged, or its arrays are not those of ``abstract``.
     """
-    if not (directory / FOLDERS[kind]).is_dir():
+    folder = (directory / FOLDER).absolute()
+    steps = _complete_steps(folder)
+    step = max(steps, default=None)
+    if step is not None and kind == "best":
+        _verify_checksums(folder / str(step))
+        step = _read_metadata(folder / str(step))["best_step"]
+    if step not in steps:
         return None
-    series = _Series(directory / FOLDERS[kind], keep=1, create=False)
-    try:
-        return series.restore(abstract, partial=True)
-    finally:
-        series.manager.close()
+    path = folder / str(step)
+    _verify_checksums(path)
+    fields, metadata = _read(path, abstract, partial=True)
+    return fields, metadata["run"], step
 
 
-class _Series:
-    """The checkpoints in one folder. Which steps exist is read once, then kept in memory."""
+def _handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
+    )
 
-    def __init__(self, folder: Path, *, keep: int, create: bool) -> None:
-        self.folder = folder.absolute()
-        self.keep = keep
-        self.current: int | None = None  # the step this object last saved or restored
-        options = ocp.CheckpointManagerOptions(
-            create=create,
-            cleanup_tmp_directories=create,
-            enable_async_checkpointing=False,
-        )
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
-        self.manager = _writing(
-            self.folder,
-            lambda: ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers),
-        )
-        self.steps = [s for s in self.manager.all_steps() if (self._path(s) / CHECKSUMS).exists()]
 
-    def _path(self, step: int) -> Path:
-        return self.folder / str(step)
+def _all_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
-    def newest(self) -> int | None:
-        return max(self.steps, default=None)
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        if step == self.current and step in self.steps:
-            return
-        if step in self.manager.all_steps():
-            self._delete(step)
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata))
-        _writing(self.folder, lambda: self.manager.save(step, args=args, force=True))
-        self.manager.wait_until_finished()
-        if jax.process_index() == 0:
-            _writing(self.folder, lambda: _write_checksums(self._path(step)))
-        multihost_utils.sync_global_devices(f"checkpoint {self.folder.name} {step}")
-        self.current = step
-        self.steps = sorted(s for s in {*self.steps, step} if s <= step)[-self.keep :]
-        for other in set(self.manager.all_steps()) - set(self.steps):
-            self._delete(other)
+def _complete_steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return [step for step in _all_steps(folder) if (folder / str(step) / CHECKSUMS).exists()]
 
-    def _delete(self, step: int) -> None:
-        if jax.process_index() == 0:
-            (self._path(step) / CHECKSUMS).unlink(missing_ok=True)
-        self.manager.delete(step)
 
-    def restore(self, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, Any]] | None:
-        step = self.newest()
-        if step is None:
-            return None
+def _clear_unfinished(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    complete = {str(step) for step in _complete_steps(folder)}
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in complete:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    (path / CHECKSUMS).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def _newest_whole(folder: Path, steps: list[int]) -> int:
+    """Returns the newest step that is not damaged, or one of the numbers in place of it."""
+    for step in sorted(steps, reverse=True):
         # Before Orbax reads: it does not notice flipped bits, and reports missing bytes in pages.
-        _verify_checksums(self._path(step))
-        saved = self.manager.item_metadata(step)["state"].tree
+        try:
+            _verify_checksums(folder / str(step))
+        except UserError as error:
+            logger.warning("%s", error)
+            continue
+        return step
+    return ALL_DAMAGED if steps else NONE
+
+
+def _from_first_process(number: int) -> int:
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def _check_shared(folder: Path) -> None:
+    """Raises `UserError` on all processes unless all of them see the folder of the first."""
+    if jax.process_count() == 1:
+        return
+    token = folder / f"shared-{_from_first_process(int.from_bytes(os.urandom(3)))}"
+    if jax.process_index() == 0:
+        _writing(folder, token.touch)
+    multihost_utils.sync_global_devices("token written")
+    seen = multihost_utils.process_allgather(np.int32(token.exists()))
+    if jax.process_index() == 0:
+        token.unlink(missing_ok=True)
+    if not seen.all():
+        raise UserError(
+            f"process {int(np.argmin(seen))} does not see {folder}, which process 0 has made; --workdir must"
+            " be on a file system that all hosts share"
+        )
+
+
+def _read(path: Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, Any]]:
+    with ocp.Checkpointer(_handler()) as reader:
+        saved = reader.metadata(path).item_metadata["state"].tree
         if partial:
             saved = {name: saved[name] for name in abstract if name in saved}
-        _check_arrays(self._path(step), _arrays(saved), _arrays(abstract))
-        restored = self.manager.restore(
-            step,
+        _check_arrays(path, _arrays(saved), _arrays(abstract))
+        restored = reader.restore(
+            path,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeRestore(
                     abstract,
@@ -189,11 +287,16 @@ class _Series:
                 metadata=ocp.args.JsonRestore(),
             ),
         )
-        self.current = step
-        return restored["state"], restored["metadata"]
+    return restored["state"], restored["metadata"]
 
 
-T = TypeVar("T")
+def _read_metadata(path: Path) -> dict[str, Any]:
+    with ocp.Checkpointer(_handler()) as reader:
+        return reader.restore(path, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _writing(folder: Path, write: Callable[[], T]) -> T:

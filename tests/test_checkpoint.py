@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bvit_jax import checkpoint
 from bvit_jax.checkpoint import Checkpoints, restore_variables
 from bvit_jax.errors import UserError
 
@@ -63,75 +65,116 @@ def checkpoints(tmp_path):
 
 def test_round_trip_is_bit_identical(checkpoints):
     state = make_state(3)
-    checkpoints().save_latest(3, state, METADATA)
-    restored, metadata = checkpoints().restore("latest", abstract(state))
+    run = checkpoints()
+    run.save(3, state, METADATA)
+    run.wait()
+    restored, metadata = checkpoints().restore(abstract(state))
     assert_identical(restored, state)
     assert metadata == METADATA
 
 
 def test_nothing_to_restore(checkpoints, tmp_path):
     empty = checkpoints()
-    assert empty.restore("latest", abstract(make_state())) is None
-    assert empty.restore("best", abstract(make_state())) is None
+    assert empty.restore(abstract(make_state())) is None
     assert empty.latest_step() is None
-    assert empty.best_step() is None
     assert restore_variables(tmp_path, {}) is None
+    assert restore_variables(tmp_path, {}, "latest") is None
     assert restore_variables(tmp_path / "absent", {}) is None
 
 
-def test_keeps_the_latest_and_one_best(checkpoints, tmp_path):
+def steps_of(tmp_path: Path) -> list[str]:
+    return sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+
+
+def test_keeps_the_newest_and_the_best(checkpoints, tmp_path):
     run = checkpoints(keep=2)
-    for step in (1, 2, 3):
-        run.save_latest(step, make_state(step), {})
-        if step != 3:
-            run.save_best(step, make_state(step), {"accuracy": step})
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
+        run.save(step, make_state(step), {"accuracy": step}, best_step=best)
+    run.wait()
     for each in (run, checkpoints()):
-        assert each.latest_step() == 3
-        assert each.best_step() == 2
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
-    assert [p.name for p in (tmp_path / "best").iterdir()] == ["2"]
-    best, metadata = run.restore("best", abstract(make_state()))
+        assert each.latest_step() == 5
+    assert steps_of(tmp_path) == ["2", "4", "5"]
+    best, metadata, step = restore_variables(tmp_path, abstract(make_state()), "best")
     assert_identical(best, make_state(2))
-    assert metadata == {"accuracy": 2}
+    assert (metadata, step) == ({"accuracy": 2}, 2)
+    run.save(6, make_state(6), {}, best_step=6)
+    run.wait()
+    assert steps_of(tmp_path) == ["5", "6"]
+
+
+def test_without_a_best_step_there_is_no_best(checkpoints, tmp_path):
+    run = checkpoints()
+    run.save(1, make_state(1), {})
+    run.wait()
+    assert restore_variables(tmp_path, {}, "best") is None
 
 
 def test_a_step_that_exists_is_saved_again(checkpoints):
     run = checkpoints()
-    run.save_latest(1, make_state(1), {})
-    run.save_latest(1, make_state(1), {})
-    run.save_best(5, make_state(5), {})
-
+    run.save(1, make_state(1), {})
+    run.save(1, make_state(2), {})  # not of this object: it has this step
+    run.wait()
     resumed = checkpoints()
-    state, _ = resumed.restore("latest", abstract(make_state()))
-    resumed.save_latest(1, state, {})
-    resumed.save_best(5, make_state(6), {"run": 2})  # of a run that was abandoned
-    best, metadata = resumed.restore("best", abstract(make_state()))
-    assert_identical(best, make_state(6))
+    restored, _ = resumed.restore(abstract(make_state()))
+    assert_identical(restored, make_state(1))
+    resumed.save(1, make_state(3), {})
+    resumed.wait()
+    other = checkpoints()  # starts anew, without restoring
+    other.save(1, make_state(6), {"run": 2})
+    other.wait()
+    restored, metadata = checkpoints().restore(abstract(make_state()))
+    assert_identical(restored, make_state(6))
     assert metadata == {"run": 2}
 
 
-def test_a_run_that_went_back_forgets_later_steps(checkpoints):
+def test_a_run_that_went_back_forgets_later_steps(checkpoints, tmp_path):
     run = checkpoints(keep=2)
-    run.save_latest(8, make_state(8), {})
-    run.save_latest(9, make_state(9), {})
-    run.save_latest(4, make_state(4), {})
+    for step in (8, 9, 4):
+        run.save(step, make_state(step), {})
+    run.wait()
     assert checkpoints().latest_step() == 4
-    run.save_best(9, make_state(9), {})
-    run.save_best(5, make_state(5), {})
-    assert checkpoints().best_step() == 5
+    assert steps_of(tmp_path) == ["4"]
+
+
+def test_the_state_may_change_while_it_is_saved(checkpoints):
+    run = checkpoints()
+    change = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {"w": jax.random.normal(jax.random.key(0), (500, 1000)), "step": jnp.int32(0)}
+    for step in range(1, 8):
+        state = change(state)
+        expected = np.array(state["w"]), int(state["step"])
+        run.save(step, state, {})
+        state = change(change(state))  # into the same memory
+        run.wait()
+        restored, _ = run.restore(abstract(state))
+        np.testing.assert_array_equal(restored["w"], expected[0])
+        assert int(restored["step"]) == expected[1]
+
+
+def test_saving_goes_on_in_the_background(checkpoints, monkeypatch, tmp_path):
+    release, write = threading.Event(), checkpoint._write_checksums
+    monkeypatch.setattr(checkpoint, "_write_checksums", lambda path: release.wait(30) and write(path))
+    run = checkpoints()
+    run.save(1, make_state(1), {})
+    assert run.latest_step() is None
+    assert restore_variables(tmp_path, {}, "latest") is None
+    release.set()
+    run.wait()
+    assert run.latest_step() == 1
 
 
 def test_variables_without_the_optimizer(checkpoints, tmp_path):
     run = checkpoints()
     state = make_state(4)
-    run.save_best(4, state, METADATA)
-    run.save_latest(6, make_state(6), {})
+    run.save(4, state, METADATA, best_step=4)
+    run.save(6, make_state(6), {}, best_step=4)
+    run.wait()
     before = sorted(tmp_path.rglob("*"))
     fields = {name: abstract(state)[name] for name in ("params", "batch_stats", "step")}
-    variables, metadata = restore_variables(tmp_path, fields)
+    variables, metadata, _ = restore_variables(tmp_path, fields)
     assert_identical(variables, {name: state[name] for name in fields})
     assert metadata == METADATA
-    latest, _ = restore_variables(tmp_path, fields, kind="latest")
+    latest, _, _ = restore_variables(tmp_path, fields, kind="latest")
     assert latest["step"] == 6
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(UserError, match=r"absent/x is absent in it and float32\[2\] here"):
@@ -161,9 +204,9 @@ def test_variables_without_the_optimizer(checkpoints, tmp_path):
 )
 def test_a_state_that_does_not_fit(checkpoints, tmp_path, change, message):
     run = checkpoints()
-    run.save_latest(1, make_state(), {})
+    run.save(1, make_state(), {})
     with pytest.raises(UserError, match=message) as raised:
-        run.restore("latest", abstract(change(make_state())))
+        run.restore(abstract(change(make_state())))
     assert "\n" not in str(raised.value)
     assert str(tmp_path / "checkpoints" / "1") in str(raised.value)
 
@@ -173,10 +216,11 @@ def data_files(path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-def test_damaged_files(checkpoints, tmp_path, damage):
+def test_damaged_files(checkpoints, tmp_path, damage, caplog):
     run = checkpoints()
-    run.save_latest(1, make_state(1), METADATA)
-    run.save_latest(2, make_state(2), METADATA)
+    run.save(1, make_state(1), METADATA)
+    run.save(2, make_state(2), METADATA, best_step=2)
+    run.wait()
     path = tmp_path / "checkpoints" / "2"
     whole = tmp_path / "whole"
     shutil.copytree(path, whole)
@@ -193,27 +237,48 @@ def test_damaged_files(checkpoints, tmp_path, damage):
             file.unlink()
         else:
             continue  # see test_without_checksums_a_step_is_invisible
-        for read in (
-            lambda: run.restore("latest", abstract(make_state())),
-            lambda: restore_variables(tmp_path, {}, kind="latest"),
-        ):
+        for kind in ("latest", "best"):
             with pytest.raises(UserError, match="is damaged") as raised:
-                read()
+                restore_variables(tmp_path, {}, kind)
             assert str(path) in str(raised.value)
             assert "\n" not in str(raised.value)
+        caplog.clear()
+        restored, _ = checkpoints().restore(abstract(make_state()))
+        assert_identical(restored, make_state(1))
+        assert len(caplog.messages) == 1
+        assert f"checkpoint {path} is damaged" in caplog.text
         shutil.rmtree(path)
         shutil.copytree(whole, path)
-    assert_identical(run.restore("latest", abstract(make_state()))[0], make_state(2))
+    assert_identical(checkpoints().restore(abstract(make_state()))[0], make_state(2))
 
-    shutil.rmtree(path)  # what the message advises
-    resumed = checkpoints()
-    assert_identical(resumed.restore("latest", abstract(make_state()))[0], make_state(1))
+
+def test_after_a_damaged_checkpoint_the_run_replaces_it(checkpoints, tmp_path):
+    run = checkpoints(keep=2)
+    for step in (1, 2, 3):
+        run.save(step, make_state(step), {})
+    run.wait()
+    (tmp_path / "checkpoints" / "3" / "metadata" / "metadata").write_text("{}")
+    resumed = checkpoints(keep=2)
+    assert_identical(resumed.restore(abstract(make_state()))[0], make_state(2))
+    resumed.save(4, make_state(4), {})
+    resumed.wait()
+    assert steps_of(tmp_path) == ["2", "4"]
+
+
+def test_all_checkpoints_damaged(checkpoints, tmp_path):
+    run = checkpoints()
+    run.save(1, make_state(1), {})
+    run.wait()
+    (tmp_path / "checkpoints" / "1" / "metadata" / "metadata").write_text("{}")
+    with pytest.raises(UserError, match=r"every checkpoint in \S+ is damaged; restore one"):
+        checkpoints().restore(abstract(make_state()))
 
 
 def test_without_checksums_a_step_is_invisible(checkpoints, tmp_path):
     run = checkpoints()
-    run.save_latest(1, make_state(1), {})
-    run.save_latest(2, make_state(2), {})
+    run.save(1, make_state(1), {})
+    run.save(2, make_state(2), {})
+    run.wait()
     unfinished = tmp_path / "checkpoints" / "2"
     (unfinished / "checksums.json").unlink()
     shutil.rmtree(unfinished / "state" / "d")
@@ -222,10 +287,12 @@ def test_without_checksums_a_step_is_invisible(checkpoints, tmp_path):
 
     resumed = checkpoints()
     assert resumed.latest_step() == 1
-    assert_identical(resumed.restore("latest", abstract(make_state()))[0], make_state(1))
-    resumed.save_latest(2, make_state(2), {})
+    assert_identical(resumed.restore(abstract(make_state()))[0], make_state(1))
     assert not left_over.exists()
-    assert_identical(checkpoints().restore("latest", abstract(make_state()))[0], make_state(2))
+    assert not unfinished.exists()
+    resumed.save(2, make_state(2), {})
+    resumed.wait()
+    assert_identical(checkpoints().restore(abstract(make_state()))[0], make_state(2))
 
 
 def test_a_directory_that_cannot_be_written(checkpoints, tmp_path):
@@ -252,15 +319,18 @@ import resource, signal, sys
 from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
+from bvit_jax import checkpoint
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.errors import UserError
 
 run = Checkpoints(Path(sys.argv[1]), 1)
-run.save_latest(1, {"w": jnp.ones(3)}, {})
+run.save(1, {"w": jnp.ones(3)}, {})
+run.wait()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    run.save_latest(2, {"w": np.random.default_rng(0).random((300, 300))}, {})
+    run.save(2, {"w": np.random.default_rng(0).random((300, 300))}, {})
+    run.wait()
 except UserError as error:
     print("error:", error)
 assert Checkpoints(Path(sys.argv[1]), 1).latest_step() == 1
@@ -281,6 +351,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from bvit_jax import checkpoint
 from bvit_jax.checkpoint import Checkpoints, restore_variables
 
 def mesh(*shape):
@@ -295,14 +366,14 @@ w = jnp.arange(64 * 24, dtype=jnp.bfloat16).reshape(64, 24)
 saved = jax.device_put(w, NamedSharding(mesh(4, 2), P("x", "y")))
 one = jax.device_put(jnp.int32(5), NamedSharding(mesh(4, 2), P()))
 run = Checkpoints(Path(sys.argv[1]), 1)
-run.save_latest(1, {"w": saved, "step": one}, {})
+run.save(1, {"w": saved, "step": one}, {})
 for wanted, spec in ((mesh(1, 1), P()), (mesh(1, 8), P("y")), (mesh(2, 2), P(None, "x"))):
     abstract = {
         "w": struct((64, 24), jnp.bfloat16, wanted, spec),
         "step": struct((), jnp.int32, wanted, P()),
     }
-    for state, _ in (
-        run.restore("latest", abstract),
+    for state, *_ in (
+        run.restore(abstract),
         restore_variables(Path(sys.argv[1]), abstract, kind="latest"),
     ):
         assert state["w"].sharding == abstract["w"].sharding
@@ -324,13 +395,14 @@ SAVE_FOREVER = """
 import itertools, sys
 from pathlib import Path
 import jax.numpy as jnp
+from bvit_jax import checkpoint
 from bvit_jax.checkpoint import Checkpoints
 
 run = Checkpoints(Path(sys.argv[1]), 1)
 first = (run.latest_step() or 0) + 1
 for step in itertools.count(first):
-    run.save_latest(step, {"w": jnp.full((500, 500), step)}, {"step": step})
-    run.save_best(step, {"w": jnp.full((500, 500), step)}, {"step": step})
+    run.save(step, {"w": jnp.full((500, 500), step)}, {"step": step}, best_step=step - step % 4)
+    run.wait()
     print(step, flush=True)
 """
 
@@ -351,12 +423,17 @@ def test_killed_while_saving(tmp_path):
         last = max([last, *(int(line) for line in rest if line.isdecimal())])
         fields = {"w": jnp.zeros((500, 500), int)}
         for kind in ("latest", "best"):
-            variables, metadata = restore_variables(tmp_path, abstract(fields), kind=kind)
-            assert last <= metadata["step"] <= last + 1
-            assert (variables["w"] == metadata["step"]).all()
-    run = Checkpoints(tmp_path, 1)  # what was left unfinished is gone with the next step
-    run.save_latest(last + 5, fields, {})
-    run.save_best(last + 5, fields, {})
+            restored = restore_variables(tmp_path, abstract(fields), kind)
+            if restored is None:  # before the first best one
+                assert kind == "best"
+                assert last < 4
+                continue
+            variables, metadata, step = restored
+            assert metadata["step"] == step
+            assert (variables["w"] == step).all()
+            if kind == "latest":
+                assert last <= step <= last + 1
+    run = Checkpoints(tmp_path, 1)  # clears what was left unfinished
+    run.save(last + 5, fields, {})
     run.close()
-    for folder in ("checkpoints", "best"):
-        assert [p.name for p in (tmp_path / folder).iterdir()] == [str(last + 5)]
+    assert steps_of(tmp_path) == [str(last + 5)]
