@@ -1,6 +1,5 @@
 """Evaluates a checkpoint: ``python eval.py --workdir=DIR [--checkpoint=best]``; the last line is JSON."""
 
-import sys
 from pathlib import Path
 from typing import cast
 
@@ -15,11 +14,13 @@ _CHECKPOINT = flags.DEFINE_enum(
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Data directory in place of the run's.")
 _SPLIT = flags.DEFINE_string("split", None, "Split in place of the run's evaluation split.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Global batch in place of the run's.")
+commands.define_cluster_flags()
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     commands.no_arguments(argv)
+    commands.start_distributed()
     from bvit_jax.checkpoint import Kind
     from bvit_jax.evaluation import evaluate_workdir, to_json
 
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
         "eval_batch_size": _BATCH_SIZE.value,
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    sys.stdout.write(to_json(evaluate_workdir(workdir, kind, overrides)) + "\n")
+    commands.print_result(to_json(evaluate_workdir(workdir, kind, overrides)))
 
 
 if __name__ == "__main__":

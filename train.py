@@ -1,6 +1,5 @@
 """Trains a model: ``python train.py --config=configs/digits.py --workdir=DIR``."""
 
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -23,11 +22,16 @@ _WORKDIR = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Build everything, compile the step, print its cost as JSON, and stop."
 )
+_DEBUG_NANS = flags.DEFINE_bool(
+    "debug_nans", False, "Stop at the first operation that makes a NaN, and name it; slower."
+)
+commands.define_cluster_flags()
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     commands.no_arguments(argv)
+    commands.start_distributed()
     from bvit_jax.evaluation import to_json
     from bvit_jax.training import dry_run, train_and_evaluate
 
@@ -36,8 +40,8 @@ def main(argv: list[str]) -> None:
         figures = dry_run(config)
     else:
         workdir = commands.required("workdir", _WORKDIR.value)
-        figures = train_and_evaluate(config, Path(workdir).expanduser())
-    sys.stdout.write(to_json(figures) + "\n")
+        figures = train_and_evaluate(config, Path(workdir).expanduser(), debug_nans=_DEBUG_NANS.value)
+    commands.print_result(to_json(figures))
 
 
 if __name__ == "__main__":

@@ -161,6 +161,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 _write_checksums(self._folder / str(step))
                 self._steps = self._prune(step, best_step)
+                logger.info("saved step %d", step)
         except BaseException as error:  # for the thread that saves next
             self._error = error
 

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from bvit_jax import distributed
 from bvit_jax.errors import UserError
+from bvit_jax.interruption import SIGNAL, Interrupted
+
+GRACE = 2  # seconds
 
 
 def run(main: Callable[[list[str]], None], default_config: Path | None = None) -> NoReturn:
@@ -28,6 +33,39 @@ def run(main: Callable[[list[str]], None], default_config: Path | None = None) -
         flag itself cannot be used: it is parsed, overrides included, before errors can be caught.
     """
     app.run(_guarded(main), flags_parser=partial(_parse, default_config))
+
+
+def define_cluster_flags() -> None:
+    """Defines the flags that `start_distributed` reads."""
+    flags.DEFINE_bool(
+        "distributed",
+        None,
+        "Run as one of several processes. By default so where --coordinator is given and on TPU pods;"
+        " --distributed alone also finds Slurm, Open MPI and Kubernetes.",
+    )
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, the same for all processes.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+    flags.DEFINE_integer(
+        "startup_timeout", distributed.DEFAULT_TIMEOUT, "Seconds to wait for all processes.", lower_bound=1
+    )
+
+
+def start_distributed() -> None:
+    """Connects the processes of a run as the flags say; afterwards only the first one logs progress."""
+    values = flags.FLAGS
+    cluster = distributed.Cluster(
+        values.coordinator, values.num_processes, values.process_id, values.startup_timeout
+    )
+    distributed.start(cluster, values.distributed)
+    if jax.process_index() > 0:
+        logging.getLogger("bvit_jax").setLevel(logging.WARNING)
+
+
+def print_result(line: str) -> None:
+    """Writes the result of a command to stdout, once for all processes."""
+    if jax.process_index() == 0:
+        sys.stdout.write(line + "\n")
 
 
 def exit_status(action: Callable[[], None]) -> int:
@@ -110,12 +148,33 @@ def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
         try:
             main(argv)
         except UserError as error:
-            _fail(str(error))
+            _end(f"error: {error}", 1)
+        except Interrupted as interrupted:
+            _end(str(interrupted), 128 + SIGNAL)
         except KeyboardInterrupt:
-            sys.stderr.write("interrupted; run the same command again to continue\n")
-            sys.exit(130)
+            _end("interrupted; run the same command again to continue", 130)
+        except jax.errors.JaxRuntimeError as error:
+            if not distributed.is_active():
+                raise
+            first = str(error).strip().splitlines()[0]
+            _end(f"error: the other processes of the run do not answer: {first}; start all of them again", 1)
 
     return guarded
+
+
+def _end(message: str, status: int) -> NoReturn:
+    """Ends the process with one line.
+
+    Without the usual clean-up where it may wait for others: threads that compile, processes that compute.
+    """
+    sys.stderr.write(f"{' '.join(message.split())}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if distributed.is_active() and jax.process_index() == 0:
+        time.sleep(GRACE)  # the others' connections end with this process, and their own last words
+    if distributed.is_active() or status == 128 + SIGNAL:
+        os._exit(status)
+    sys.exit(status)
 
 
 class _StderrHandler(logging.Handler):
@@ -126,11 +185,11 @@ class _StderrHandler(logging.Handler):
 
 
 def _start_logging() -> None:
-    """Sends this package's log to stderr, one line an event, from process 0 only."""
+    """Sends this package's log to stderr, one line an event."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every call otherwise
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("bvit_jax")
     logger.addHandler(handler)
     logger.propagate = False
-    logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+    logger.setLevel(logging.INFO)

@@ -27,6 +27,7 @@ POSITIVE = (
     "eval_every_epochs",
     "log_every_steps",
     "checkpoint.keep",
+    "mesh.fsdp",
     "data.eval_resize",
     "data.repeats",
     "optim.learning_rate",
@@ -72,6 +73,9 @@ def default_config() -> ConfigDict:
     config.eval_every_epochs = 1
     config.log_every_steps = 100
     config.model = ConfigDict()  # see bvit_jax.models.model_config
+
+    config.mesh = mesh = ConfigDict()
+    mesh.fsdp = 1  # devices that share one copy of the parameters and of the optimiser's state
 
     config.data = data = ConfigDict()
     data.dataset = "imagenet2012"

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from bvit_jax import config as config_lib
 from bvit_jax import data, models, runs
 from bvit_jax.checkpoint import Kind
-from bvit_jax.sharding import check_batch_size, make_mesh, replicated, shard_batch
+from bvit_jax.interruption import Interrupted
+from bvit_jax.sharding import check_batch_size, local_rows, make_mesh, replicated, shard_batch
 from bvit_jax.step import Normalization, default_images_at_once, jit_eval_step, make_eval_step
 
 BATCHES_IN_FLIGHT = 2  # while the device computes, the next batches are loaded
@@ -24,7 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    step: Any, variables: Mapping[str, Any], batches: Iterable[data.Batch], mesh: Mesh
+    step: Any,
+    variables: Mapping[str, Any],
+    batches: Iterable[data.Batch],
+    mesh: Mesh,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Returns top-1 and top-5 (shares of 1), the mean cross-entropy, and the number of images.
 
@@ -35,6 +40,10 @@ def evaluate(
       variables: parameters and running statistics.
       batches: this process's part of the split.
       mesh: the mesh that the step was compiled for.
+      stop: asked at every batch whether to give up.
+
+    Raises:
+      Interrupted: ``stop`` said so.
     """
     totals: dict[str, float] = {}
     in_flight: deque[Any] = deque()
@@ -44,6 +53,8 @@ def evaluate(
             totals[name] = totals.get(name, 0.0) + float(value)
 
     for batch in batches:
+        if stop():
+            raise Interrupted
         in_flight.append(step(variables, shard_batch(batch, mesh)))
         if len(in_flight) > BATCHES_IN_FLIGHT:
             collect()
@@ -54,15 +65,10 @@ def evaluate(
     return figures | ({"bad_images": int(bad)} if bad else {})
 
 
-def eval_batches(config: ConfigDict) -> Iterable[data.Batch]:
+def eval_batches(config: ConfigDict, mesh: Mesh) -> Iterable[data.Batch]:
     """Returns this process's part of the evaluation split of a run."""
-    return data.eval_batches(
-        config.data,
-        config.model.image_size,
-        config.eval_batch_size,
-        jax.process_index(),
-        jax.process_count(),
-    )
+    rows = local_rows(mesh, config.eval_batch_size).tolist()
+    return data.eval_batches(config.data, config.model.image_size, config.eval_batch_size, rows)
 
 
 def build_eval_step(config: ConfigDict, model: Any, mesh: Mesh) -> Any:
@@ -95,7 +101,7 @@ def evaluate_workdir(workdir: Path, kind: Kind, overrides: Mapping[str, Any]) ->
     mesh = make_mesh()
     model = models.create_model(config.model, jnp.dtype(config.compute_dtype))
     variables, step = runs.restore(workdir, config, kind, replicated(mesh))
-    batches = eval_batches(config)
+    batches = eval_batches(config, mesh)
     logger.info("evaluating the %s checkpoint, step %d", kind, step)
     figures = evaluate(build_eval_step(config, model, mesh), variables, batches, mesh)
     return {"checkpoint": kind, "step": step, **figures}

@@ -23,15 +23,19 @@ class MetricWindow:
     `add` only keeps references, so that the device runs ahead; `mean` and `state` wait for it.
     Values are summed step by step in float64, so the means do not depend on whether the window was
     saved and restored on the way.
+
+    Attributes:
+      not_finite: name and step of the first value seen, by `mean` or `state`, that is not finite.
     """
 
     def __init__(self) -> None:
-        self._pending: list[dict[str, jax.Array]] = []
+        self.not_finite: tuple[str, int] | None = None
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._totals: dict[str, tuple[float, int]] = {}  # sum, number of values
 
-    def add(self, metrics: Mapping[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Adds the scalars of one step, on the device or not."""
-        self._pending.append(dict(metrics))
+        self._pending.append((step, dict(metrics)))
 
     def mean(self) -> dict[str, float]:
         """Returns the mean of every metric; empty without steps."""
@@ -53,8 +57,10 @@ class MetricWindow:
         self._totals = {name: (total, count) for name, (total, count) in state.items()}
 
     def _collect(self) -> None:
-        for metrics in jax.device_get(self._pending):
+        for step, metrics in jax.device_get(self._pending):
             for name, value in metrics.items():
+                if self.not_finite is None and not math.isfinite(value):
+                    self.not_finite = name, step
                 total, count = self._totals.get(name, (0.0, 0))
                 self._totals[name] = (total + float(value), count + 1)
         self._pending = []
@@ -67,17 +73,22 @@ class MetricWriter:
       workdir: an existing directory; TensorBoard files go to its ``tensorboard``.
       active: False makes every call do nothing, on all processes but the first.
 
+    Attributes:
+      lines: of the file.
+
     Raises:
       UserError: the file cannot be written, here and in all methods.
     """
 
     def __init__(self, workdir: Path, active: bool) -> None:
         self.path = workdir / "metrics.jsonl"
+        self.lines = 0
         self._active = active
         self._purge_step: int | None = None
         self._tensorboard: Any = None  # opened by the first write; False without tensorboardX
         if active:
             self._append("")
+            self.lines = self.path.read_bytes().count(b"\n")
 
     def write(self, step: int, metrics: Mapping[str, Number]) -> None:
         """Appends ``{"step": ..., ...}``, names in order, floats exact, NaN and inf as null."""
@@ -85,24 +96,31 @@ class MetricWriter:
             return
         values = {name: _json_number(metrics[name]) for name in sorted(metrics)}
         self._append(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self.lines += 1
         if self._tensorboard is None:
             self._tensorboard = _summary_writer(self.path.parent / "tensorboard", self._purge_step)
         if self._tensorboard:
             for name in values:
                 self._tensorboard.add_scalar(name, float(metrics[name]), step)
 
-    def truncate_after(self, step: int) -> None:
-        """Drops the lines of steps after ``step``, and broken ones; call it when a run resumes."""
+    def truncate(self, lines: int, step: int) -> None:
+        """Keeps the first lines only; call it when a run resumes.
+
+        Args:
+          lines: to keep, as `lines` was when the state was saved.
+          step: of that state; TensorBoard hides what an earlier process wrote after it.
+        """
         if not self._active:
             return
         temporary = self.path.with_suffix(".tmp")
         try:
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            temporary.write_bytes(b"".join(x for x in lines if _step_of(x) <= step))
+            kept = self.path.read_bytes().splitlines(keepends=True)[:lines]
+            temporary.write_bytes(b"".join(kept))
             os.replace(temporary, self.path)
         except OSError as error:
             raise self._user_error(error) from error
-        self._purge_step = step + 1  # TensorBoard hides what an earlier process wrote from there
+        self.lines = len(kept)
+        self._purge_step = step + 1
 
     def close(self) -> None:
         """Writes what TensorBoard still holds."""
@@ -135,14 +153,6 @@ def _json_number(value: Number) -> Number | None:
         return value
     value = float(value)
     return value if math.isfinite(value) else None
-
-
-def _step_of(line: bytes) -> float:
-    """Returns the step of a line of metrics.jsonl, inf if it is not a whole one."""
-    try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 class ProgressLine:

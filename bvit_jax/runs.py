@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import labels, models, pretrained
-from bvit_jax.checkpoint import CHECKSUMS, FOLDERS, Kind, restore_variables
+from bvit_jax.checkpoint import CHECKSUMS, FOLDER, Kind, restore_variables
 from bvit_jax.errors import UserError
 from bvit_jax.formats import FORMATS, Preprocessing, reference
 from bvit_jax.pretrained import Pretrained
@@ -44,7 +44,7 @@ def load_model(path: Path, *, kind: Kind | None = None, **options: Any) -> Pretr
 
 def is_run(path: Path) -> bool:
     """Returns whether a path is the directory of a training run."""
-    if not any((path / folder).is_dir() for folder in FOLDERS.values()):
+    if not (path / FOLDER).is_dir():
         return False
     try:
         values = json.loads((path / "config.json").read_bytes())
@@ -67,7 +67,7 @@ def load_run(workdir: Path, kind: Kind) -> Pretrained:
     if not variables["batch_stats"]:
         del variables["batch_stats"]
     names = read_class_names(workdir, config.model.num_classes)
-    saved = Path(FOLDERS[kind]) / str(step)
+    saved = Path(FOLDER) / str(step)
     entry = {"file": str(saved), "sha256": sha256(workdir / saved / CHECKSUMS), "format": "run"}
     return Pretrained(
         config=config.model,
@@ -88,12 +88,12 @@ def restore(workdir: Path, config: ConfigDict, kind: Kind, sharding: Any) -> tup
     """
     abstract = abstract_variables(models.create_model(config.model), config.model.image_size)
     abstract.setdefault("batch_stats", {})
-    fields = with_sharding(abstract | {"step": np.int32(0)}, sharding)
+    fields = with_sharding(abstract, sharding)
     restored = restore_variables(workdir, fields, kind)
     if restored is None:
         raise UserError(f"no {kind} checkpoint in {workdir}; train with train.py --workdir first")
-    variables, _ = restored
-    return variables, int(variables.pop("step"))
+    variables, _, step = restored
+    return variables, step
 
 
 def write_class_names(workdir: Path, names: Sequence[str]) -> None:

@@ -93,7 +93,9 @@ def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Returns which rows of a global batch the devices of this process hold, ascending, int64 [b]."""
     indices = batch_sharded(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return np.concatenate(sorted((np.arange(batch_size)[index] for index in indices), key=lambda rows: rows[0]))
+    return np.concatenate(
+        sorted((np.arange(batch_size)[index] for index in indices), key=lambda rows: rows[0])
+    )
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

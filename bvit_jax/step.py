@@ -37,6 +37,7 @@ def make_train_step(
     distillation_weight: float = 1.0,
     label_smoothing: float = 0.1,
     augmentation: Augmentation = NO_AUGMENTATION,
+    gather: Callable[[Any], Any] = lambda params: params,
 ) -> TrainStep:
     """Returns the pure training step.
 
@@ -45,7 +46,8 @@ def make_train_step(
     the next state and scalar metrics: the loss and its terms, the top-1 of the batch in training
     mode, and the norm of the gradient. The teacher sees the same augmented images, normalised as it
     was trained with, in evaluation mode, without gradient. Where images are mixed, so are the labels,
-    and the top-1 asks for the label with the larger share.
+    and the top-1 asks for the label with the larger share. ``gather`` brings parameters that are spread
+    over devices together for their use.
     """
 
     def train_step(
@@ -83,7 +85,7 @@ def make_train_step(
             return loss, (terms, output.logits, updates.get("batch_stats", {}))
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (terms, logits, batch_stats)), grads = gradient(state.params)
+        (loss, (terms, logits, batch_stats)), grads = gradient(gather(state.params))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         shown = labels if lam is None else dominant_labels(labels, lam)
         metrics = {
@@ -149,14 +151,22 @@ def default_images_at_once(mesh: Mesh) -> int:
     return 2 if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else 0
 
 
-def jit_train_step(step: TrainStep, mesh: Mesh) -> Any:
-    """Compiles a training step for a mesh: the batch sharded, the rest replicated, state donated."""
+def jit_train_step(step: TrainStep, mesh: Mesh, state: Any = None, *, donate: bool = True) -> Any:
+    """Compiles a training step for a mesh.
+
+    Args:
+      step: the pure step.
+      mesh: the batch is spread over it; the teacher and the metrics are whole on every device.
+      state: shardings of the training state; by default it is whole on every device.
+      donate: whether the new state takes the memory of the old one.
+    """
     whole = replicated(mesh)
+    state = whole if state is None else state
     return jax.jit(
         step,
-        in_shardings=(whole, batch_sharded(mesh), whole, whole),
-        out_shardings=(whole, whole),
-        donate_argnums=0,
+        in_shardings=(state, batch_sharded(mesh), whole, whole),
+        out_shardings=(state, whole),
+        donate_argnums=(0,) if donate else (),
     )
 
 

@@ -8,8 +8,9 @@ import optax
 from flax import linen as nn
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
-from bvit_jax.sharding import with_sharding
+from bvit_jax.sharding import state_sharding, with_sharding
 
 
 @struct.dataclass
@@ -52,8 +53,8 @@ def abstract_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     image_size: int,
-    sharding: jax.sharding.NamedSharding,
+    mesh: Mesh,
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state, without computing anything."""
     shapes = jax.eval_shape(lambda key: create_state(key, model, optimizer, image_size), jax.random.key(0))
-    return with_sharding(shapes, sharding)
+    return with_sharding(shapes, state_sharding(shapes, mesh))

@@ -2,294 +2,246 @@
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, models, optim, pretrained, runs
-from bvit_jax.augmentation import Augmentation
+from bvit_jax import data, models, runs
+from bvit_jax.build import Run, Teacher, abstract_batch, build
 from bvit_jax.checkpoint import Checkpoints
-from bvit_jax.erasing import Erasing
+from bvit_jax.clock import Clock
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.feed import Feed
+from bvit_jax.interruption import Interrupted, Interruption
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
-from bvit_jax.mixing import Mixing
-from bvit_jax.normalization import Normalization
-from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated
-from bvit_jax.step import jit_train_step, make_train_step
-from bvit_jax.train_state import TrainState, abstract_state, create_state
+from bvit_jax.sharding import local_rows, replicated
+
+POLL_SECONDS = 0.2
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """The distillation teacher: an argument of the step, neither trained nor checkpointed.
+@dataclass
+class Record:
+    """What a run carries from step to step beside its arrays; saved with them as JSON.
 
     Attributes:
-      model: None where there is no teacher.
-      variables: empty where there is none.
-      digest: SHA-256 of the weights; a run resumes only with the same teacher.
-      normalize: what its images go through, which need not be what the student's do.
+      window: metrics of the steps since the last line of the log.
+      best: the best top-1 and its step, None before the first evaluation.
+      figures: of the last evaluation.
+      bad_images: images so far that could not be decoded.
+      evaluated: whether the evaluation of the step, if it has one, is done.
+      lines: of metrics.jsonl.
     """
 
-    model: nn.Module | None
-    variables: dict[str, Any]
-    digest: str
-    normalize: Normalization | None
+    window: MetricWindow = field(default_factory=MetricWindow)
+    best: dict[str, Any] = field(default_factory=lambda: {"top1": -1.0, "step": None})
+    figures: dict[str, Any] = field(default_factory=dict)
+    bad_images: int = 0
+    evaluated: bool = True
+    lines: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the record as JSON values, exactly."""
+        return {**vars(self), "window": self.window.state()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Record":
+        """Returns the record that `to_json` described."""
+        window = MetricWindow()
+        window.restore(values["window"])
+        return cls(**{**values, "window": window})
 
 
-def load_teacher(config: ConfigDict) -> Teacher:
-    """Loads the teacher that ``config.teacher`` names.
-
-    Raises:
-      UserError: distillation is asked for without a teacher or the other way round; it cannot be read,
-        or has other classes or another image size than the student.
-    """
-    distills, path = config.loss.distillation_weight > 0, config.teacher.path
-    if distills and not path:
-        raise UserError(
-            "config.teacher.path is empty; name the teacher's directory, or train on the labels with"
-            " config.loss.distillation_weight=0"
-        )
-    if path and not distills:
-        raise UserError(
-            "config.loss.distillation_weight is 0, so that the teacher would do nothing; raise it or"
-            " leave config.teacher.path empty"
-        )
-    if config.model.get("distillation_head") and not 0 < config.loss.distillation_weight < 1:
-        raise UserError(
-            "config.model.distillation_head needs a teacher for one head and labels for the other; set"
-            " config.loss.distillation_weight between 0 and 1, such as 0.5"
-        )
-    if not path:
-        return Teacher(None, {}, "", None)
-    origin = Path(config.teacher.path).expanduser()
-    try:
-        teacher = pretrained.load(origin)
-    except UserError as error:
-        raise UserError(f"config.teacher.path: {error}") from error
-    for key in ("num_classes", "image_size"):
-        if teacher.config[key] != config.model[key]:
-            raise UserError(
-                f"the teacher in {origin} has {key} {teacher.config[key]} and the student"
-                f" {config.model[key]}; use another config.teacher.path or config.model.{key}"
-            )
-    p = teacher.preprocessing
-    model = models.create_model(teacher.config, jnp.dtype(config.compute_dtype))
-    return Teacher(model, teacher.arrays(), teacher.digest(), Normalization(p.mean, p.std))
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is built from a configuration before the first step.
-
-    Attributes:
-      mesh: all devices.
-      model: the student.
-      teacher: see `Teacher`.
-      schedule: learning rate of each step.
-      state: shapes and shardings of the state.
-      create: makes the initial state of a key, on the devices.
-      step: the training step, to be compiled by its first call or ahead of time.
-      steps_per_epoch, total_steps: lengths in steps.
-    """
-
-    mesh: Mesh
-    model: nn.Module
-    teacher: Teacher
-    schedule: Any
-    state: TrainState
-    create: Any
-    step: Any
-    steps_per_epoch: int
-    total_steps: int
-
-
-def build(config: ConfigDict, num_examples: int) -> Run:
-    """Builds everything that training needs but the data, and checks that it fits together."""
-    mesh = make_mesh()
-    check_batch_size("batch_size", config.batch_size, mesh)
-    check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
-    image_size = config.model.image_size
-    model = models.create_model(config.model, jnp.dtype(config.compute_dtype))
-    teacher = load_teacher(config)
-    steps_per_epoch = data.steps_per_epoch(num_examples, config.batch_size)
-    schedule = optim.make_schedule(
-        config.optim,
-        batch_size=config.batch_size,
-        steps_per_epoch=steps_per_epoch,
-        epochs=config.epochs,
-    )
-    optimizer = optim.make_optimizer(config.optim, schedule)
-    step = make_train_step(
-        model,
-        optimizer,
-        Normalization(config.data.mean, config.data.std),
-        teacher=teacher.model,
-        teacher_normalize=teacher.normalize,
-        teacher_targets=config.loss.teacher_targets,
-        distillation_weight=config.loss.distillation_weight,
-        label_smoothing=config.loss.label_smoothing,
-        augmentation=Augmentation(Erasing(**config.erase), Mixing(**config.mix)),
-    )
-    return Run(
-        mesh=mesh,
-        model=model,
-        teacher=teacher,
-        schedule=schedule,
-        state=abstract_state(model, optimizer, image_size, replicated(mesh)),
-        create=jax.jit(
-            lambda key: create_state(key, model, optimizer, image_size),
-            out_shardings=replicated(mesh),
-        ),
-        step=jit_train_step(step, mesh),
-        steps_per_epoch=steps_per_epoch,
-        total_steps=config.epochs * steps_per_epoch,
-    )
-
-
-def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = False) -> dict[str, Any]:
     """Trains the model of ``config``, or continues the run that ``workdir`` holds.
 
     The workdir receives ``config.json``, ``metrics.jsonl``, checkpoints and, with tensorboardX,
     TensorBoard files. A run that was killed continues from its newest checkpoint, bit for bit as if
-    it had not been.
+    it had not been. All processes of a run call this.
+
+    Args:
+      config: of the run.
+      workdir: of the run, the same directory for all processes.
+      debug_nans: stop at the first operation that makes a NaN, and name it; slower.
 
     Returns:
       The figures of the last evaluation and the best top-1, with their steps.
 
     Raises:
       UserError: a setting, a file or a directory is wrong, or the loss is no longer finite.
+      Interrupted: SIGTERM came; the state is saved.
     """
-    # --- build ---------------------------------------------------------------------------------
-    config_lib.validate(config)
-    train_split = _open_splits(config)
-    run = build(config, train_split.num_examples)
-    is_main = jax.process_index() == 0
-    logger.info(
-        "%s with %.2f M parameters on %d × %s, %d steps of %d images",
-        config.model.name,
-        models.num_params(run.state.params) / 1e6,
-        run.mesh.size,
-        run.mesh.devices.flat[0].device_kind,
-        run.total_steps,
-        config.batch_size,
-    )
-
-    # --- start or resume -----------------------------------------------------------------------
-    _make_workdir(workdir)
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-    key_init, key_train = jax.random.split(jax.random.key(config.seed))
-    restored = checkpoints.restore("latest", run.state)
-    window, best, figures, bad_images = MetricWindow(), {"top1": -1.0, "step": 0}, {}, 0
-    if restored is None:
-        state = run.create(key_init)
-    else:
-        state, metadata = restored
-        _check_teacher(metadata["teacher"], run.teacher, workdir)
-        _check_dataset(metadata["dataset"], train_split, workdir)
-        window.restore(metadata["window"])
-        best, figures, bad_images = metadata["best"], metadata["figures"], metadata["bad_images"]
-        logger.info("continuing from step %d in %s", int(state.step), workdir)
-    start = int(state.step)
-    if start > run.total_steps:
-        raise UserError(
-            f"the run in {workdir} is at step {start}, beyond the {run.total_steps} steps of this"
-            " configuration; raise config.epochs or choose another workdir"
+    with ExitStack() as stack:
+        # --- build -----------------------------------------------------------------------------
+        interruption = Interruption()
+        stack.callback(interruption.close)
+        config_lib.validate(config)
+        train_split = _open_splits(config)
+        run = build(config, train_split.num_examples, donate=not debug_nans)
+        is_main = jax.process_index() == 0
+        logger.info(
+            "%s with %.2f M parameters on %d × %s, %d steps of %d images",
+            config.model.name,
+            models.num_params(run.state.params) / 1e6,
+            run.mesh.size,
+            run.mesh.devices.flat[0].device_kind,
+            run.total_steps,
+            config.batch_size,
         )
-    if is_main:
-        _describe(workdir, config, train_split.class_names)
-    writer = MetricWriter(workdir, active=is_main)
-    writer.truncate_after(start)
-    teacher_variables = jax.device_put(run.teacher.variables, replicated(run.mesh))
 
-    # --- train ---------------------------------------------------------------------------------
-    eval_step = build_eval_step(config, run.model, run.mesh)
-    batches = data.train_batches(
-        config.data,
-        config.model.image_size,
-        config.batch_size,
-        config.seed,
-        start,
-        jax.process_index(),
-        jax.process_count(),
-    )
-    feed = Feed(batches, run.mesh)
-    progress = ProgressLine(run.total_steps, start)
-    checkpoint_every = config.checkpoint.every_steps or run.steps_per_epoch
-    eval_every = config.eval_every_epochs * run.steps_per_epoch
-    clock = _Clock(start, config.batch_size)
-    try:
-        for step in range(start + 1, run.total_steps + 1):
-            batch, bad = next(feed)
-            bad_images += bad
-            state, metrics = run.step(state, batch, teacher_variables, key_train)
-            window.add(metrics)
+        # --- start or resume -------------------------------------------------------------------
+        _make_workdir(workdir)
+        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+        stack.callback(checkpoints.close)
+        key_init, key_train = jax.random.split(jax.random.key(config.seed))
+        restored = checkpoints.restore(run.state)
+        identity = {"teacher": run.teacher.digest, "dataset": train_split.version}
+        if restored is None:
+            state, record = run.create(key_init), Record()
+        else:
+            state, metadata = restored
+            _check_identity(metadata["identity"], run.teacher, train_split, workdir)
+            record = Record.from_json(metadata["record"])
+            logger.info("continuing from step %d in %s", int(state.step), workdir)
+        start = int(state.step)
+        if start > run.total_steps:
+            raise UserError(
+                f"the run in {workdir} is at step {start}, beyond the {run.total_steps} steps of this"
+                " configuration; raise config.epochs or choose another workdir"
+            )
+        if is_main:
+            _describe(workdir, config, train_split.class_names)
+        writer = MetricWriter(workdir, active=is_main)
+        stack.callback(writer.close)
+        writer.truncate(record.lines, start)
+        everywhere = replicated(run.mesh)
+        teacher_variables, key_train = jax.device_put((run.teacher.variables, key_train), everywhere)
+
+        # --- compile ---------------------------------------------------------------------------
+        progress = ProgressLine(run.total_steps, start)
+        stack.callback(progress.close)
+        feed = Feed(_train_batches(config, run, start), run.mesh)
+        stack.callback(feed.close)
+        train_step, eval_step = run.step, build_eval_step(config, run.model, run.mesh)
+        if start < run.total_steps and not debug_nans:
+            train_step = _compile(run, config, (teacher_variables, key_train), interruption, start)
+        checkpoint_every = config.checkpoint.every_steps or run.steps_per_epoch
+        eval_every = config.eval_every_epochs * run.steps_per_epoch
+        clock = Clock(start, config.batch_size)
+
+        def save(step: int) -> None:
+            if step == start and restored is None:
+                return  # nothing has happened
+            _finite(record.window, workdir)
+            record.lines = writer.lines
+            content = {"record": record.to_json(), "identity": identity}
+            checkpoints.save(step, state, content, best_step=record.best["step"])
+
+        # --- train -----------------------------------------------------------------------------
+        for step in range(start, run.total_steps + 1):
             last = step == run.total_steps
+            if step > start:
+                batch, bad = next(feed)
+                record.bad_images += bad
+                state, metrics = train_step(state, batch, teacher_variables, key_train)
+                record.window.add(step, metrics)
+                record.evaluated = not (step % eval_every == 0 or last)
 
-            if step % config.log_every_steps == 0 or last:
-                means = _finite(window.mean(), step, workdir)
-                means["learning_rate"] = float(run.schedule(step - 1))
-                means["epoch"] = step / run.steps_per_epoch
-                means["bad_images"] = bad_images
-                means |= clock.lap(step, run.total_steps, feed.waited)
-                writer.write(step, means)
-                progress.update(step, means)
-                if is_main and not progress.active:
-                    logger.info(format_line(step, run.total_steps, means))
-                window.reset()
+                if step % config.log_every_steps == 0 or last:
+                    means = _finite(record.window, workdir)
+                    means["learning_rate"] = float(run.schedule(step - 1))
+                    means["epoch"] = step / run.steps_per_epoch
+                    means["bad_images"] = record.bad_images
+                    means |= clock.lap(step, run.total_steps, feed.waited)
+                    writer.write(step, means)
+                    progress.update(step, means)
+                    if is_main and not progress.active:
+                        logger.info(format_line(step, run.total_steps, means))
+                    record.window.reset()
+                    checkpoints.check()
 
-            if step % eval_every == 0 or last:
+            best_so_far = record.best["step"]
+            if not record.evaluated:
                 with clock.paused():
-                    figures = evaluate(eval_step, state.variables, eval_batches(config), run.mesh)
-                    figures["step"] = step
-                    writer.write(step, {f"eval_{k}": v for k, v in figures.items() if k != "step"})
-                    logger.info(
-                        "step %d/%d  top-1 %.2f %%  top-5 %.2f %%  loss %.4f  %d images",
-                        step,
-                        run.total_steps,
-                        100 * figures["top1"],
-                        100 * figures["top5"],
-                        figures["loss"],
-                        figures["images"],
-                    )
-                    if figures["top1"] > best["top1"]:
-                        best = {"top1": figures["top1"], "step": step}
-                        checkpoints.save_best(step, state, {"figures": figures})
+                    variables = run.gather(state.variables)
+                    batches = eval_batches(config, run.mesh)
+                    try:
+                        figures = evaluate(eval_step, variables, batches, run.mesh, interruption.reached)
+                    except Interrupted:
+                        save(step)
+                        raise Interrupted(step) from None
+                _record_evaluation(record, figures, step, run.total_steps, writer)
 
-            if step % checkpoint_every == 0 or last:
-                with clock.paused():
-                    _finite(window.mean(), step, workdir)
-                    checkpoints.save_latest(
-                        step,
-                        state,
-                        {
-                            "window": window.state(),
-                            "best": best,
-                            "figures": figures,
-                            "teacher": run.teacher.digest,
-                            "dataset": train_split.version,
-                            "bad_images": bad_images,
-                        },
-                    )
-    finally:
-        feed.close()
-        progress.close()
-        writer.close()
-        checkpoints.close()
-    return {**figures, "best_top1": best["top1"], "best_step": best["step"]}
+            with clock.paused():
+                due = step > start and (step % checkpoint_every == 0 or last)
+                if due or record.best["step"] != best_so_far:
+                    save(step)
+                if interruption.reached() and not last:
+                    save(step)
+                    raise Interrupted(step)
+    best = record.best
+    return {**record.figures, "best_top1": best["top1"], "best_step": best["step"]}
+
+
+def _train_batches(config: ConfigDict, run: Run, start: int) -> Any:
+    rows = local_rows(run.mesh, config.batch_size)
+    size = config.model.image_size
+    return data.train_batches(config.data, size, config.batch_size, config.seed, start, rows.tolist())
+
+
+def _compile(
+    run: Run, config: ConfigDict, arguments: tuple[Any, Any], interruption: Interruption, start: int
+) -> Any:
+    """Compiles the step in a thread, so that SIGTERM can end the wait."""
+    began = time.perf_counter()
+    lowered = run.step.lower(run.state, abstract_batch(config, run.mesh), *arguments)
+    results: list[Any] = []
+
+    def compile_step() -> None:
+        try:
+            results.append(lowered.compile())
+        except Exception as error:  # for the thread that waits
+            results.append(error)
+
+    thread = threading.Thread(target=compile_step, name="compile", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        if interruption.noticed:
+            raise Interrupted(start)
+    (result,) = results
+    if isinstance(result, Exception):
+        raise result
+    logger.info("compiled the step in %.1f s", time.perf_counter() - began)
+    return result
+
+
+def _record_evaluation(
+    record: Record, figures: dict[str, Any], step: int, total: int, writer: MetricWriter
+) -> None:
+    writer.write(step, {f"eval_{name}": value for name, value in figures.items()})
+    logger.info(
+        "step %d/%d  top-1 %.2f %%  top-5 %.2f %%  loss %.4f  %d images",
+        step,
+        total,
+        100 * figures["top1"],
+        100 * figures["top5"],
+        figures["loss"],
+        figures["images"],
+    )
+    record.figures, record.evaluated = {**figures, "step": step}, True
+    if figures["top1"] > record.best["top1"]:
+        record.best = {"top1": figures["top1"], "step": step}
 
 
 def dry_run(config: ConfigDict) -> dict[str, Any]:
@@ -307,12 +259,7 @@ def dry_run(config: ConfigDict) -> dict[str, Any]:
         logger.warning("the data was not checked: %s", error)
         num_examples = 0
     run = build(config, num_examples)
-    size = config.model.image_size
-    sharding = batch_sharded(run.mesh)
-    batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), np.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32, sharding=sharding),
-    }
+    batch = abstract_batch(config, run.mesh)
     start = time.perf_counter()
     compiled = run.step.lower(run.state, batch, run.teacher.variables, jax.random.key(0)).compile()
     cost = compiled.cost_analysis() or {}
@@ -333,62 +280,13 @@ def dry_run(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-class _Clock:
-    """Speed and time left, without the time spent in evaluation and saving."""
-
-    def __init__(self, step: int, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._step, self._start, self._waited = step, time.perf_counter(), 0.0
-
-    def lap(self, step: int, total: int, waited: float) -> dict[str, float]:
-        """Returns what happened since the last lap.
-
-        Args:
-          step: the last one done.
-          total: number of steps.
-          waited: seconds spent waiting for data since the start.
-
-        Returns:
-          Images a second, the seconds left at that speed, and the share of the time that went into
-          waiting for data.
-        """
-        now = time.perf_counter()
-        seconds = now - self._start
-        seconds_per_step = seconds / (step - self._step)
-        share = (waited - self._waited) / seconds
-        self._step, self._start, self._waited = step, now, waited
-        return {
-            "images_per_second": self._batch_size / seconds_per_step,
-            "seconds_left": (total - step) * seconds_per_step,
-            "data_wait": share,
-        }
-
-    def paused(self) -> "_Pause":
-        """Returns a context whose duration does not count."""
-        return _Pause(self)
-
-    def skip(self, seconds: float) -> None:
-        """Takes a duration out of the current lap."""
-        self._start += seconds
-
-
-class _Pause:
-    def __init__(self, clock: _Clock) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self._clock.skip(time.perf_counter() - self._start)
-
-
-def _finite(means: dict[str, float], step: int, workdir: Path) -> dict[str, float]:
-    loss = means.get("loss", 0.0)
-    if not math.isfinite(loss):
+def _finite(window: MetricWindow, workdir: Path) -> dict[str, float]:
+    means = window.mean()
+    if window.not_finite is not None:
+        name, step = window.not_finite
         raise UserError(
-            f"the loss is {loss} at step {step} or shortly before; the last good checkpoint is kept"
-            f" in {workdir}: lower config.optim.learning_rate or set config.optim.clip_grad_norm"
+            f"{name} is not finite at step {step}; the last good checkpoint is kept in {workdir}: lower"
+            " config.optim.learning_rate or set config.optim.clip_grad_norm; --debug_nans names the operation"
         )
     return means
 
@@ -405,15 +303,13 @@ def _open_splits(config: ConfigDict) -> data.Split:
     return train
 
 
-def _check_teacher(digest: str, teacher: Teacher, workdir: Path) -> None:
-    if digest != teacher.digest:
+def _check_identity(identity: dict[str, str], teacher: Teacher, split: data.Split, workdir: Path) -> None:
+    if identity["teacher"] != teacher.digest:
         raise UserError(
             f"the run in {workdir} was started with another teacher than config.teacher.path;"
             " use that one or choose another workdir"
         )
-
-
-def _check_dataset(version: str, split: data.Split, workdir: Path) -> None:
+    version = identity["dataset"]
     if version != split.version:
         raise UserError(
             f"the run in {workdir} was started with version {version} of {split.dataset}, and there is"

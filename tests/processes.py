@@ -14,7 +14,7 @@ import numpy as np
 from bvit_jax import config as config_lib
 from bvit_jax import models, optim
 from bvit_jax.checkpoint import Checkpoints
-from bvit_jax.sharding import make_mesh, replicated
+from bvit_jax.sharding import make_mesh
 from bvit_jax.train_state import abstract_state
 
 ROOT = Path(__file__).parent.parent
@@ -70,9 +70,9 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
     config = config_lib.load(workdir / "config.json")
     model = models.create_model(config.model)
     optimizer = optim.make_optimizer(config.optim, lambda step: 1.0)
-    whole = replicated(make_mesh(jax.devices()[:1]))
+    mesh = make_mesh(jax.devices()[:1])
     checkpoints = Checkpoints(workdir, keep=2)
-    restored = checkpoints.restore("latest", abstract_state(model, optimizer, config.model.image_size, whole))
+    restored = checkpoints.restore(abstract_state(model, optimizer, config.model.image_size, mesh))
     checkpoints.close()
     assert restored is not None
     leaves = jax.tree_util.tree_leaves_with_path(restored[0])

@@ -29,7 +29,7 @@ def make_run(path: Path, config) -> dict:
     state = dataclasses.replace(state, step=np.int32(7))
     state = jax.device_put(state, replicated(make_mesh(jax.devices()[:1])))
     checkpoints = Checkpoints(path, keep=1)
-    checkpoints.save_latest(7, state, {})
+    checkpoints.save(7, state, {})
     checkpoints.close()
     return jax.tree.map(np.asarray, state.variables)
 

@@ -23,8 +23,8 @@ def steps(count=50):
 def test_window_means_in_float64():
     window = MetricWindow()
     assert window.mean() == {}
-    for step in steps():
-        window.add(step)
+    for number, step in enumerate(steps()):
+        window.add(number, step)
     losses = [float(step["loss"]) for step in steps()]
     assert window.mean()["loss"] == pytest.approx(math.fsum(losses) / 50, rel=1e-15)
     assert window.mean() == window.mean()
@@ -35,13 +35,13 @@ def test_window_means_in_float64():
 def test_window_resumes_bit_identically():
     whole, first, second = MetricWindow(), MetricWindow(), MetricWindow()
     for step in steps():
-        whole.add(step)
+        whole.add(0, step)
     for step in steps()[:23]:
-        first.add(step)
-    second.add({"loss": jnp.float32(1e9)})  # replaced by what is restored
+        first.add(0, step)
+    second.add(0, {"loss": jnp.float32(1e9)})  # replaced by what is restored
     second.restore(json.loads(json.dumps(first.state())))
     for step in steps()[23:]:
-        second.add(step)
+        second.add(0, step)
     assert second.mean() == whole.mean()
     assert second.state() == whole.state()
 
@@ -50,9 +50,18 @@ def test_window_add_does_not_wait_for_the_device():
     window = MetricWindow()
     with jax.transfer_guard_device_to_host("disallow"):
         for step in steps(3):
-            window.add(step)
-    window.add({"loss": 0.5, "accuracy": np.float32(1)})
+            window.add(0, step)
+    window.add(1, {"loss": 0.5, "accuracy": np.float32(1)})
     assert window.state()["loss"][1] == 4
+
+
+def test_window_finds_the_first_value_that_is_not_finite():
+    window = MetricWindow()
+    for number, value in ((7, 1.0), (8, math.inf), (9, math.nan)):
+        window.add(number, {"loss": jnp.float32(1), "gradient_norm": jnp.float32(value)})
+        assert window.not_finite is None  # not asked yet
+    window.mean()
+    assert window.not_finite == ("gradient_norm", 8)
 
 
 def lines(tmp_path):
@@ -74,26 +83,28 @@ def test_writer_appends_lines(tmp_path):
 
 def test_writer_truncates_when_a_run_resumes(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "a": 1}\n{"ste\n{"step": 3}\n{"step": 2}\n{"step": 1, "lo')
+    path.write_text(
+        '{"step": 1}\n{"step": 2, "a": 1}\n{"step": 2, "e": 1}\n{"step": 3}\n{"step": 4, "lo'
+    )
     writer = MetricWriter(tmp_path, active=True)
-    writer.truncate_after(2)
+    assert writer.lines == 4
+    writer.truncate(2, 2)
+    assert writer.lines == 2
     writer.write(3, {"a": 2.0})
+    assert writer.lines == 3
     writer.close()
-    assert lines(tmp_path) == [
-        {"step": 1},
-        {"step": 2, "a": 1},
-        {"step": 2},
-        {"step": 3, "a": 2.0},
-    ]
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2, "a": 1}, {"step": 3, "a": 2.0}]
     writer = MetricWriter(tmp_path, active=True)
-    writer.truncate_after(0)
+    writer.truncate(7, 9)  # some were lost
+    assert writer.lines == 3
+    writer.truncate(0, 0)
     assert path.read_text() == ""
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_inactive_writer_writes_nothing(tmp_path):
     writer = MetricWriter(tmp_path, active=False)
-    writer.truncate_after(0)
+    writer.truncate(0, 0)
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert list(tmp_path.iterdir()) == []
@@ -124,7 +135,7 @@ def events(tmp_path):
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX")
     writer = MetricWriter(tmp_path, active=True)
-    writer.truncate_after(4)
+    writer.truncate(0, 4)
     writer.write(5, {"loss": 0.5, "bad": math.nan})
     writer.close()
     scalars, starts = events(tmp_path)

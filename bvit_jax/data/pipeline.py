@@ -153,7 +153,8 @@ def eval_batches(
 
     Yields:
       ``image``, uint8 [b, image_size, image_size, 3], ``label``, int32 [b], ``mask``, bool [b], and
-      ``bad``, int32 [b] as in `train_batches`, where b is the number of rows; black images with label 0 and mask False fill the last batch and stand for images that cannot be decoded.
+      ``bad``, int32 [b] as in `train_batches`, where b is the number of rows; black images
+      with label 0 and mask False fill the last batch and stand for images that cannot be decoded.
 
     Raises:
       UserError: as for `train_batches`.

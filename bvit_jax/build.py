@@ -1,0 +1,174 @@
+"""What a configuration becomes before the first step: mesh, models, schedule, the compiled step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bvit_jax import data, models, optim, pretrained
+from bvit_jax.augmentation import Augmentation
+from bvit_jax.erasing import Erasing
+from bvit_jax.errors import UserError
+from bvit_jax.mixing import Mixing
+from bvit_jax.normalization import Normalization
+from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated
+from bvit_jax.step import jit_train_step, make_train_step
+from bvit_jax.train_state import TrainState, abstract_state, create_state
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The distillation teacher: an argument of the step, neither trained nor checkpointed.
+
+    Attributes:
+      model: None where there is no teacher.
+      variables: empty where there is none.
+      digest: SHA-256 of the weights; a run resumes only with the same teacher.
+      normalize: what its images go through, which need not be what the student's do.
+    """
+
+    model: nn.Module | None
+    variables: dict[str, Any]
+    digest: str
+    normalize: Normalization | None
+
+
+def load_teacher(config: ConfigDict) -> Teacher:
+    """Loads the teacher that ``config.teacher`` names.
+
+    Raises:
+      UserError: distillation is asked for without a teacher or the other way round; it cannot be read,
+        or has other classes or another image size than the student.
+    """
+    distills, path = config.loss.distillation_weight > 0, config.teacher.path
+    if distills and not path:
+        raise UserError(
+            "config.teacher.path is empty; name the teacher's directory, or train on the labels with"
+            " config.loss.distillation_weight=0"
+        )
+    if path and not distills:
+        raise UserError(
+            "config.loss.distillation_weight is 0, so that the teacher would do nothing; raise it or"
+            " leave config.teacher.path empty"
+        )
+    if config.model.get("distillation_head") and not 0 < config.loss.distillation_weight < 1:
+        raise UserError(
+            "config.model.distillation_head needs a teacher for one head and labels for the other; set"
+            " config.loss.distillation_weight between 0 and 1, such as 0.5"
+        )
+    if not path:
+        return Teacher(None, {}, "", None)
+    origin = Path(config.teacher.path).expanduser()
+    try:
+        teacher = pretrained.load(origin)
+    except UserError as error:
+        raise UserError(f"config.teacher.path: {error}") from error
+    for key in ("num_classes", "image_size"):
+        if teacher.config[key] != config.model[key]:
+            raise UserError(
+                f"the teacher in {origin} has {key} {teacher.config[key]} and the student"
+                f" {config.model[key]}; use another config.teacher.path or config.model.{key}"
+            )
+    p = teacher.preprocessing
+    model = models.create_model(teacher.config, jnp.dtype(config.compute_dtype))
+    return Teacher(model, teacher.arrays(), teacher.digest(), Normalization(p.mean, p.std))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is built from a configuration before the first step.
+
+    Attributes:
+      mesh: the devices.
+      model: the student.
+      teacher: see `Teacher`.
+      schedule: learning rate of each step.
+      state: shapes and shardings of the state.
+      create: makes the initial state of a key, where it will live.
+      gather: returns parameters and statistics whole on every device.
+      step: the training step, to be compiled by its first call or ahead of time.
+      steps_per_epoch, total_steps: lengths in steps.
+    """
+
+    mesh: Mesh
+    model: nn.Module
+    teacher: Teacher
+    schedule: Any
+    state: TrainState
+    create: Any
+    gather: Any
+    step: Any
+    steps_per_epoch: int
+    total_steps: int
+
+
+def build(config: ConfigDict, num_examples: int, mesh: Mesh | None = None, *, donate: bool = True) -> Run:
+    """Builds everything that training needs but the data, and checks that it fits together.
+
+    Args:
+      config: of the run.
+      num_examples: of the training split.
+      mesh: by default that of all devices.
+      donate: whether a step may write the new state over the old one.
+
+    Raises:
+      UserError: settings do not fit together or the devices, or the teacher cannot be read.
+    """
+    mesh = make_mesh(fsdp=config.mesh.fsdp) if mesh is None else mesh
+    check_batch_size("batch_size", config.batch_size, mesh)
+    check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+    image_size = config.model.image_size
+    model = models.create_model(config.model, jnp.dtype(config.compute_dtype))
+    teacher = load_teacher(config)
+    steps_per_epoch = data.steps_per_epoch(num_examples, config.batch_size)
+    schedule = optim.make_schedule(
+        config.optim,
+        batch_size=config.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        epochs=config.epochs,
+    )
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    step = make_train_step(
+        model,
+        optimizer,
+        Normalization(config.data.mean, config.data.std),
+        teacher=teacher.model,
+        teacher_normalize=teacher.normalize,
+        teacher_targets=config.loss.teacher_targets,
+        distillation_weight=config.loss.distillation_weight,
+        label_smoothing=config.loss.label_smoothing,
+        augmentation=Augmentation(Erasing(**config.erase), Mixing(**config.mix)),
+        gather=lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh)),
+    )
+    state = abstract_state(model, optimizer, image_size, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return Run(
+        mesh=mesh,
+        model=model,
+        teacher=teacher,
+        schedule=schedule,
+        state=state,
+        create=jax.jit(
+            lambda key: create_state(key, model, optimizer, image_size),
+            out_shardings=shardings,
+        ),
+        gather=jax.jit(lambda tree: tree, out_shardings=replicated(mesh)),
+        step=jit_train_step(step, mesh, shardings, donate=donate),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=config.epochs * steps_per_epoch,
+    )
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes, dtypes and shardings of a global training batch."""
+    sharding, size = batch_sharded(mesh), config.model.image_size
+    return {
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), np.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32, sharding=sharding),
+    }

@@ -1,0 +1,55 @@
+"""Speed and time left of a run."""
+
+import time
+
+
+class Clock:
+    """Speed and time left, without the time spent in evaluation and saving."""
+
+    def __init__(self, step: int, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._step, self._start, self._waited = step, time.perf_counter(), 0.0
+
+    def lap(self, step: int, total: int, waited: float) -> dict[str, float]:
+        """Returns what happened since the last lap.
+
+        Args:
+          step: the last one done.
+          total: number of steps.
+          waited: seconds spent waiting for data since the start.
+
+        Returns:
+          Images a second, the seconds left at that speed, and the share of the time that went into
+          waiting for data.
+        """
+        now = time.perf_counter()
+        seconds = now - self._start
+        seconds_per_step = seconds / (step - self._step)
+        share = (waited - self._waited) / seconds
+        self._step, self._start, self._waited = step, now, waited
+        return {
+            "images_per_second": self._batch_size / seconds_per_step,
+            "seconds_left": (total - step) * seconds_per_step,
+            "data_wait": share,
+        }
+
+    def paused(self) -> "Pause":
+        """Returns a context whose duration does not count."""
+        return Pause(self)
+
+    def skip(self, seconds: float) -> None:
+        """Takes a duration out of the current lap."""
+        self._start += seconds
+
+
+class Pause:
+    """A context whose duration does not count."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self._clock.skip(time.perf_counter() - self._start)
