@@ -1,15 +1,19 @@
 """Starting a run of several processes, one on each host."""
 
+import hashlib
 import importlib.util
 import logging
 import os
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from bvit_jax.errors import UserError
 
@@ -82,6 +86,21 @@ def start(cluster: Cluster, wanted: bool | None = None) -> None:
 def is_active() -> bool:
     """Returns whether this process is one of several."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def check_same(values: Mapping[str, str]) -> None:
+    """Raises `UserError` in all processes, naming one of the values, unless it is the same in all."""
+    if not is_active():
+        return
+    digests = [list(hashlib.sha256(value.encode()).digest()) for value in values.values()]
+    of_all = multihost_utils.process_allgather(np.array(digests, np.int32))
+    for index, name in enumerate(values):
+        differs = (of_all[:, index] != of_all[0, index]).any(-1)
+        if differs.any():
+            raise UserError(
+                f"process {int(np.argmax(differs))} has another {name} than process 0; start all processes"
+                " with the same command and the same files"
+            )
 
 
 def _on_tpu() -> bool:

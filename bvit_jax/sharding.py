@@ -84,6 +84,16 @@ def _over_fsdp(shape: tuple[int, ...], count: int) -> PartitionSpec:
     return PartitionSpec(*(None,) * axis, FSDP_AXIS)
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns arrays of the host, the same in all processes, as arrays that every device holds whole."""
+
+    def put(leaf: Any) -> jax.Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, replicated(mesh), lambda index: array[index])
+
+    return jax.tree.map(put, tree)
+
+
 def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
     """Raises `UserError` if a global batch does not divide over the devices."""
     if batch_size % mesh.size:

@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, models, runs
+from bvit_jax import data, distributed, models, runs
 from bvit_jax.build import Run, Teacher, abstract_batch, build
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.clock import Clock
@@ -23,7 +23,7 @@ from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.feed import Feed
 from bvit_jax.interruption import Interrupted, Interruption
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
-from bvit_jax.sharding import local_rows, replicated
+from bvit_jax.sharding import local_rows, replicate, replicated
 
 POLL_SECONDS = 0.2
 
@@ -88,6 +88,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         config_lib.validate(config)
         train_split = _open_splits(config)
         run = build(config, train_split.num_examples, donate=not debug_nans)
+        identity = {"teacher": run.teacher.digest, "dataset": train_split.version}
+        distributed.check_same({"configuration": config.to_json(), **identity})
         is_main = jax.process_index() == 0
         logger.info(
             "%s with %.2f M parameters on %d × %s, %d steps of %d images",
@@ -103,9 +105,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         _make_workdir(workdir)
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
         stack.callback(checkpoints.close)
-        key_init, key_train = jax.random.split(jax.random.key(config.seed))
+        split_key = jax.jit(jax.random.split, out_shardings=replicated(run.mesh))
+        key_init, key_train = split_key(jax.random.key(config.seed))
         restored = checkpoints.restore(run.state)
-        identity = {"teacher": run.teacher.digest, "dataset": train_split.version}
         if restored is None:
             state, record = run.create(key_init), Record()
         else:
@@ -124,8 +126,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         writer = MetricWriter(workdir, active=is_main)
         stack.callback(writer.close)
         writer.truncate(record.lines, start)
-        everywhere = replicated(run.mesh)
-        teacher_variables, key_train = jax.device_put((run.teacher.variables, key_train), everywhere)
+        teacher_variables = replicate(run.teacher.variables, run.mesh)
 
         # --- compile ---------------------------------------------------------------------------
         progress = ProgressLine(run.total_steps, start)

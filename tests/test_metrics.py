@@ -83,9 +83,7 @@ def test_writer_appends_lines(tmp_path):
 
 def test_writer_truncates_when_a_run_resumes(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 1}\n{"step": 2, "a": 1}\n{"step": 2, "e": 1}\n{"step": 3}\n{"step": 4, "lo'
-    )
+    path.write_text('{"step": 1}\n{"step": 2, "a": 1}\n{"step": 2, "e": 1}\n{"step": 3}\n{"step": 4, "lo')
     writer = MetricWriter(tmp_path, active=True)
     assert writer.lines == 4
     writer.truncate(2, 2)
