@@ -204,6 +204,7 @@ def _compile(
     run: Run, config: ConfigDict, arguments: tuple[Any, Any], interruption: Interruption, start: int
 ) -> Any:
     """Compiles the step in a thread, so that SIGTERM can end the wait."""
+    logger.info("compiling the step")
     began = time.perf_counter()
     lowered = run.step.lower(run.state, abstract_batch(config, run.mesh), *arguments)
     results: list[Any] = []

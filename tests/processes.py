@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from bvit_jax.train_state import abstract_state
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("images_per_second", "seconds_left", "data_wait")
+TIMEOUT = 240  # seconds, of a process that takes ten when nothing else runs
 CACHE = tempfile.mkdtemp(prefix="bvit_jax_compiled_")
 
 
@@ -27,36 +29,72 @@ def command(script: str, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / script), *flags]
 
 
-def environment() -> dict[str, str]:
-    """One CPU device, whatever this process simulates, and what earlier processes compiled."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """Some CPU devices, whatever this process simulates, and what earlier processes compiled."""
     return {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 
-def run(script: str, *flags: str) -> subprocess.CompletedProcess:
+def start(script: str, *flags: str, devices: int = 1, **variables: str) -> subprocess.Popen[str]:
+    """Starts a script of the repository."""
+    return subprocess.Popen(
+        command(script, *flags),
+        env=environment(devices) | variables,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Waits for the end of a process."""
+    stdout, stderr = process.communicate(timeout=TIMEOUT)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def run(script: str, *flags: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
     """Runs a script of the repository to its end."""
-    return subprocess.run(
-        command(script, *flags), env=environment(), cwd=ROOT, capture_output=True, text=True
-    )
+    return finish(start(script, *flags, devices=devices))
 
 
-def run_until(line_part: str, *flags: str) -> None:
-    """Runs train.py and kills it once a line of its log contains ``line_part``."""
-    process = subprocess.Popen(
-        command("train.py", *flags), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+def cluster_flags(count: int, timeout: int = TIMEOUT) -> list[list[str]]:
+    """Returns the flags of each of some processes of one run."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--startup_timeout={timeout}"]
+    return [[*shared, f"--process_id={index}"] for index in range(count)]
+
+
+def start_many(count: int, *flags: str) -> list[subprocess.Popen[str]]:
+    """Starts train.py as a run of some processes of one device each."""
+    return [start("train.py", *flags, *own) for own in cluster_flags(count)]
+
+
+def wait_for(process: subprocess.Popen[str], line_part: str) -> None:
+    """Reads the log of a process until a line contains ``line_part``."""
     assert process.stderr is not None
     for line in process.stderr:
         if line_part in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.stderr.close()
-    assert process.wait() == -signal.SIGKILL
+            return
+    raise AssertionError(f"{line_part!r} is not in the log")
+
+
+def run_until(
+    line_part: str, *flags: str, number: int = signal.SIGKILL, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs train.py and sends it a signal once a line of its log contains ``line_part``."""
+    process = start("train.py", *flags, **variables)
+    wait_for(process, line_part)
+    process.send_signal(number)
+    result = finish(process)
+    assert result.returncode == (-number if number == signal.SIGKILL else 128 + number), result.stderr
+    return result
 
 
 def metrics_of(workdir: Path) -> list[dict]:

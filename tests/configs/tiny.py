@@ -6,8 +6,8 @@ from bvit_jax.models import model_config
 from configs import digits
 
 
-def get_config() -> ConfigDict:
-    """Returns the configuration: 20 steps of a one-block pyramid with dropout and drop-path."""
+def get_config(variant: str = "") -> ConfigDict:
+    """Returns the configuration: 18 steps of a one-block pyramid, or ``real`` DeiT, with dropout."""
     config = digits.get_config()
     config.model = model_config(
         "binaryvit",
@@ -22,6 +22,18 @@ def get_config() -> ConfigDict:
         dropout=0.1,
         drop_path=0.1,
     )
+    if variant == "real":
+        config.model = model_config(
+            "deit",
+            image_size=16,
+            patch_size=4,
+            num_classes=10,
+            width=16,
+            depth=1,
+            num_heads=2,
+            mlp_dim=32,
+            dropout=0.1,
+        )
     config.teacher.path = ""
     config.loss.distillation_weight = 0.0
     config.batch_size = 144
