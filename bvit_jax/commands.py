@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -163,18 +164,19 @@ def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    """Ends the process with one line.
+    """Ends the process with one line, at once.
 
-    Without the usual clean-up where it may wait for others: threads that compile, processes that compute.
+    The interpreter's own way would wait for threads that compile and for processes that compute, and
+    report what Orbax has left unfinished after a failure.
     """
     sys.stderr.write(f"{' '.join(message.split())}\n")
     sys.stdout.flush()
     sys.stderr.flush()
+    for child in multiprocessing.active_children():
+        child.terminate()
     if distributed.is_active() and jax.process_index() == 0:
         time.sleep(GRACE)  # the others' connections end with this process, and their own last words
-    if distributed.is_active() or status == 128 + SIGNAL:
-        os._exit(status)
-    sys.exit(status)
+    os._exit(status)
 
 
 class _StderrHandler(logging.Handler):
@@ -186,7 +188,9 @@ class _StderrHandler(logging.Handler):
 
 def _start_logging() -> None:
     """Sends this package's log to stderr, one line an event."""
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every call otherwise
+    # Orbax and Grain log every call, and each part of a failure that is raised here as one error.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("bvit_jax")

@@ -1,6 +1,7 @@
 """Training metrics: averages over steps, metrics.jsonl and TensorBoard, the progress line."""
 
 import json
+import logging
 import math
 import os
 import sys
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from bvit_jax.errors import UserError
 
 Number = int | float
+
+logger = logging.getLogger(__name__)
 
 
 class MetricWindow:
@@ -125,7 +128,10 @@ class MetricWriter:
     def close(self) -> None:
         """Writes what TensorBoard still holds."""
         if self._tensorboard:
-            self._tensorboard.close()
+            try:
+                self._tensorboard.close()
+            except OSError as error:  # metrics.jsonl is the record; a run need not fail for this
+                logger.warning("cannot write TensorBoard's file: %s", error.strerror)
         self._tensorboard = None
 
     def _append(self, text: str) -> None:

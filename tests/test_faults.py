@@ -138,10 +138,10 @@ def test_a_damaged_checkpoint(damage: str, data_dir: Path, tmp_path: Path, whole
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+    """A file system of 4 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("only root can mount a small file system")
     yield disk
@@ -152,7 +152,7 @@ def test_a_full_disk(small_disk: Path, data_dir: Path, whole: Path) -> None:
     workdir, ballast = small_disk / "run", small_disk / "ballast"
     flags = flags_of(workdir, data_dir)
     run_until("saved step 5", *flags)
-    ballast.write_bytes(bytes(900_000 - sum(f.stat().st_size for f in workdir.rglob("*") if f.is_file())))
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
     result = run("train.py", *flags)
     assert result.returncode == 1
     assert "cannot write checkpoints to" in result.stderr.splitlines()[-1]
