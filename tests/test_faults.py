@@ -190,6 +190,8 @@ def assert_close(workdir: Path, whole: Path) -> None:
             assert value == pytest.approx(other[name], rel=1e-5), (line["step"], name)
     ours, theirs = final_state(workdir), final_state(whole)
     for name, array in theirs.items():
+        if "['key']['bias']" in name:  # has no influence, and follows the rounding noise of its gradient
+            continue
         scale = np.max(np.abs(array), initial=1e-6)
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-5 * scale, err_msg=name)
 
