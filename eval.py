@@ -20,7 +20,7 @@ commands.define_cluster_flags()
 def main(argv: list[str]) -> None:
     """Runs the command."""
     commands.no_arguments(argv)
-    commands.start_distributed()
+    commands.start_jax()
     from bvit_jax.checkpoint import Kind
     from bvit_jax.evaluation import evaluate_workdir, to_json
 

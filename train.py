@@ -31,7 +31,7 @@ commands.define_cluster_flags()
 def main(argv: list[str]) -> None:
     """Runs the command."""
     commands.no_arguments(argv)
-    commands.start_distributed()
+    commands.start_jax()
     from bvit_jax.evaluation import to_json
     from bvit_jax.training import dry_run, train_and_evaluate
 

@@ -18,7 +18,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from bvit_jax import distributed
+from bvit_jax import compilation, distributed
 from bvit_jax.errors import UserError
 from bvit_jax.interruption import SIGNAL, Interrupted
 
@@ -37,7 +37,7 @@ def run(main: Callable[[list[str]], None], default_config: Path | None = None) -
 
 
 def define_cluster_flags() -> None:
-    """Defines the flags that `start_distributed` reads."""
+    """Defines the flags that `start_jax` reads."""
     flags.DEFINE_bool(
         "distributed",
         None,
@@ -52,13 +52,17 @@ def define_cluster_flags() -> None:
     )
 
 
-def start_distributed() -> None:
-    """Connects the processes of a run as the flags say; afterwards only the first one logs progress."""
+def start_jax() -> None:
+    """Connects the processes of a run as the flags say, and keeps what they compile.
+
+    Afterwards only the first process logs progress.
+    """
     values = flags.FLAGS
     cluster = distributed.Cluster(
         values.coordinator, values.num_processes, values.process_id, values.startup_timeout
     )
     distributed.start(cluster, values.distributed)
+    compilation.use_cache()
     if jax.process_index() > 0:
         logging.getLogger("bvit_jax").setLevel(logging.WARNING)
 

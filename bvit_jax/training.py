@@ -2,7 +2,6 @@
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,14 +17,13 @@ from bvit_jax import data, distributed, models, runs
 from bvit_jax.build import Run, Teacher, abstract_batch, build
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.clock import Clock
+from bvit_jax.compilation import compile_ahead
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.feed import Feed
 from bvit_jax.interruption import Interrupted, Interruption
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
 from bvit_jax.sharding import local_rows, replicate, replicated
-
-POLL_SECONDS = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +133,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         stack.callback(feed.close)
         train_step, eval_step = run.step, build_eval_step(config, run.model, run.mesh)
         if start < run.total_steps and not debug_nans:
-            train_step = _compile(run, config, (teacher_variables, key_train), interruption, start)
+            arguments = run.state, abstract_batch(config, run.mesh), teacher_variables, key_train
+            train_step = compile_ahead(run.step.lower(*arguments), lambda: interruption.noticed)
+            if train_step is None:
+                raise Interrupted(start)
         checkpoint_every = config.checkpoint.every_steps or run.steps_per_epoch
         eval_every = config.eval_every_epochs * run.steps_per_epoch
         clock = Clock(start, config.batch_size)
@@ -198,34 +199,6 @@ def _train_batches(config: ConfigDict, run: Run, start: int) -> Any:
     rows = local_rows(run.mesh, config.batch_size)
     size = config.model.image_size
     return data.train_batches(config.data, size, config.batch_size, config.seed, start, rows.tolist())
-
-
-def _compile(
-    run: Run, config: ConfigDict, arguments: tuple[Any, Any], interruption: Interruption, start: int
-) -> Any:
-    """Compiles the step in a thread, so that SIGTERM can end the wait."""
-    logger.info("compiling the step")
-    began = time.perf_counter()
-    lowered = run.step.lower(run.state, abstract_batch(config, run.mesh), *arguments)
-    results: list[Any] = []
-
-    def compile_step() -> None:
-        try:
-            results.append(lowered.compile())
-        except Exception as error:  # for the thread that waits
-            results.append(error)
-
-    thread = threading.Thread(target=compile_step, name="compile", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        if interruption.noticed:
-            raise Interrupted(start)
-    (result,) = results
-    if isinstance(result, Exception):
-        raise result
-    logger.info("compiled the step in %.1f s", time.perf_counter() - began)
-    return result
 
 
 def _record_evaluation(

@@ -1,0 +1,99 @@
+"""Compiling a step ahead of its first call, and keeping what was compiled."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bvit_jax.errors import UserError
+
+POLL_SECONDS = 0.2
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+
+logger = logging.getLogger(__name__)
+
+
+def use_cache() -> None:
+    """Keeps compiled programs in the user's cache directory, unless the environment names another.
+
+    ``JAX_COMPILATION_CACHE_DIR`` moves it, and switches it off where it is empty. Programs for CPUs
+    hold instructions of the CPU they were compiled on, so that each kind has a directory of its own.
+    """
+    if CACHE_VARIABLE in os.environ:
+        if not os.environ[CACHE_VARIABLE]:
+            jax.config.update("jax_enable_compilation_cache", False)
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "bvit_jax" / _kind_of_cpu()))
+
+
+def compile_ahead(lowered: Any, stop: Callable[[], bool]) -> Any | None:
+    """Compiles a lowered function in a thread.
+
+    Args:
+      lowered: what ``jax.jit(...).lower(...)`` returns.
+      stop: asked a few times a second whether to give up.
+
+    Returns:
+      The compiled function, None if ``stop`` said so; then the thread goes on until the process ends.
+
+    Raises:
+      UserError: the program does not fit into the memory of a device.
+    """
+    logger.info("compiling the step")
+    start = time.perf_counter()
+    results: list[Any] = []
+
+    def compile_it() -> None:
+        try:
+            results.append(lowered.compile())
+        except Exception as error:  # for the thread that waits
+            results.append(error)
+
+    thread = threading.Thread(target=compile_it, name="compile", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        if stop():
+            return None
+    (result,) = results
+    if isinstance(result, Exception):
+        raise _as_user_error(result) from result
+    release_memory()
+    logger.info("compiled the step in %.1f s", time.perf_counter() - start)
+    return result
+
+
+def release_memory() -> None:
+    """Returns freed memory to the system where the C library can: compiling leaves gigabytes behind."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        return
+
+
+def _as_user_error(error: Exception) -> Exception:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return error
+    reason = str(error).strip().splitlines()[0]
+    return UserError(
+        f"the training step does not fit into the memory of a device: {reason}; lower config.batch_size, or"
+        " set config.accumulate_steps or config.remat"
+    )
+
+
+def _kind_of_cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "any"
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return hashlib.sha256((flags[1] if flags else "").encode()).hexdigest()[:8]
