@@ -26,6 +26,15 @@ TrainStep = Callable[[TrainState, Batch, Variables, Array], tuple[TrainState, Me
 EvalStep = Callable[[Variables, Batch], Metrics]
 
 
+def step_keys(key: Array, step: Array | int) -> tuple[Array, Array]:
+    """Returns the keys of dropout and of augmentation in a step, from the key of the run.
+
+    ``step`` counts the steps taken before it, as `TrainState.step` does.
+    """
+    step_key = jax.random.fold_in(key, step)
+    return step_key, jax.random.fold_in(step_key, 1)
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -51,9 +60,9 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, teacher_variables: Variables, key: Array
     ) -> tuple[TrainState, Metrics]:
-        step_key = jax.random.fold_in(key, state.step)
-        rngs = {"dropout": step_key}
-        pictures, lam = augmentation(jax.random.fold_in(step_key, 1), batch["image"], normalize)
+        dropout_key, augmentation_key = step_keys(key, state.step)
+        rngs = {"dropout": dropout_key}
+        pictures, lam = augmentation(augmentation_key, batch["image"], normalize)
         images, labels = normalize(pictures), batch["label"]
         teacher_logits = None
         if teacher is not None:
@@ -92,7 +101,7 @@ def make_train_step(
             "train_top1": jnp.mean(topk_correct(logits, shown, 1), dtype=jnp.float32),
             "gradient_norm": optax.tree.norm(grads),
         }
-        return TrainState(
+        return state.replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
