@@ -1,5 +1,6 @@
 """The pure steps of training and evaluation, and what they compile to on a mesh."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -101,7 +102,8 @@ def make_train_step(
             "train_top1": jnp.mean(topk_correct(logits, shown, 1), dtype=jnp.float32),
             "gradient_norm": optax.tree.norm(grads),
         }
-        return state.replace(
+        return dataclasses.replace(
+            state,
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
