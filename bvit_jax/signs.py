@@ -29,7 +29,8 @@ def noted_kernels() -> Iterator[dict[Path, WeightRule]]:
 
     def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
-        if isinstance(module, BinaryDense | BinaryPatchConv) and module.weight_bits == 1:
+        is_layer = isinstance(module, BinaryDense | BinaryPatchConv) and context.method_name == "__call__"
+        if is_layer and module.weight_bits == 1:
             kernels[module.path] = module.rule
         return call(*args, **kwargs)
 
