@@ -22,7 +22,7 @@ class Profile:
 
     def __init__(self, workdir: Path, steps: tuple[int, ...] = ()) -> None:
         self.directory = workdir / "profile"
-        self._range = range(*steps)
+        self._range = range(*steps) if steps else range(0)
         self._offset: int | None = None  # steps of the run before this process
         self._metrics: Any = None
         self._tracing = False
