@@ -1,5 +1,6 @@
 """Figures of the binary layers: against slow formulations, on several devices, and at no cost elsewhere."""
 
+import functools
 import re
 
 import jax
@@ -34,7 +35,7 @@ TINY = {
     "dropout": 0.2,
 }
 NORMALIZE = Normalization((0.5,) * 3, (0.25,) * 3)
-AUGMENTATION = Augmentation(Erasing(prob=0.5), Mixing(mixup_alpha=0.8))
+AUGMENTATION = Augmentation(Erasing(), Mixing(mixup_alpha=0.8))
 OPTIMIZER = optax.sgd(0.05)
 KEY = jax.random.key(3)
 
@@ -55,25 +56,30 @@ class Program:
         self.step = jit_train_step(step, self.mesh)
         measured = health.make_health_step(self.model, NORMALIZE, augmentation=AUGMENTATION)
         self.health = health.jit_health_step(measured, self.mesh)
-        self.key = jax.device_put(KEY, replicated(self.mesh))
+        self.key = self.on_devices(KEY)
+        self.initial = None
 
-    def state(self):
-        create = jax.jit(
-            lambda key: create_state(key, self.model, OPTIMIZER, SIZE, health=True),
-            out_shardings=replicated(self.mesh),
-        )
-        return create(self.key)
+    def state(self, step=0):
+        """Returns the initial state, as if it were that after some steps, as arrays of NumPy."""
+        create = functools.partial(create_state, model=self.model, optimizer=OPTIMIZER, image_size=SIZE)
+        self.initial = self.initial or jax.device_get(jax.jit(functools.partial(create, health=True))(KEY))
+        return jax.tree.map(np.copy, self.initial).replace(step=np.int32(step))
+
+    def on_devices(self, state):
+        return jax.device_put(state, replicated(self.mesh))
 
     def batch(self, seed):
         return jax.device_put(batch(seed), batch_sharded(self.mesh))
 
     def train(self, state, steps):
+        state = self.on_devices(state)
         for _ in range(steps):
             state, _ = self.step(state, self.batch(int(state.step)), {}, self.key)
         return state
 
     def measure(self, state):
         """Returns the figures after a step, and the state that counts flips from here on."""
+        state = self.on_devices(state)
         figures, packed = self.health(state, self.batch(int(state.step) - 1), self.key)
         return health.per_layer(figures), state.replace(signs=packed)
 
@@ -208,9 +214,8 @@ def slow_figures(model, state, images, dropout_key):
 
 
 def test_figures_are_those_of_the_step_before(program):
-    state = program.state().replace(step=jnp.int32(2))  # two steps taken: the last had the number 1
-    move = state.params["downsample1"]["conv"]["move"]
-    state.params["downsample1"]["conv"]["move"] = move.at[..., :2].set(2.0)
+    state = program.state(step=2)  # two steps taken: the last had the number 1
+    state.params["downsample1"]["conv"]["move"][..., :2] = 2
     attention = state.params["block0"]["attention"]
     attention["query"]["dense"]["kernel"] *= 0  # with the next two, the query is its shift alone
     attention["query"]["rprelu"]["slope"] *= 0
@@ -256,10 +261,10 @@ def test_a_share_of_more_than_float32_counts():
 
 
 def test_a_large_scale_kills_the_heads(program):
-    state = program.state().replace(step=jnp.int32(1))
+    state = program.state(step=1)
     found, _ = program.measure(state)
     assert found["dead_heads"] == {"block0/attention": 0, "block1/attention": 0}
-    state.params["block1"]["attention"]["prob_scale"] = jnp.float32(10)
+    state.params["block1"]["attention"]["prob_scale"] = np.float32(10)
     found, _ = program.measure(state)
     assert found["dead_heads"] == {"block0/attention": 0, "block1/attention": 2}
     assert health.totals(found)["dead_heads"] == 2
@@ -275,7 +280,7 @@ def test_totals():
 
 def test_the_same_on_eight_devices(program):
     eight = Program(devices=8)
-    states = (p.state().replace(step=jnp.int32(1)) for p in (program, eight))
+    states = (p.state(step=1) for p in (program, eight))
     figures = [p.measure(state)[0] for p, state in zip((program, eight), states)]
     for kind in health.KINDS:
         # Batch norms over eight devices round otherwise, which moves single values over an edge.
