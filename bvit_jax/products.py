@@ -27,7 +27,7 @@ def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 class WeightRule(NamedTuple):
-    """How the weights of a product are binarised, what gradient they get, and which of them get one."""
+    """How weights are binarised, what gradient they get, and to which of them the sign passes one."""
 
     codes: Callable[[Array], Array]
     gradient: Callable[[Array, Array], Array]

@@ -129,12 +129,12 @@ def conv_codes(kernel: Array) -> Array:
 
 
 def dense_window(kernel: Array) -> Array:
-    """Returns which weights of a linear kernel (in, out) get a gradient, bool."""
+    """Returns to which weights of a linear kernel (in, out) the sign passes a gradient, bool."""
     return jnp.abs(_centre(kernel)) <= 1
 
 
 def conv_window(kernel: Array) -> Array:
-    """Returns which weights of a convolution kernel (height, width, in, out) get a gradient, bool."""
+    """Returns to which weights of (height, width, in, out) the sign passes a gradient, bool."""
     return jnp.abs(kernel) <= 1
 
 
