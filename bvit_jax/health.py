@@ -118,3 +118,12 @@ def totals(layers: Layers) -> dict[str, float]:
         kind: round(sum(values)) if kind == "dead_heads" else sum(values) / len(values)
         for kind, values in found.items()
     }
+
+
+def layers_due(step: int, log_every_steps: int, steps_per_epoch: int) -> bool:
+    """Returns whether an epoch has ended since the log before: then the figures of all layers are written.
+
+    BinaryViT has 629 of them, 24 kB a line, and many logs in an epoch of ImageNet.
+    """
+    before = (step - 1) // log_every_steps * log_every_steps
+    return step // steps_per_epoch > before // steps_per_epoch

@@ -275,6 +275,15 @@ def test_totals():
     assert list(health.totals(found).items()) == [("flipped", 0.25), ("zeros", 0.25), ("dead_heads", 3)]
 
 
+@pytest.mark.parametrize(
+    ("every", "epoch", "steps"),
+    [(3, 9, [9, 18]), (4, 9, [12, 18]), (100, 9, [18]), (9, 9, [9, 18]), (5, 2, [5, 10, 15, 18])],
+)
+def test_figures_of_all_layers_come_once_an_epoch(every, epoch, steps):
+    logs = [step for step in range(1, 19) if step % every == 0 or step == 18]
+    assert [step for step in logs if health.layers_due(step, every, epoch)] == steps
+
+
 # --- runs --------------------------------------------------------------------------------------
 
 
