@@ -37,6 +37,8 @@ def _process_memory() -> dict[str, float]:
     with contextlib.suppress(OSError):  # Linux alone has this file
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         found["memory_gb"] = pages * resource.getpagesize() / GB
+        # The kernel brings the peak up to date a little later.
+        found["memory_peak_gb"] = max(found.values())
     return found
 
 
