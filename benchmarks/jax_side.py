@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax import Array
+from jax.sharding import Mesh
 from workload import (
     LEARNING_RATE,
     Compilation,
@@ -62,14 +63,15 @@ class JaxSide:
         jax.config.update("jax_enable_compilation_cache", False)  # the compile time is measured
         self._mesh = make_mesh()
         _check_devices(plan, self._mesh.size)
-        settings, dtype = _model_of(plan)
+        settings, dtype = model_of(plan)
         model: Any = create_model(settings, dtype)
-        optimizer = _optimizer()
+        optimizer = fixed_optimizer()
         teacher = FixedTeacher(plan.batch, model.num_classes)
 
         whole = replicated(self._mesh)
         self._key = jax.device_put(jax.random.key(0), whole)
-        self._images_and_labels, mask = self._random_batch(plan.batch, model)
+        self._images_and_labels = random_batch(plan.batch, model, self._mesh)
+        mask = jax.device_put(np.ones(plan.batch, bool), batch_sharded(self._mesh))
         self._eval_batch = {**self._images_and_labels, "mask": mask, "bad": jnp.where(mask, -1, 0)}
         variables = teacher.init(self._key, self._images_and_labels["image"])
         self._teacher_variables = jax.device_put(variables, whole)
@@ -120,16 +122,6 @@ class JaxSide:
             return Memory(statistics["peak_bytes_in_use"], "device")
         return process_memory()
 
-    def _random_batch(self, batch: int, model: Any) -> tuple[dict[str, Array], Array]:
-        """Returns images and labels, and a mask that keeps all of them."""
-        generator = np.random.default_rng(0)
-        size = model.image_size
-        arrays = {
-            "image": generator.integers(0, 256, (batch, size, size, 3), np.uint8),
-            "label": generator.integers(0, model.num_classes, batch, np.int32),
-        }
-        return jax.device_put((arrays, np.ones(batch, bool)), batch_sharded(self._mesh))
-
     def _arguments(self, kind: Kind) -> tuple[Any, ...]:
         if kind == "forward":
             return self._state.variables, self._eval_batch
@@ -142,7 +134,19 @@ def start(plan: Plan, context: None) -> JaxSide:
     return JaxSide(plan)
 
 
-def _optimizer() -> optax.GradientTransformation:
+def random_batch(batch: int, model: Any, mesh: Mesh) -> dict[str, Array]:
+    """Returns random images and labels, spread over the mesh."""
+    generator = np.random.default_rng(0)
+    size = model.image_size
+    arrays = {
+        "image": generator.integers(0, 256, (batch, size, size, 3), np.uint8),
+        "label": generator.integers(0, model.num_classes, batch, np.int32),
+    }
+    return jax.device_put(arrays, batch_sharded(mesh))
+
+
+def fixed_optimizer() -> optax.GradientTransformation:
+    """Returns the optimiser of the binary recipe, with a constant learning rate."""
     settings: Any = SimpleNamespace(
         learning_rate=LEARNING_RATE,
         b1=0.9,
@@ -164,7 +168,7 @@ def _check_devices(plan: Plan, devices: int) -> None:
         raise UserError(f"--batch is {plan.batch}; expected a multiple of the {devices} devices")
 
 
-def _model_of(plan: Plan) -> tuple[dict[str, Any], str]:
+def model_of(plan: Plan) -> tuple[dict[str, Any], str]:
     """Returns the settings of the model, its name among them, and its compute dtype."""
     if plan.config is None:
         settings, dtype = known_model(plan.model or ""), "float32"

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bvit_jax import data, models, optim, pretrained
+from bvit_jax import data, health, models, optim, pictures, pretrained
 from bvit_jax.augmentation import Augmentation
 from bvit_jax.erasing import Erasing
 from bvit_jax.errors import UserError
@@ -93,6 +93,8 @@ class Run:
       create: makes the initial state of a key, where it will live.
       gather: returns parameters and statistics whole on every device.
       step: the training step, to be compiled by its first call or ahead of time.
+      health: the health of a binary network, see `bvit_jax.health`; None if it is not measured.
+      look: what the model sees of a batch, see `bvit_jax.pictures`.
       steps_per_epoch, total_steps: lengths in steps.
     """
 
@@ -104,6 +106,8 @@ class Run:
     create: Any
     gather: Any
     step: Any
+    health: Any
+    look: Any
     steps_per_epoch: int
     total_steps: int
 
@@ -134,19 +138,23 @@ def build(config: ConfigDict, num_examples: int, mesh: Mesh | None = None, *, do
         epochs=config.epochs,
     )
     optimizer = optim.make_optimizer(config.optim, schedule)
+    normalize = Normalization(config.data.mean, config.data.std)
+    augmentation = Augmentation(Erasing(**config.erase), Mixing(**config.mix))
     step = make_train_step(
         model,
         optimizer,
-        Normalization(config.data.mean, config.data.std),
+        normalize,
         teacher=teacher.model,
         teacher_normalize=teacher.normalize,
         teacher_targets=config.loss.teacher_targets,
         distillation_weight=config.loss.distillation_weight,
         label_smoothing=config.loss.label_smoothing,
-        augmentation=Augmentation(Erasing(**config.erase), Mixing(**config.mix)),
+        augmentation=augmentation,
         gather=lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh)),
     )
-    state = abstract_state(model, optimizer, image_size, mesh)
+    measure = health.make_health_step(model, normalize, augmentation=augmentation)
+    look = pictures.make_look(normalize, augmentation=augmentation)
+    state = abstract_state(model, optimizer, image_size, mesh, health=config.health)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return Run(
         mesh=mesh,
@@ -155,11 +163,13 @@ def build(config: ConfigDict, num_examples: int, mesh: Mesh | None = None, *, do
         schedule=schedule,
         state=state,
         create=jax.jit(
-            lambda key: create_state(key, model, optimizer, image_size),
+            lambda key: create_state(key, model, optimizer, image_size, health=config.health),
             out_shardings=shardings,
         ),
         gather=jax.jit(lambda tree: tree, out_shardings=replicated(mesh)),
         step=jit_train_step(step, mesh, shardings, donate=donate),
+        health=health.jit_health_step(measure, mesh) if config.health else None,
+        look=pictures.jit_look(look, mesh),
         steps_per_epoch=steps_per_epoch,
         total_steps=config.epochs * steps_per_epoch,
     )

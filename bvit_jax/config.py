@@ -72,6 +72,8 @@ def default_config() -> ConfigDict:
     config.epochs = 300
     config.eval_every_epochs = 1
     config.log_every_steps = 100
+    config.health = True  # log what the binary layers do, such as the share of signs that flipped
+    config.profile_steps = ()  # (first, end): trace these steps of this process with JAX's profiler
     config.model = ConfigDict()  # see bvit_jax.models.model_config
 
     config.mesh = mesh = ConfigDict()
@@ -159,10 +161,21 @@ def validate(config: ConfigDict) -> None:
     for key in FRACTIONS:
         if not 0 <= get(key) <= 1:
             raise UserError(f"config.{key} is {get(key)}; expected a number from 0 to 1")
+    _check_profile(config)
     _check_mixing(config)
     _check_data(config)
     if "name" not in config.model:
         raise UserError("config.model has no name; build it with bvit_jax.models.model_config")
+
+
+def _check_profile(config: ConfigDict) -> None:
+    steps = tuple(config.profile_steps)
+    whole = all(type(step) is int for step in steps)
+    if steps and not (whole and len(steps) == 2 and 1 <= steps[0] < steps[1]):
+        raise UserError(
+            f"config.profile_steps is {config.profile_steps!r}; expected () or two ascending whole numbers"
+            " from 1, such as (10, 15)"
+        )
 
 
 def _check_mixing(config: ConfigDict) -> None:

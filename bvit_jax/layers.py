@@ -8,7 +8,7 @@ activations in memory casts them back.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from bvit_jax import fused, products, quantize
+from bvit_jax import fused, products, quantize, watch
 from bvit_jax.products import accumulator_dtype
 
 NormName = Literal["batch_norm", "layer_norm"]
@@ -131,6 +131,8 @@ class BinaryDense(nn.Module):
     8 bits are quantised per tensor after clipping to ±``clip_val``. Returns the accumulator.
     """
 
+    rule: ClassVar[products.WeightRule] = products.DENSE
+
     features: int
     weight_bits: int = 1
     act_bits: int = 1
@@ -143,7 +145,7 @@ class BinaryDense(nn.Module):
         fan_in = x.shape[-1]
         move = self.param("move", nn.initializers.zeros, (fan_in,))
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), (fan_in, self.features))
-        return _quantized_product(self, products.DENSE, x, move, kernel)
+        return _quantized_product(self, x, move, kernel)
 
 
 class BinaryPatchConv(nn.Module):
@@ -152,6 +154,8 @@ class BinaryPatchConv(nn.Module):
     Takes (batch, height, width, channels) and returns (batch, tokens, features); otherwise like
     `BinaryDense`.
     """
+
+    rule: ClassVar[products.WeightRule] = products.CONV
 
     features: int
     patch_size: int
@@ -170,18 +174,14 @@ class BinaryPatchConv(nn.Module):
         move = self.param("move", nn.initializers.zeros, (1, 1, 1, channels))
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), shape)
         move = jnp.tile(move.reshape(channels), size * size)
-        return _quantized_product(self, products.CONV, extract_patches(x, size), move, kernel)
+        return _quantized_product(self, extract_patches(x, size), move, kernel)
 
 
-def _quantized_product(
-    layer: BinaryDense | BinaryPatchConv,
-    rule: products.WeightRule,
-    x: Array,
-    move: Array,
-    kernel: Array,
-) -> Array:
+def _quantized_product(layer: BinaryDense | BinaryPatchConv, x: Array, move: Array, kernel: Array) -> Array:
+    if layer.act_bits == 1 and watch.watched(layer):
+        watch.watch_sign(layer, x.astype(accumulator_dtype(layer.dtype)) + move)
     if layer.weight_bits == 1:
-        config = products.ProductConfig(rule, layer.act_bits == 1, layer.dtype)
+        config = products.ProductConfig(layer.rule, layer.act_bits == 1, layer.dtype)
         return products.binary_product(x, move, kernel, config)
     x = x.astype(accumulator_dtype(layer.dtype)) + move
     x = (quantize.sign(x) if layer.act_bits == 1 else x).astype(layer.dtype)

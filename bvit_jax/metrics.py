@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -99,12 +101,41 @@ class MetricWriter:
             return
         values = {name: _json_number(metrics[name]) for name in sorted(metrics)}
         self._append(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self.lines += 1
-        if self._tensorboard is None:
-            self._tensorboard = _summary_writer(self.path.parent / "tensorboard", self._purge_step)
-        if self._tensorboard:
+        if board := self._board():
             for name in values:
-                self._tensorboard.add_scalar(name, float(metrics[name]), step)
+                board.add_scalar(name, float(metrics[name]), step)
+
+    def write_layers(self, step: int, layers: Mapping[str, Mapping[str, Number]]) -> None:
+        """Appends ``{"step": ..., "health": {kind: {layer: value}}}``, values to four digits.
+
+        In TensorBoard they are ``health/<kind>/<layer>``. Nothing is written without layers.
+        """
+        if not self._active or not layers:
+            return
+        rounded = {
+            kind: {layer: _json_number(float(f"{value:.4g}")) for layer, value in values.items()}
+            for kind, values in layers.items()
+        }
+        self._append(json.dumps({"step": step, "health": rounded}, allow_nan=False) + "\n")
+        if board := self._board():
+            for kind, values in layers.items():
+                for layer, value in values.items():
+                    board.add_scalar(f"health/{kind}/{layer}", float(value), step)
+
+    def add_images(self, step: int, name: str, grid: np.ndarray) -> None:
+        """Writes a picture, uint8 (height, width, 3), to ``<name>.png``, over the one before.
+
+        TensorBoard, where it is installed, keeps those of all steps.
+        """
+        if not self._active:
+            return
+        path = self.path.with_name(f"{name}.png")
+        try:
+            Image.fromarray(grid).save(path)
+        except OSError as error:
+            raise _user_error(path, error) from error
+        if board := self._board():
+            board.add_image(name, grid, step, dataformats="HWC")
 
     def truncate(self, lines: int, step: int) -> None:
         """Keeps the first lines only; call it when a run resumes.
@@ -121,7 +152,7 @@ class MetricWriter:
             temporary.write_bytes(b"".join(kept))
             os.replace(temporary, self.path)
         except OSError as error:
-            raise self._user_error(error) from error
+            raise _user_error(self.path, error) from error
         self.lines = len(kept)
         self._purge_step = step + 1
 
@@ -140,10 +171,18 @@ class MetricWriter:
             with self.path.open("a") as file:
                 file.write(text)
         except OSError as error:
-            raise self._user_error(error) from error
+            raise _user_error(self.path, error) from error
+        self.lines += text.count("\n")
 
-    def _user_error(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self.path}: {error.strerror}; make room or choose another workdir")
+    def _board(self) -> Any:
+        """Returns TensorBoard's writer, opened by the first call, or False without tensorboardX."""
+        if self._tensorboard is None:
+            self._tensorboard = _summary_writer(self.path.parent / "tensorboard", self._purge_step)
+        return self._tensorboard
+
+
+def _user_error(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; make room or choose another workdir")
 
 
 def _summary_writer(directory: Path, purge_step: int | None) -> Any:
@@ -200,8 +239,8 @@ class ProgressLine:
 def format_line(step: int, total: int, metrics: Mapping[str, Number]) -> str:
     """Returns one line for the log: the step, then the metrics, known ones with their units.
 
-    Known are ``epoch``, ``loss``, ``learning_rate``, ``images_per_second`` and ``seconds_left``,
-    shown in that order; the others follow as given.
+    Known are ``epoch``, ``loss``, ``learning_rate``, ``images_per_second``, ``seconds_left`` and the
+    totals of `bvit_jax.health`, shown in that order; the others follow as given.
     """
     known = {
         "epoch": lambda x: f"epoch {x:.2f}",
@@ -209,6 +248,11 @@ def format_line(step: int, total: int, metrics: Mapping[str, Number]) -> str:
         "learning_rate": lambda x: f"learning rate {x:.3g}",
         "images_per_second": lambda x: f"{x:.1f} images/s" if x < 100 else f"{x:.0f} images/s",
         "seconds_left": lambda x: f"{_duration(x)} left",
+        "flipped": lambda x: f"flipped {100 * x:.3g} %",
+        "active_weights": lambda x: f"active weights {100 * x:.3g} %",
+        "active_inputs": lambda x: f"active inputs {100 * x:.3g} %",
+        "zeros": lambda x: f"zeros {100 * x:.3g} %",
+        "dead_heads": lambda x: f"dead heads {x}",
     }
     parts = [f"step {step}/{total}"]
     parts += [show(metrics[name]) for name, show in known.items() if name in metrics]

@@ -27,14 +27,15 @@ def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 class WeightRule(NamedTuple):
-    """How the weights of a product are binarised, and what gradient they get."""
+    """How weights are binarised, what gradient they get, and to which of them the sign passes one."""
 
     codes: Callable[[Array], Array]
     gradient: Callable[[Array, Array], Array]
+    window: Callable[[Array], Array]
 
 
-DENSE = WeightRule(quantize.dense_codes, quantize.dense_gradient)
-CONV = WeightRule(quantize.conv_codes, quantize.conv_gradient)
+DENSE = WeightRule(quantize.dense_codes, quantize.dense_gradient, quantize.dense_window)
+CONV = WeightRule(quantize.conv_codes, quantize.conv_gradient, quantize.conv_window)
 
 
 class ProductConfig(NamedTuple):

@@ -128,14 +128,24 @@ def conv_codes(kernel: Array) -> Array:
     return jnp.sign(kernel)
 
 
+def dense_window(kernel: Array) -> Array:
+    """Returns to which weights of a linear kernel (in, out) the sign passes a gradient, bool."""
+    return jnp.abs(_centre(kernel)) <= 1
+
+
+def conv_window(kernel: Array) -> Array:
+    """Returns to which weights of (height, width, in, out) the sign passes a gradient, bool."""
+    return jnp.abs(kernel) <= 1
+
+
 def dense_gradient(kernel: Array, gradient: Array) -> Array:
     """Returns the gradient of a linear kernel, from that of its binarised weights."""
-    return _centre(jnp.where(jnp.abs(_centre(kernel)) <= 1, gradient, 0))
+    return _centre(jnp.where(dense_window(kernel), gradient, 0))
 
 
 def conv_gradient(kernel: Array, gradient: Array) -> Array:
     """Returns the gradient of a convolution kernel, from that of its binarised weights."""
-    return jnp.where(jnp.abs(kernel) <= 1, gradient, 0)
+    return jnp.where(conv_window(kernel), gradient, 0)
 
 
 @jax.custom_vjp

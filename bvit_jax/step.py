@@ -1,5 +1,6 @@
 """The pure steps of training and evaluation, and what they compile to on a mesh."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -24,6 +25,15 @@ Metrics = dict[str, Array]
 Variables = Mapping[str, Any]
 TrainStep = Callable[[TrainState, Batch, Variables, Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Variables, Batch], Metrics]
+
+
+def step_keys(key: Array, step: Array | int) -> tuple[Array, Array]:
+    """Returns the keys of dropout and of augmentation in a step, from the key of the run.
+
+    ``step`` counts the steps taken before it, as `TrainState.step` does.
+    """
+    step_key = jax.random.fold_in(key, step)
+    return step_key, jax.random.fold_in(step_key, 1)
 
 
 def make_train_step(
@@ -53,9 +63,9 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, teacher_variables: Variables, key: Array
     ) -> tuple[TrainState, Metrics]:
-        step_key = jax.random.fold_in(key, state.step)
-        rngs = {"dropout": step_key}
-        pictures, lam = augmentation(jax.random.fold_in(step_key, 1), batch["image"], normalize)
+        dropout_key, augmentation_key = step_keys(key, state.step)
+        rngs = {"dropout": dropout_key}
+        pictures, lam = augmentation(augmentation_key, batch["image"], normalize)
         images, labels = normalize(pictures), batch["label"]
         teacher_logits = None
         if teacher is not None:
@@ -94,7 +104,8 @@ def make_train_step(
             "train_top1": jnp.mean(topk_correct(logits, shown, 1), dtype=jnp.float32),
             "gradient_norm": optax.tree.norm(grads),
         }
-        return TrainState(
+        return dataclasses.replace(
+            state,
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,

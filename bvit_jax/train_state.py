@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from bvit_jax.sharding import state_sharding, with_sharding
+from bvit_jax.signs import noted_kernels, pack_signs
 
 
 @struct.dataclass
@@ -22,12 +23,15 @@ class TrainState:
       params: latent weights and all other parameters, float32.
       batch_stats: running statistics of the batch norms, float32.
       opt_state: state of the optax chain.
+      signs: signs of the binary weights at the last log, as `bvit_jax.signs.pack_signs` returns them;
+        {} where the health of the network is not measured. The step passes it through.
     """
 
     step: Array
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    signs: Any = struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -36,16 +40,26 @@ class TrainState:
 
 
 def create_state(
-    key: Array, model: nn.Module, optimizer: optax.GradientTransformation, image_size: int
+    key: Array,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_size: int,
+    *,
+    health: bool = False,
 ) -> TrainState:
-    """Returns the initial state; traceable, so that it can be created where it will live."""
-    variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)))
+    """Returns the initial state; traceable, so that it can be created where it will live.
+
+    With ``health`` it carries the signs of the binary weights, an eighth of a byte for each.
+    """
+    with noted_kernels() as kernels:
+        variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)))
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
+        signs=pack_signs(params, kernels) if health else {},
     )
 
 
@@ -54,7 +68,11 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     image_size: int,
     mesh: Mesh,
+    *,
+    health: bool = False,
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state, without computing anything."""
-    shapes = jax.eval_shape(lambda key: create_state(key, model, optimizer, image_size), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: create_state(key, model, optimizer, image_size, health=health), jax.random.key(0)
+    )
     return with_sharding(shapes, state_sharding(shapes, mesh))

@@ -1,5 +1,6 @@
 """The training loop, top to bottom."""
 
+import dataclasses
 import logging
 import math
 import time
@@ -13,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, distributed, models, runs
+from bvit_jax import data, distributed, health, models, pictures, runs, usage
 from bvit_jax.build import Run, Teacher, abstract_batch, build
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.clock import Clock
@@ -23,6 +24,7 @@ from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.feed import Feed
 from bvit_jax.interruption import Interrupted, Interruption
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
+from bvit_jax.profiler import Profile
 from bvit_jax.sharding import local_rows, replicate, replicated
 
 logger = logging.getLogger(__name__)
@@ -140,6 +142,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         checkpoint_every = config.checkpoint.every_steps or run.steps_per_epoch
         eval_every = config.eval_every_epochs * run.steps_per_epoch
         clock = Clock(start, config.batch_size)
+        profile = Profile(workdir, config.profile_steps)
+        stack.callback(profile.close)
 
         def save(step: int) -> None:
             if step == start and restored is None:
@@ -155,17 +159,32 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
             if step > start:
                 batch, bad = next(feed)
                 record.bad_images += bad
+                if step == start + 1:
+                    seen = run.look(batch, start, key_train)
+                    if is_main:
+                        writer.add_images(step, "batch", pictures.draw(seen, train_split.class_names))
+                profile.before(step)
                 state, metrics = train_step(state, batch, teacher_variables, key_train)
+                profile.after(step, metrics)
                 record.window.add(step, metrics)
                 record.evaluated = not (step % eval_every == 0 or last)
 
                 if step % config.log_every_steps == 0 or last:
+                    layers = {}
+                    if run.health is not None:
+                        found, signs = run.health(state, batch, key_train)
+                        state = dataclasses.replace(state, signs=signs)
                     means = _finite(record.window, workdir)
+                    if run.health is not None:
+                        layers = health.per_layer(found)
+                    means |= health.totals(layers) | usage.device_memory()
                     means["learning_rate"] = float(run.schedule(step - 1))
                     means["epoch"] = step / run.steps_per_epoch
                     means["bad_images"] = record.bad_images
                     means |= clock.lap(step, run.total_steps, feed.waited)
                     writer.write(step, means)
+                    if health.layers_due(step, config.log_every_steps, run.steps_per_epoch):
+                        writer.write_layers(step, layers)
                     progress.update(step, means)
                     if is_main and not progress.active:
                         logger.info(format_line(step, run.total_steps, means))

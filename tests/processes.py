@@ -19,7 +19,15 @@ from bvit_jax.sharding import make_mesh
 from bvit_jax.train_state import abstract_state
 
 ROOT = Path(__file__).parent.parent
-TIMES = ("images_per_second", "seconds_left", "data_wait")
+TIMES = (
+    "images_per_second",
+    "images_per_second_per_chip",
+    "flops_utilization",
+    "seconds_left",
+    "data_wait",
+    "memory_gb",
+    "memory_peak_gb",
+)
 TIMEOUT = 240  # seconds, of a process that takes ten when nothing else runs
 CACHE = tempfile.mkdtemp(prefix="bvit_jax_compiled_")
 
@@ -110,7 +118,8 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
     optimizer = optim.make_optimizer(config.optim, lambda step: 1.0)
     mesh = make_mesh(jax.devices()[:1])
     checkpoints = Checkpoints(workdir, keep=2)
-    restored = checkpoints.restore(abstract_state(model, optimizer, config.model.image_size, mesh))
+    size = config.model.image_size
+    restored = checkpoints.restore(abstract_state(model, optimizer, size, mesh, health=config.health))
     checkpoints.close()
     assert restored is not None
     leaves = jax.tree_util.tree_leaves_with_path(restored[0])

@@ -138,6 +138,21 @@ def test_measures_augmentation():
     assert ran.stdout.endswith(" % of the step\n")
 
 
+@pytest.mark.slow
+def test_measures_metrics_and_checkpoints(tmp_path):
+    file = tmp_path / "found.json"
+    flags = ("--model", "binaryvit", "--batch", "2", "--steps", "2", "--repeats", "2", "--log-every", "4")
+    ran = run(*flags, *settings(TINY), "--json", str(file), script=SCRIPT.with_name("overhead.py"))
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(file.read_text())
+    for event, every in (("log", 4), ("checkpoint", 1281167 // 2)):
+        share = found[event]["seconds"] / found["step_seconds"] / every
+        assert found[event]["share"] == pytest.approx(share)
+        low, high = found[event]["rounds_ratio_range"]
+        assert 0 < low <= found[event]["rounds_ratio"] <= high
+        assert f"{event} " in ran.stdout
+
+
 def test_refuses_another_model_than_ours(tmp_path):
     pytest.importorskip("torch")
     checkout = make_checkout(tmp_path / "checkout", extra_parameters=7)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from bvit_jax.errors import UserError
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
@@ -104,6 +105,8 @@ def test_inactive_writer_writes_nothing(tmp_path):
     writer = MetricWriter(tmp_path, active=False)
     writer.truncate(0, 0)
     writer.write(1, {"loss": 1.0})
+    writer.write_layers(1, {"zeros": {"a": 1.0}})
+    writer.add_images(1, "batch", np.zeros((2, 2, 3), np.uint8))
     writer.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -151,6 +154,47 @@ def test_without_tensorboard(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+LAYERS = {"flipped": {"b/a": 0.123456, "a": 1e-7}, "dead_heads": {"b": 2.0}}
+
+
+def test_figures_of_layers(tmp_path):
+    pytest.importorskip("tensorboardX")
+    writer = MetricWriter(tmp_path, active=True)
+    writer.write_layers(5, LAYERS)
+    writer.write_layers(6, {})
+    writer.close()
+    rounded = {"flipped": {"b/a": 0.1235, "a": 1e-7}, "dead_heads": {"b": 2.0}}
+    assert lines(tmp_path) == [{"step": 5, "health": rounded}]
+    scalars, _ = events(tmp_path)
+    assert scalars[5, "health/dead_heads/b"] == 2
+    assert scalars[5, "health/flipped/b/a"] == pytest.approx(0.123456)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_images(tmp_path, monkeypatch, installed):
+    if installed:
+        pytest.importorskip("tensorboardX")
+    else:
+        monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    grid = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+    writer = MetricWriter(tmp_path, active=True)
+    writer.add_images(1, "batch", 255 - grid)
+    writer.add_images(2, "batch", grid)
+    writer.close()
+    with Image.open(tmp_path / "batch.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), grid)
+    if installed:
+        scalars, _ = events(tmp_path)
+        assert set(scalars) == {(1, "batch"), (2, "batch")}
+
+
+def test_images_without_room(tmp_path):
+    (tmp_path / "batch.png").mkdir()
+    writer = MetricWriter(tmp_path, active=True)
+    with pytest.raises(UserError, match=r"^cannot write [^\n]*batch.png: Is a directory"):
+        writer.add_images(1, "batch", np.zeros((2, 2, 3), np.uint8))
+
+
 def test_format_line():
     metrics = {
         "accuracy": 0.123456,
@@ -165,6 +209,10 @@ def test_format_line():
         "  1:02:05 left  accuracy 0.1235"
     )
     assert format_line(1, 2, {}) == "step 1/2"
+    health = {"flipped": 0.00123, "active_inputs": 0.7, "active_weights": 1.0, "zeros": 0.0, "dead_heads": 3}
+    assert format_line(1, 2, health) == (
+        "step 1/2  flipped 0.123 %  active weights 100 %  active inputs 70 %  zeros 0 %  dead heads 3"
+    )
     odd = format_line(1, 2, {"loss": math.nan, "seconds_left": math.inf, "images_per_second": 1.26})
     assert odd == "step 1/2  loss nan  1.3 images/s  ? left"
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from bvit_jax import products, quantize
+from bvit_jax import products, quantize, watch
 from bvit_jax.layers import (
     BinaryDense,
     DropPath,
@@ -128,9 +128,12 @@ class BinaryAttention(nn.Module):
 
     def _attend_binary(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
         c = self.config
+        for name, x in (("query_move", q), ("key_move", k), ("value_move", v)):
+            watch.watch_sign(self, x, name)
         scores = products.binary_scores(q, k, c.dtype) / math.sqrt(q.shape[-1])
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
         codes = quantize.prob_codes(nn.softmax(scores), scale)
+        watch.watch_heads(self, codes)
         # The codes' gradient rule already accounts for the scale: see quantize.prob_codes.
         scale = lax.stop_gradient(scale)
         if train and c.attention_dropout > 0:

@@ -1,0 +1,129 @@
+"""The health of a binary network, layer by layer: what its signs do, and what gets a gradient.
+
+Kinds of figures, of every layer that has them:
+
+==================  =======================================================================================
+``flipped``         share of the signs of a binary kernel that differ from those at the last log
+``active_weights``  share of the latent weights of a binary kernel that its quantiser gives a gradient
+``active_inputs``   share of the inputs of a sign that its straight-through estimator gives a gradient
+``zeros``           share of the inputs of a sign that are exactly zero, which the sign leaves zero
+``dead_heads``      number of heads whose binarised attention probabilities are all zero over the batch
+==================  =======================================================================================
+
+The first two need the weights alone. The others come from a forward pass over the last training batch,
+augmented and normalised as the step saw it, in training mode with the step's dropout; statistics are not
+updated. Layers tell of themselves (`bvit_jax.watch`, `bvit_jax.signs`); a model without binary ones has no
+figures, and the compiler leaves nothing of the pass.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from flax.traverse_util import flatten_dict
+from jax import Array
+from jax.sharding import Mesh
+
+from bvit_jax import watch
+from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
+from bvit_jax.normalization import Normalization
+from bvit_jax.sharding import batch_sharded, replicated
+from bvit_jax.signs import Signs, active_weights, flipped, noted_kernels, pack_signs
+from bvit_jax.step import step_keys
+from bvit_jax.train_state import TrainState
+
+KINDS = ("flipped", "active_weights", "active_inputs", "zeros", "dead_heads")
+
+Layers = dict[str, dict[str, float]]
+
+
+@struct.dataclass
+class Figures:
+    """The figures of all layers at one time.
+
+    Attributes:
+      values: float32 [n].
+      names: kind and layer of each, such as ``("flipped", "block0/attention/query/dense")``.
+    """
+
+    values: Array
+    names: tuple[tuple[str, str], ...] = struct.field(pytree_node=False)
+
+
+HealthStep = Callable[[TrainState, Mapping[str, Array], Array], tuple[Figures, Signs]]
+
+
+def make_health_step(
+    model: nn.Module, normalize: Normalization, *, augmentation: Augmentation = NO_AUGMENTATION
+) -> HealthStep:
+    """Returns the pure function from a state, the last batch and the key of the run to `Figures`.
+
+    The state is the one that the step over this batch returned. Also returned are the signs of its
+    weights, to take the place of ``state.signs``, so that flips are counted from here on.
+    """
+
+    def health_step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[Figures, Signs]:
+        dropout_key, augmentation_key = step_keys(key, state.step - 1)
+        pictures, _ = augmentation(augmentation_key, batch["image"], normalize)
+        with noted_kernels() as kernels:
+            _, updates = model.apply(
+                state.variables,
+                normalize(pictures),
+                train=True,
+                mutable=["batch_stats", watch.COLLECTION],
+                rngs={"dropout": dropout_key},
+            )
+        figures = {
+            ("flipped", layer): share for layer, share in flipped(state.signs, state.params, kernels).items()
+        }
+        for layer, share in active_weights(state.params, kernels).items():
+            figures["active_weights", layer] = share
+        for path, value in flatten_dict(updates.get(watch.COLLECTION, {})).items():
+            *layer_path, kind, part = path
+            figures[kind, "/".join([*layer_path, part] if part else layer_path)] = value
+        values = jnp.array(list(figures.values()), jnp.float32)
+        return Figures(values, tuple(figures)), pack_signs(state.params, kernels)
+
+    return health_step
+
+
+def jit_health_step(step: HealthStep, mesh: Mesh) -> Any:
+    """Compiles the function of `make_health_step` for a mesh: the batch sharded, results on all devices.
+
+    The state keeps whatever shardings it has.
+    """
+    whole = replicated(mesh)
+    return jax.jit(step, in_shardings=(None, batch_sharded(mesh), whole), out_shardings=(whole, whole))
+
+
+def per_layer(figures: Figures) -> Layers:
+    """Returns ``{kind: {layer: value}}`` once the device has computed it."""
+    layers: Layers = {}
+    for (kind, layer), value in zip(figures.names, jax.device_get(figures.values).tolist(), strict=True):
+        layers.setdefault(kind, {})[layer] = value
+    return layers
+
+
+def totals(layers: Layers) -> dict[str, float]:
+    """Returns one number for each kind: the mean over its layers, and the number of all dead heads.
+
+    Layers weigh the same, whatever their size: most activations are in the first stage of a pyramid
+    and most weights in the last, which would hide what happens in all others.
+    """
+    found = {kind: layers[kind].values() for kind in KINDS if kind in layers}
+    return {
+        kind: round(sum(values)) if kind == "dead_heads" else sum(values) / len(values)
+        for kind, values in found.items()
+    }
+
+
+def layers_due(step: int, log_every_steps: int, steps_per_epoch: int) -> bool:
+    """Returns whether an epoch has ended since the log before: then the figures of all layers are written.
+
+    BinaryViT has 629 of them, 24 kB a line, and many logs in an epoch of ImageNet.
+    """
+    before = (step - 1) // log_every_steps * log_every_steps
+    return step // steps_per_epoch > before // steps_per_epoch

@@ -1,0 +1,332 @@
+"""Figures of the binary layers: against slow formulations, on several devices, and at no cost elsewhere."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from bvit_jax import health, layers, models, products, signs, watch
+from bvit_jax.augmentation import Augmentation
+from bvit_jax.checkpoint import Checkpoints
+from bvit_jax.erasing import Erasing
+from bvit_jax.mixing import Mixing
+from bvit_jax.models.blocks import BinaryAttention
+from bvit_jax.normalization import Normalization
+from bvit_jax.sharding import batch_sharded, make_mesh, replicated
+from bvit_jax.step import jit_train_step, make_train_step
+from bvit_jax.train_state import abstract_state, create_state
+
+SIZE, BATCH = 16, 16
+TINY = {
+    "name": "binaryvit",
+    "image_size": SIZE,
+    "num_classes": 10,
+    "width": (8, 16),
+    "depth": (1, 1),
+    "num_heads": (2, 2),
+    "mlp_dim": (16, 16),
+    "reduction": (2, 1),
+    "pool_branches": (),
+    "dropout": 0.2,
+}
+NORMALIZE = Normalization((0.5,) * 3, (0.25,) * 3)
+AUGMENTATION = Augmentation(Erasing(), Mixing(mixup_alpha=0.8))
+OPTIMIZER = optax.sgd(0.05)
+KEY = jax.random.key(3)
+
+
+def batch(seed=0):
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8)
+    return {"image": images, "label": generator.integers(0, 10, BATCH).astype(np.int32)}
+
+
+class Program:
+    """A training step and the pass that measures it, on some devices."""
+
+    def __init__(self, devices, **settings):
+        self.model = models.create_model({**TINY, **settings})
+        self.mesh = make_mesh(jax.devices()[:devices])
+        step = make_train_step(self.model, OPTIMIZER, NORMALIZE, augmentation=AUGMENTATION)
+        self.step = jit_train_step(step, self.mesh)
+        measured = health.make_health_step(self.model, NORMALIZE, augmentation=AUGMENTATION)
+        self.health = health.jit_health_step(measured, self.mesh)
+        self.key = self.on_devices(KEY)
+        self.initial = None
+
+    def state(self, step=0):
+        """Returns the initial state, as if it were that after some steps, as arrays of NumPy."""
+        create = functools.partial(create_state, model=self.model, optimizer=OPTIMIZER, image_size=SIZE)
+        self.initial = self.initial or jax.device_get(jax.jit(functools.partial(create, health=True))(KEY))
+        return jax.tree.map(np.copy, self.initial).replace(step=np.int32(step))
+
+    def on_devices(self, state):
+        return jax.device_put(state, replicated(self.mesh))
+
+    def batch(self, seed):
+        return jax.device_put(batch(seed), batch_sharded(self.mesh))
+
+    def train(self, state, steps):
+        state = self.on_devices(state)
+        for _ in range(steps):
+            state, _ = self.step(state, self.batch(int(state.step)), {}, self.key)
+        return state
+
+    def measure(self, state):
+        """Returns the figures after a step, and the state that counts flips from here on."""
+        state = self.on_devices(state)
+        figures, packed = self.health(state, self.batch(int(state.step) - 1), self.key)
+        return health.per_layer(figures), state.replace(signs=packed)
+
+
+@pytest.fixture(scope="module")
+def program():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield Program(devices=1)
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+KERNELS = {("a", "dense"): products.DENSE, ("conv",): products.CONV}
+
+
+def params_of(dense, conv):
+    return {"a": {"dense": {"kernel": jnp.float32(dense)}}, "conv": {"kernel": jnp.float32(conv)}}
+
+
+def test_flips_are_those_of_the_quantisers_signs():
+    generator = np.random.default_rng(0)
+    dense, conv = generator.normal(size=(7, 5)), 1 + np.abs(generator.normal(size=(2, 2, 3, 5)))
+    packed = signs.pack_signs(params_of(dense, conv), KERNELS)
+    assert {x.dtype for x in jax.tree.leaves(packed)} == {np.dtype(np.uint8)}
+    assert packed["a"]["dense"].shape == (5,)  # 35 bits
+    # The same constant for all weights of an output channel: the centred weights are the same.
+    assert signs.flipped(packed, params_of(dense + 9, conv), KERNELS) == {"a/dense": 0, "conv": 0}
+    assert signs.flipped(packed, params_of(dense, conv - 99), KERNELS) == {"a/dense": 0, "conv": 1}
+    conv[0, 1, 2, :3] *= -1
+    found = signs.flipped(packed, params_of(-dense, conv), KERNELS)
+    assert found == {"a/dense": 1, "conv": pytest.approx(3 / 60)}
+
+
+def test_a_zero_counts_as_negative():
+    def packed(value):
+        return signs.pack_signs(params_of(np.zeros((2, 2)), np.full((1, 1, 2, 2), value)), KERNELS)
+
+    after_zero = params_of(np.zeros((2, 2)), np.zeros((1, 1, 2, 2)))
+    assert signs.flipped(packed(-1.0), after_zero, KERNELS)["conv"] == 0
+    assert signs.flipped(packed(1.0), after_zero, KERNELS)["conv"] == 1
+
+
+def test_active_weights_are_those_that_get_a_gradient():
+    dense = np.array([[3.0, 1, 0], [1, 0, 0], [2, 2, 0]])  # centred on its columns: 1, -1, 0; 0, -1, 1; 0
+    conv = np.array([1.0, -1, 1.5, -7]).reshape(1, 1, 2, 2)
+    found = signs.active_weights(params_of(dense, conv), KERNELS)
+    assert found == {"a/dense": 1, "conv": 0.5}
+    assert signs.active_weights(params_of(2 * dense, conv), KERNELS)["a/dense"] == pytest.approx(5 / 9)
+
+
+# --- which layers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "kernels"),
+    [
+        ({}, 7 + 6 + 1),  # the second stage has no reduction; one binary convolution between them
+        ({"some_fp": True}, 7 + 6),
+        ({"act_bits": 32}, 7 + 6 + 1),
+        ({"weight_bits": 2}, 0),
+    ],
+)
+def test_kernels_of_one_bit_follow_from_the_model(settings, kernels):
+    model = models.create_model({**TINY, **settings})
+    mesh = make_mesh()
+    state = abstract_state(model, OPTIMIZER, SIZE, mesh, health=True)
+    leaves = jax.tree.leaves(state.signs)
+    assert len(leaves) == kernels
+    assert abstract_state(model, OPTIMIZER, SIZE, mesh).signs == {}
+    assert all(leaf.sharding == replicated(mesh) and leaf.dtype == np.uint8 for leaf in leaves)
+
+
+def test_layers_are_found_where_blocks_are_rematerialised():
+    class Remat(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.remat(layers.BinaryDense)(5, name="dense")(x)
+
+    x = jnp.linspace(-2, 2, 24).reshape(2, 3, 4)
+    with signs.noted_kernels() as kernels:
+        variables = Remat().init(KEY, x)
+    assert kernels == {("dense",): products.DENSE}
+    assert list(variables) == ["params"]
+    _, found = Remat().apply(variables, x, mutable=[watch.COLLECTION])
+    assert float(found["health"]["dense"]["active_inputs"][""]) == 0.5
+
+
+@pytest.mark.parametrize("name", ["deit", "swin"])
+def test_real_models_have_no_figures(name):
+    small = {"image_size": 16, "patch_size": 4, "num_classes": 10, "width": 8}
+    own = {"depth": 1, "num_heads": 1, "mlp_dim": 8}
+    if name == "swin":
+        own = {"depth": (1,), "num_heads": (1,), "window_size": 2}
+    model = models.create_model({"name": name, **small, **own})
+    state = abstract_state(model, OPTIMIZER, SIZE, make_mesh(jax.devices()[:1]), health=True)
+    assert state.signs == {}
+    lowered = jax.jit(health.make_health_step(model, NORMALIZE)).lower(state, batch(), KEY)
+    figures, packed = lowered.out_info
+    assert figures.names == ()
+    assert packed == health.totals({}) == {}
+    assert "dot" not in lowered.as_text()  # nothing is left of the pass
+
+
+# --- activations -------------------------------------------------------------------------------
+
+
+def slow_figures(model, state, images, dropout_key):
+    """Returns the figures of activations from what enters the layers, in NumPy."""
+
+    def inputs_of(params, batch_stats, images):
+        inputs = {}
+
+        def note(call, args, kwargs, context):
+            result, module = call(*args, **kwargs), context.module
+            if isinstance(module, layers.BinaryDense | layers.BinaryPatchConv):
+                inputs["/".join(module.path)] = args[0] + module.variables["params"]["move"].reshape(-1)
+            if isinstance(module, BinaryAttention) and context.method_name == "_heads":
+                inputs["/".join([*module.path, args[1]])] = result
+            return result
+
+        variables = {"params": params, "batch_stats": batch_stats}
+        with nn.intercept_methods(note):
+            model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key})
+        return inputs
+
+    inputs = jax.device_get(jax.jit(inputs_of)(state.params, state.batch_stats, images))
+    return (
+        {name: np.mean(np.abs(x) < 1) for name, x in inputs.items()},
+        {name: np.mean(x == 0) for name, x in inputs.items()},
+    )
+
+
+def test_figures_are_those_of_the_step_before(program):
+    state = program.state(step=2)  # two steps taken: the last had the number 1
+    state.params["downsample1"]["conv"]["move"][..., :2] = 2
+    attention = state.params["block0"]["attention"]
+    attention["query"]["dense"]["kernel"] *= 0  # with the next two, the query is its shift alone
+    attention["query"]["rprelu"]["slope"] *= 0
+    attention["query"]["rprelu"]["move1"] += 99
+    found, _ = program.measure(state)
+
+    step_key = jax.random.fold_in(KEY, 1)
+    pictures, _ = AUGMENTATION(jax.random.fold_in(step_key, 1), batch(1)["image"], NORMALIZE)
+    active, zeros = slow_figures(program.model, state, NORMALIZE(pictures), step_key)
+    assert len(active) == 14 + 2 * 3
+    assert zeros["block0/attention/query_move"] == 1
+    assert min(active.values()) < 0.6 < max(active.values())
+    # Rounding moves single activations over an edge.
+    assert found["active_inputs"] == pytest.approx(active, abs=2e-3)
+    assert found["zeros"] == pytest.approx(zeros, abs=1e-6)
+    assert set(found["flipped"]) == set(found["active_weights"])
+
+
+class Told(nn.Module):
+    """A layer that tells of whatever it is given."""
+
+    def __call__(self, x):
+        watch.watch_sign(self, x)
+        watch.watch_heads(self, x)
+
+
+def test_zeros_and_dead_heads_by_hand():
+    codes = np.zeros((3, 4, 2, 2), np.float32)  # heads 0 and 2 attend to nothing
+    codes[2, 1, 0, 1] = codes[0, 3, 1, 1] = 1
+    _, found = Told().apply({}, codes, mutable=["health"])
+    assert found["health"]["dead_heads"] == {"": 2}
+    assert float(found["health"]["zeros"][""]) == pytest.approx(46 / 48)
+    # At -1 and 1 the slope is zero.
+    assert float(found["health"]["active_inputs"][""]) == pytest.approx(46 / 48)
+
+
+def test_a_share_of_more_than_float32_counts():
+    mask = jax.ShapeDtypeStruct((64, 1024, 1024), bool)
+    text = jax.jit(watch.share).lower(mask).as_text()
+    assert "tensor<64xi32>" in text  # samples are counted in whole numbers
+    ones = jnp.ones((5, 1 << 22), bool)  # 1.25 times 2^24
+    assert float(watch.share(ones)) == 1
+
+
+def test_a_large_scale_kills_the_heads(program):
+    state = program.state(step=1)
+    found, _ = program.measure(state)
+    assert found["dead_heads"] == {"block0/attention": 0, "block1/attention": 0}
+    state.params["block1"]["attention"]["prob_scale"] = np.float32(10)
+    found, _ = program.measure(state)
+    assert found["dead_heads"] == {"block0/attention": 0, "block1/attention": 2}
+    assert health.totals(found)["dead_heads"] == 2
+
+
+def test_totals():
+    found = {"zeros": {"a": 0.5, "b": 0.0}, "dead_heads": {"a": 1.0, "b": 2.0}, "flipped": {"a": 0.25}}
+    assert list(health.totals(found).items()) == [("flipped", 0.25), ("zeros", 0.25), ("dead_heads", 3)]
+
+
+@pytest.mark.parametrize(
+    ("every", "epoch", "steps"),
+    [(3, 9, [9, 18]), (4, 9, [12, 18]), (100, 9, [18]), (9, 9, [9, 18]), (5, 2, [5, 10, 15, 18])],
+)
+def test_figures_of_all_layers_come_once_an_epoch(every, epoch, steps):
+    logs = [step for step in range(1, 19) if step % every == 0 or step == 18]
+    assert [step for step in logs if health.layers_due(step, every, epoch)] == steps
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+
+def test_the_same_on_eight_devices(program):
+    eight = Program(devices=8)
+    states = (p.state(step=1) for p in (program, eight))
+    figures = [p.measure(state)[0] for p, state in zip((program, eight), states)]
+    for kind in health.KINDS:
+        # Batch norms over eight devices round otherwise, which moves single values over an edge.
+        assert figures[1][kind] == pytest.approx(figures[0][kind], abs=2e-3), kind
+
+
+def test_a_run_that_continues_gives_the_same_figures(program, tmp_path):
+    state = program.train(program.state(), 2)
+    _, state = program.measure(state)
+    at_log = jax.tree.map(np.asarray, state.signs)
+    state = program.train(state, 1)
+    jax.tree.map(np.testing.assert_array_equal, at_log, state.signs)
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(3, state, {})
+    abstract = abstract_state(program.model, OPTIMIZER, SIZE, program.mesh, health=True)
+    whole, _ = program.measure(program.train(state, 1))
+    restored = checkpoints.restore(abstract)
+    checkpoints.close()
+    continued, _ = program.measure(program.train(restored[0], 1))
+    assert continued == whole
+    assert max(whole["flipped"].values()) > 0
+
+
+def test_the_training_step_is_the_same_program_without_watching(monkeypatch):
+    model = models.create_model(TINY)
+    step = make_train_step(model, OPTIMIZER, NORMALIZE)
+    state = jax.eval_shape(lambda key: create_state(key, model, OPTIMIZER, SIZE), KEY)
+
+    def program_text():
+        fresh = jax.make_jaxpr(lambda *arguments: step(*arguments))  # else the first trace comes again
+        return re.sub("0x[0-9a-f]+", "", str(fresh(state, batch(), {}, KEY)))
+
+    text = program_text()
+    with monkeypatch.context() as patch:
+        for name in ("watch_sign", "watch_heads"):
+            patch.setattr(watch, name, lambda *arguments: None)
+        assert program_text() == text
+    monkeypatch.setattr(watch, "watched", lambda module: True)  # the comparison can tell
+    assert program_text() != text
