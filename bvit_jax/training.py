@@ -19,6 +19,7 @@ from bvit_jax.build import Run, Teacher, abstract_batch, build
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.clock import Clock
 from bvit_jax.compilation import compile_ahead
+from bvit_jax.debugging import named_nans
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.feed import Feed
@@ -85,6 +86,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         # --- build -----------------------------------------------------------------------------
         interruption = Interruption()
         stack.callback(interruption.close)
+        if debug_nans:
+            stack.enter_context(named_nans())
         config_lib.validate(config)
         train_split = _open_splits(config)
         run = build(config, train_split.num_examples, donate=not debug_nans)
