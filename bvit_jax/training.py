@@ -21,7 +21,13 @@ from bvit_jax.augmentation import Augmentation
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.erasing import Erasing
 from bvit_jax.errors import UserError
-from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
+from bvit_jax.evaluation import (
+    build_eval_step,
+    create_model,
+    deciding_top1,
+    eval_batches,
+    evaluate_state,
+)
 from bvit_jax.feed import Feed
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
 from bvit_jax.mixing import Mixing
@@ -87,7 +93,9 @@ def load_teacher(config: ConfigDict) -> Teacher:
                 f" {config.model[key]}; use another config.teacher.path or config.model.{key}"
             )
     p = teacher.preprocessing
-    model = models.create_model(teacher.config, jnp.dtype(config.compute_dtype))
+    model = models.create_model(
+        teacher.config, jnp.dtype(config.compute_dtype), scan_blocks=config.scan_blocks
+    )
     return Teacher(model, teacher.arrays(), teacher.digest(), Normalization(p.mean, p.std))
 
 
@@ -122,8 +130,10 @@ def build(config: ConfigDict, num_examples: int) -> Run:
     mesh = make_mesh()
     check_batch_size("batch_size", config.batch_size, mesh)
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+    _check_microbatch(config, mesh)
     image_size = config.model.image_size
-    model = models.create_model(config.model, jnp.dtype(config.compute_dtype))
+    model = create_model(config)
+    ema = config.ema.decay > 0
     teacher = load_teacher(config)
     steps_per_epoch = data.steps_per_epoch(num_examples, config.batch_size)
     schedule = optim.make_schedule(
@@ -143,21 +153,39 @@ def build(config: ConfigDict, num_examples: int) -> Run:
         distillation_weight=config.loss.distillation_weight,
         label_smoothing=config.loss.label_smoothing,
         augmentation=Augmentation(Erasing(**config.erase), Mixing(**config.mix)),
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema.decay,
+        mesh=mesh,
     )
     return Run(
         mesh=mesh,
         model=model,
         teacher=teacher,
         schedule=schedule,
-        state=abstract_state(model, optimizer, image_size, replicated(mesh)),
+        state=abstract_state(model, optimizer, image_size, replicated(mesh), ema=ema),
         create=jax.jit(
-            lambda key: create_state(key, model, optimizer, image_size),
+            lambda key: create_state(key, model, optimizer, image_size, ema=ema),
             out_shardings=replicated(mesh),
         ),
         step=jit_train_step(step, mesh),
         steps_per_epoch=steps_per_epoch,
         total_steps=config.epochs * steps_per_epoch,
     )
+
+
+def _check_microbatch(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises `UserError` if a batch does not divide into microbatches, or these into groups."""
+    k, group = config.accumulate_steps, config.model.get("batch_norm_group", 0)
+    if config.batch_size % (k * mesh.size):
+        raise UserError(
+            f"config.batch_size is {config.batch_size}; expected a multiple of {k * mesh.size} ="
+            f" config.accumulate_steps * {mesh.size} devices"
+        )
+    if group and config.batch_size // k % group:
+        raise UserError(
+            f"config.model.batch_norm_group is {group}; expected a divisor of the"
+            f" {config.batch_size // k} images of a microbatch, config.batch_size / config.accumulate_steps"
+        )
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -253,7 +281,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
             if step % eval_every == 0 or last:
                 with clock.paused():
-                    figures = evaluate(eval_step, state.variables, eval_batches(config), run.mesh)
+                    figures = evaluate_state(eval_step, state, eval_batches(config), run.mesh)
                     figures["step"] = step
                     writer.write(step, {f"eval_{k}": v for k, v in figures.items() if k != "step"})
                     logger.info(
@@ -265,8 +293,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                         figures["loss"],
                         figures["images"],
                     )
-                    if figures["top1"] > best["top1"]:
-                        best = {"top1": figures["top1"], "step": step}
+                    top1 = deciding_top1(figures)
+                    if top1 > best["top1"]:
+                        best = {"top1": top1, "step": step}
                         checkpoints.save_best(step, state, {"figures": figures})
 
             if step % checkpoint_every == 0 or last:

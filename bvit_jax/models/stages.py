@@ -98,7 +98,7 @@ def _loop(
     output = StageOutput(x, [], [])
     for block in blocks:
         x, probs = run(block.clone(parent=module), x)
-        if capture:
+        if probs is not None:
             output.hidden.append(x)
             output.attentions.append(probs)
     return StageOutput(x, output.hidden, output.attentions)
@@ -162,7 +162,7 @@ def _stacked(module: nn.Module, blocks: Sequence[Any]) -> dict[str, Any]:
     """Returns the variables of identical blocks, each array stacked along a new first axis."""
 
     def stack(collection: str) -> Any:
-        trees = [module.get_variable(collection, block.name, {}) for block in blocks]
+        trees: list[Any] = [module.get_variable(collection, block.name, {}) for block in blocks]
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
 
     return {collection: stack(collection) for collection in ("params", "batch_stats")}
