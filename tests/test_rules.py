@@ -77,7 +77,7 @@ def test_equals_adamw_by_hand():
     config = config_with()
     schedule = schedule_of(config, epochs=6)
     expected = parameters()
-    moments = {path: (0.0, 0.0) for path in expected}
+    moments = dict.fromkeys(expected, (0.0, 0.0))
     for step, (gradients, params) in enumerate(steps(config, schedule, 4)):
         for path, (rate, decay) in FACTORS.items():
             g = gradients[path]
@@ -100,7 +100,8 @@ def test_equals_parameter_groups_of_torch():
         {"params": [p], "weight_decay": 0.3 * FACTORS[path][1] * (p.ndim > 1)} for path, p in theirs.items()
     ]
     reference = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-3)
-    for step, (gradients, params) in enumerate(steps(config, schedule, 6)):
+    params = None
+    for step, (gradients, params) in enumerate(steps(config, schedule, 6)):  # noqa: B007
         for group, (path, p) in zip(reference.param_groups, theirs.items(), strict=True):
             group["lr"] = float(schedule(step)) * FACTORS[path][0]
             p.grad = torch.from_numpy(gradients[path])

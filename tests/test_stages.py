@@ -204,5 +204,5 @@ def test_the_policies_are_those_of_the_settings():
 
 
 def test_an_unknown_policy_is_named():
-    with pytest.raises(UserError, match="config.remat is 'all'; expected one of none, block, dots"):
+    with pytest.raises(UserError, match=r"config.remat is 'all'; expected one of none, block, dots"):
         tiny("deit", execution={"remat": "all"})

@@ -1,0 +1,152 @@
+"""The moving average: its formula, its place in checkpoints and evaluation, and that a run resumes with it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from bvit_jax import models, runs
+from bvit_jax.checkpoint import Checkpoints
+from bvit_jax.errors import UserError
+from bvit_jax.evaluation import deciding_top1, evaluate_workdir
+from bvit_jax.sharding import with_sharding
+from bvit_jax.step import make_train_step
+from bvit_jax.train_state import TrainState, abstract_state, create_state
+from bvit_jax.training import train_and_evaluate
+from tests.configs import tiny
+from tests.processes import metrics_of
+from tests.small import NORMALIZE, SIZE, Small, assert_close, batch_of, optimizer, wide
+
+KEY = jax.random.key(0)
+ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("k", [1, 2])
+def test_it_averages_parameters_and_statistics(k):
+    decay, model = 0.75, Small()
+    step = jax.jit(make_train_step(model, optimizer(), NORMALIZE, accumulate_steps=k, ema_decay=decay))
+    state = wide(create_state(KEY, model, optimizer(), SIZE, ema=True))
+    plain = state.replace(ema=None)
+    expected = state.variables
+    assert_close(state.ema, expected)
+    for seed in range(3):
+        state, _ = step(state, batch_of(8, seed), {}, KEY)
+        plain, _ = step(plain, batch_of(8, seed), {}, KEY)
+        expected = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, expected, plain.variables)
+        assert_close(state.ema, expected)
+    assert_close(state.replace(ema=None), plain)  # nothing else depends on it
+    assert np.any(state.ema["batch_stats"]["norm"]["var"] != state.batch_stats["norm"]["var"])
+
+
+@struct.dataclass
+class OlderState:
+    """The state before it could hold an average."""
+
+    step: Any
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def saved(directory: Path, state: Any) -> None:
+    checkpoints = Checkpoints(directory, keep=1)
+    checkpoints.save_latest(1, state, {})
+    checkpoints.close()
+
+
+def restored(directory: Path, abstract: Any) -> Any:
+    checkpoints = Checkpoints(directory, keep=1)
+    try:
+        return checkpoints.restore("latest", abstract)[0]
+    finally:
+        checkpoints.close()
+
+
+def test_without_it_the_checkpoint_is_that_of_older_versions(tmp_path):
+    state = create_state(KEY, Small(dtype=jnp.float32), optimizer(), SIZE)
+    older = OlderState(state.step, state.params, state.batch_stats, state.opt_state)
+    for name, either in (("new", state), ("old", older)):
+        saved(tmp_path / name, either)
+    trees = [tmp_path / name / "checkpoints" / "1" / "state" / "_METADATA" for name in ("new", "old")]
+    assert trees[0].read_bytes() == trees[1].read_bytes()
+    abstract = abstract_state(Small(dtype=jnp.float32), optimizer(), SIZE, ONE_DEVICE)
+    jax.tree.map(np.testing.assert_array_equal, restored(tmp_path / "old", abstract), state)
+    assert isinstance(restored(tmp_path / "old", abstract), TrainState)
+    jax.tree.map(
+        np.testing.assert_array_equal, restored(tmp_path / "new", with_sharding(older, ONE_DEVICE)), older
+    )
+
+
+def test_a_run_with_it_does_not_continue_without_it(tmp_path):
+    model = Small(dtype=jnp.float32)
+    saved(tmp_path, create_state(KEY, model, optimizer(), SIZE, ema=True))
+    with pytest.raises(UserError, match=r"does not fit this configuration: ema/batch_stats/norm/mean is"):
+        restored(tmp_path, abstract_state(model, optimizer(), SIZE, ONE_DEVICE))
+    state = restored(tmp_path, abstract_state(model, optimizer(), SIZE, ONE_DEVICE, ema=True))
+    jax.tree.map(np.testing.assert_array_equal, state.ema, state.variables)
+
+
+def test_the_average_decides_which_checkpoint_is_best():
+    assert deciding_top1({"top1": 0.5}) == 0.5
+    assert deciding_top1({"top1": 0.5, "ema_top1": 0.25}) == 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_quickly")
+def test_a_run_keeps_evaluates_and_resumes_it(tmp_path):
+    config = tiny.get_config()
+    config.data.data_dir = str(tmp_path / "data")
+    shape = {"image_size": 16, "patch_size": 4, "width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 16}
+    config.model = models.model_config("deit", num_classes=10, **shape)
+    config.batch_size, config.epochs, config.checkpoint.every_steps = 480, 2, 3
+    config.ema.decay = 0.5
+    whole = tmp_path / "whole"
+    printed = train_and_evaluate(config, whole)
+    lines = [line for line in metrics_of(whole) if "eval_ema_top1" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert printed["best_top1"] == max(line["eval_ema_top1"] for line in lines)
+    assert lines[-1]["eval_ema_loss"] != lines[-1]["eval_loss"]
+    assert not any("ema_images" in key for key in printed)
+
+    # Its figures are those of the evaluation afterwards, by default.
+    averaged = evaluate_workdir(whole, "latest", {})
+    raw = evaluate_workdir(whole, "latest", {}, ema=False)
+    assert (averaged["ema"], raw["ema"]) == (True, False)
+    for name in ("top1", "top5", "loss"):
+        assert averaged[name] == printed[f"ema_{name}"]
+        assert raw[name] == printed[name]
+
+    # Its weights are those of the model, by default.
+    assert runs.load_model(whole).history[0]["weights"] == "ema"
+    assert "weights" not in runs.load_model(whole, ema=False).history[0]
+    kernels = [runs.load_model(whole, ema=ema).variables["params"]["head"]["kernel"] for ema in (None, False)]
+    assert np.any(kernels[0] != kernels[1])
+
+    # A run that was cut off gets to the same figures, bit for bit.
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints" / "4")
+    assert train_and_evaluate(config, broken) == printed
+    assert metrics_of(broken) == metrics_of(whole)
+    digests = [
+        json.loads((path / "checkpoints" / "4" / "checksums.json").read_text()) for path in (whole, broken)
+    ]
+    assert digests[0].keys() == digests[1].keys()
+    again = runs.load_model(broken).variables
+    jax.tree.map(np.testing.assert_array_equal, again, runs.load_model(whole).variables)
+
+
+def test_an_average_that_is_not_kept_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"keeps no moving average, since its config.ema.decay is 0"):
+        runs.use_average(tmp_path, tiny.get_config(), True)
+    assert not runs.use_average(tmp_path, tiny.get_config(), None)
+    assert not runs.use_average(tmp_path, tiny.get_config(), False)
+    with pytest.raises(UserError, match=r"is no training run, which could keep a moving average"):
+        runs.load_model(tmp_path, ema=False)
