@@ -51,9 +51,13 @@ def config_with(**settings):
 )
 def test_wrong_settings_are_named(settings, message):
     config = config_with(**settings)
-    with pytest.raises(UserError) as error:
+
+    def check():
         config_lib.validate(config)
         build(config, 1437)
+
+    with pytest.raises(UserError) as error:
+        check()
     assert message in str(error.value)
 
 
