@@ -11,6 +11,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory that train.py wrote."
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "latest", ["latest", "best"], "Which checkpoint: the newest or the best by top-1."
 )
+_EMA = flags.DEFINE_bool(
+    "ema", None, "The moving average; by default where the run keeps one, --noema for the raw weights."
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Data directory in place of the run's.")
 _SPLIT = flags.DEFINE_string("split", None, "Split in place of the run's evaluation split.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Global batch in place of the run's.")
@@ -32,7 +35,7 @@ def main(argv: list[str]) -> None:
         "eval_batch_size": _BATCH_SIZE.value,
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    commands.print_result(to_json(evaluate_workdir(workdir, kind, overrides)))
+    commands.print_result(to_json(evaluate_workdir(workdir, kind, overrides, _EMA.value)))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Program:
 
     def _log(self) -> None:
         figures, signs = self._health(self._state, self._batch, self._key)
-        self._state = self._state.replace(signs=signs)  # type: ignore[attr-defined]
+        self._state = self._state.replace(signs=signs)
         means = self._window.mean()
         layers = health.per_layer(figures)
         self._writer.write(self._count, means | health.totals(layers))

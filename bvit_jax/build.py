@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bvit_jax import data, health, models, optim, pictures, pretrained
+from bvit_jax import data, health, models, optim, pictures, pretrained, runs
 from bvit_jax.augmentation import Augmentation
 from bvit_jax.erasing import Erasing
 from bvit_jax.errors import UserError
@@ -76,7 +76,9 @@ def load_teacher(config: ConfigDict) -> Teacher:
                 f" {config.model[key]}; use another config.teacher.path or config.model.{key}"
             )
     p = teacher.preprocessing
-    model = models.create_model(teacher.config, jnp.dtype(config.compute_dtype))
+    model = models.create_model(
+        teacher.config, jnp.dtype(config.compute_dtype), scan_blocks=config.scan_blocks
+    )
     return Teacher(model, teacher.arrays(), teacher.digest(), Normalization(p.mean, p.std))
 
 
@@ -127,8 +129,9 @@ def build(config: ConfigDict, num_examples: int, mesh: Mesh | None = None, *, do
     mesh = make_mesh(fsdp=config.mesh.fsdp) if mesh is None else mesh
     check_batch_size("batch_size", config.batch_size, mesh)
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+    _check_microbatch(config, mesh)
     image_size = config.model.image_size
-    model = models.create_model(config.model, jnp.dtype(config.compute_dtype))
+    model = runs.create_model(config)
     teacher = load_teacher(config)
     steps_per_epoch = data.steps_per_epoch(num_examples, config.batch_size)
     schedule = optim.make_schedule(
@@ -150,11 +153,16 @@ def build(config: ConfigDict, num_examples: int, mesh: Mesh | None = None, *, do
         distillation_weight=config.loss.distillation_weight,
         label_smoothing=config.loss.label_smoothing,
         augmentation=augmentation,
-        gather=lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh)),
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema.decay,
+        mesh=mesh,
     )
-    measure = health.make_health_step(model, normalize, augmentation=augmentation)
+    # Inside of a scan layers cannot tell of themselves.
+    plain = models.create_model(config.model, jnp.dtype(config.compute_dtype))
+    measure = health.make_health_step(plain, normalize, augmentation=augmentation)
     look = pictures.make_look(normalize, augmentation=augmentation)
-    state = abstract_state(model, optimizer, image_size, mesh, health=config.health)
+    kept = {"ema": config.ema.decay > 0, "health": config.health}
+    state = abstract_state(model, optimizer, image_size, mesh, **kept)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return Run(
         mesh=mesh,
@@ -163,7 +171,7 @@ def build(config: ConfigDict, num_examples: int, mesh: Mesh | None = None, *, do
         schedule=schedule,
         state=state,
         create=jax.jit(
-            lambda key: create_state(key, model, optimizer, image_size, health=config.health),
+            lambda key: create_state(key, model, optimizer, image_size, **kept),
             out_shardings=shardings,
         ),
         gather=jax.jit(lambda tree: tree, out_shardings=replicated(mesh)),
@@ -173,6 +181,21 @@ def build(config: ConfigDict, num_examples: int, mesh: Mesh | None = None, *, do
         steps_per_epoch=steps_per_epoch,
         total_steps=config.epochs * steps_per_epoch,
     )
+
+
+def _check_microbatch(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises `UserError` if a batch does not divide into microbatches, or these into groups."""
+    k, group = config.accumulate_steps, config.model.get("batch_norm_group", 0)
+    if config.batch_size % (k * mesh.size):
+        raise UserError(
+            f"config.batch_size is {config.batch_size}; expected a multiple of {k * mesh.size} ="
+            f" config.accumulate_steps * {mesh.size} devices"
+        )
+    if group and config.batch_size // k % group:
+        raise UserError(
+            f"config.model.batch_norm_group is {group}; expected a divisor of the"
+            f" {config.batch_size // k} images of a microbatch, config.batch_size / config.accumulate_steps"
+        )
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bvit_jax.errors import UserError
+from bvit_jax.rules import parse_rules
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -19,8 +20,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.teacher_targets": ("soft", "hard"),
     "mix.mode": ("batch", "pair", "elem"),
     "optim.schedule": ("cosine", "cosine_by_epoch"),
+    "remat": ("none", "block", "dots"),
 }
 POSITIVE = (
+    "accumulate_steps",
     "batch_size",
     "eval_batch_size",
     "epochs",
@@ -48,6 +51,7 @@ NOT_NEGATIVE = (
     "optim.clip_grad_norm",
 )
 FRACTIONS = (
+    "ema.decay",
     "erase.prob",
     "loss.distillation_weight",
     "loss.label_smoothing",
@@ -69,6 +73,11 @@ def default_config() -> ConfigDict:
     config.compute_dtype = "float32"  # of activations and products; parameters stay float32
     config.batch_size = 512  # global
     config.eval_batch_size = 512  # global
+    config.accumulate_steps = 1  # microbatches of a step, one after the other; their gradients are averaged
+    config.remat = (
+        "none"  # what a backward pass computes again: "block" all of a block, "dots" not its products
+    )
+    config.scan_blocks = False  # whether the identical blocks of a stage are compiled once, as a loop
     config.epochs = 300
     config.eval_every_epochs = 1
     config.log_every_steps = 100
@@ -125,6 +134,10 @@ def default_config() -> ConfigDict:
     optim.b2 = 0.999
     optim.eps = 1e-8
     optim.clip_grad_norm = 0.0  # 0: off
+    optim.rules = ()  # of (regex of paths, learning-rate factor, weight-decay factor); the first that fits
+
+    config.ema = ema = ConfigDict()  # moving average of parameters and statistics
+    ema.decay = 0.0  # share of the old average in the new; 0: off
 
     config.loss = loss = ConfigDict()
     loss.distillation_weight = 1.0  # the rest goes to the labels; 0: no teacher
@@ -162,6 +175,11 @@ def validate(config: ConfigDict) -> None:
         if not 0 <= get(key) <= 1:
             raise UserError(f"config.{key} is {get(key)}; expected a number from 0 to 1")
     _check_profile(config)
+    if config.ema.decay == 1:
+        raise UserError("config.ema.decay is 1, which would keep the initial weights; expected below 1")
+    if type(config.accumulate_steps) is not int:
+        raise UserError(f"config.accumulate_steps is {config.accumulate_steps}; expected a whole number")
+    parse_rules(config.optim.rules)
     _check_mixing(config)
     _check_data(config)
     if "name" not in config.model:

@@ -36,6 +36,7 @@ def convert(arguments: argparse.Namespace) -> Pretrained:
     model = runs.load_model(
         arguments.source,
         kind=arguments.checkpoint,
+        ema=arguments.ema,
         config_file=arguments.config,
         overrides=dict(arguments.set),
         weights_key=arguments.key,
@@ -118,6 +119,13 @@ def _parser() -> argparse.ArgumentParser:
         "--ignore", action="append", default=[], metavar="PATTERN", help="arrays to leave out: 'vit.pooler.*'"
     )
     parser.add_argument("--checkpoint", choices=("latest", "best"), help="of a workdir (default: latest)")
+    parser.add_argument(
+        "--noema",
+        dest="ema",
+        action="store_false",
+        default=None,
+        help="of a run with a moving average, the raw weights",
+    )
     parser.add_argument("--image_size", type=positive, help="interpolates the position embeddings")
     parser.add_argument("--reset_head", type=positive, metavar="CLASSES", help="a new head, initialised")
     parser.add_argument("--class_names", type=Path, metavar="FILE", help="a name on each line")

@@ -8,20 +8,51 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, models, runs
+from bvit_jax import data, runs
 from bvit_jax.checkpoint import Kind
 from bvit_jax.interruption import Interrupted
 from bvit_jax.sharding import check_batch_size, local_rows, make_mesh, replicated, shard_batch
 from bvit_jax.step import Normalization, default_images_at_once, jit_eval_step, make_eval_step
+from bvit_jax.train_state import TrainState
 
+COUNTS = ("images", "bad_images")  # the same whatever the variables
 BATCHES_IN_FLIGHT = 2  # while the device computes, the next batches are loaded
 
 logger = logging.getLogger(__name__)
+
+
+EMA = "ema_"  # before the names of the moving average's figures
+
+
+def evaluate_state(
+    step: Any,
+    state: TrainState,
+    batches: Iterable[data.Batch],
+    mesh: Mesh,
+    gather: Callable[[Any], Any],
+    stop: Callable[[], bool],
+) -> dict[str, float]:
+    """Returns the figures of `evaluate` of a state in training, whose arrays ``gather`` makes whole.
+
+    Where it holds a moving average, also that one's ``ema_top1``, ``ema_top5`` and ``ema_loss``, from the
+    same pass over the split.
+
+    Raises:
+      Interrupted: ``stop``, which is asked at every batch, said so.
+    """
+    versions: dict[str, Mapping[str, Any]] = {"": gather(state.variables)}
+    if state.ema is not None:
+        versions[EMA] = gather(state.ema)
+    return _evaluate(step, versions, batches, mesh, stop)
+
+
+def deciding_top1(figures: Mapping[str, float]) -> float:
+    """Returns the top-1 by which the best checkpoint is chosen: the moving average's if there is one."""
+    return figures.get(f"{EMA}top1", figures["top1"])
 
 
 def evaluate(
@@ -29,7 +60,6 @@ def evaluate(
     variables: Mapping[str, Any],
     batches: Iterable[data.Batch],
     mesh: Mesh,
-    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Returns top-1 and top-5 (shares of 1), the mean cross-entropy, and the number of images.
 
@@ -40,11 +70,18 @@ def evaluate(
       variables: parameters and running statistics.
       batches: this process's part of the split.
       mesh: the mesh that the step was compiled for.
-      stop: asked at every batch whether to give up.
-
-    Raises:
-      Interrupted: ``stop`` said so.
     """
+    return _evaluate(step, {"": variables}, batches, mesh, lambda: False)
+
+
+def _evaluate(
+    step: Any,
+    versions: Mapping[str, Mapping[str, Any]],
+    batches: Iterable[data.Batch],
+    mesh: Mesh,
+    stop: Callable[[], bool],
+) -> dict[str, float]:
+    """Returns the figures of several versions of the variables, each under its prefix."""
     totals: dict[str, float] = {}
     in_flight: deque[Any] = deque()
 
@@ -55,7 +92,15 @@ def evaluate(
     for batch in batches:
         if stop():
             raise Interrupted
-        in_flight.append(step(variables, shard_batch(batch, mesh)))
+        sharded = shard_batch(batch, mesh)
+        in_flight.append(
+            {
+                prefix + name: value
+                for prefix, variables in versions.items()
+                for name, value in step(variables, sharded).items()
+                if not (prefix and name in COUNTS)
+            }
+        )
         if len(in_flight) > BATCHES_IN_FLIGHT:
             collect()
     while in_flight:
@@ -79,19 +124,23 @@ def build_eval_step(config: ConfigDict, model: Any, mesh: Mesh) -> Any:
     return jit_eval_step(step, mesh)
 
 
-def evaluate_workdir(workdir: Path, kind: Kind, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def evaluate_workdir(
+    workdir: Path, kind: Kind, overrides: Mapping[str, Any], ema: bool | None = None
+) -> dict[str, Any]:
     """Evaluates a checkpoint of a training run on the evaluation split of its configuration.
 
     Args:
       workdir: the directory that ``train.py`` wrote.
       kind: "latest" or "best".
       overrides: settings of ``config.data`` and ``eval_batch_size`` to use instead of the run's.
+      ema: whether to evaluate the moving average; if None, where the run keeps one.
 
     Returns:
-      The figures of `evaluate`, the step and the kind of the checkpoint.
+      The figures of `evaluate`, the step and the kind of the checkpoint; and of a run with a moving
+      average, whether it is the average's, as ``ema``.
 
     Raises:
-      UserError: there is no such run or checkpoint, or it does not fit.
+      UserError: there is no such run or checkpoint, it does not fit, or it has no moving average.
     """
     config = config_lib.load(workdir / "config.json")
     for key, value in overrides.items():
@@ -99,12 +148,15 @@ def evaluate_workdir(workdir: Path, kind: Kind, overrides: Mapping[str, Any]) ->
         (config[node] if node else config)[name] = value
     config_lib.validate(config)
     mesh = make_mesh()
-    model = models.create_model(config.model, jnp.dtype(config.compute_dtype))
-    variables, step = runs.restore(workdir, config, kind, replicated(mesh))
+    model = runs.create_model(config)
+    ema = runs.use_average(workdir, config, ema)
+    variables, step = runs.restore(workdir, config, kind, replicated(mesh), ema=ema)
     batches = eval_batches(config, mesh)
-    logger.info("evaluating the %s checkpoint, step %d", kind, step)
+    what = "moving average in the " if ema else ""
+    logger.info("evaluating the %s%s checkpoint, step %d", what, kind, step)
     figures = evaluate(build_eval_step(config, model, mesh), variables, batches, mesh)
-    return {"checkpoint": kind, "step": step, **figures}
+    kept = {"ema": ema} if config.ema.decay else {}
+    return {"checkpoint": kind, "step": step, **kept, **figures}
 
 
 def to_json(figures: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from bvit_jax import fused, products, quantize, watch
+from bvit_jax.errors import UserError
 from bvit_jax.products import accumulator_dtype
 
 NormName = Literal["batch_norm", "layer_norm"]
@@ -82,10 +83,15 @@ class BatchNorm(nn.Module):
     The batch is normalised by its biased variance; the running variance is kept unbiased,
     n / (n - 1), which linen's own BatchNorm does not do. Under jit over a sharded batch the
     statistics are those of the global batch. Sums are in float32, or float64 if the input is.
+
+    With a ``group`` above 0, each so many consecutive images of the batch are normalised by themselves,
+    and the running statistics take the mean over the groups of their means and unbiased variances. Where
+    the images of a group are on one device, normalising needs no communication.
     """
 
     epsilon: float = 1e-5
     momentum: float = 0.1  # share of the new batch in the running statistics
+    group: int = 0  # images; 0: the whole batch
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -98,13 +104,27 @@ class BatchNorm(nn.Module):
         if not train:
             factor = scale * lax.rsqrt(running_var.value + self.epsilon)
             return x * factor + (bias - running_mean.value * factor)
-        y, mean, var = fused.batch_norm(x, scale, bias, self.epsilon)
+        groups = self._groups(x.shape[0])
+        if groups:
+            y, mean, var = fused.grouped_batch_norm(x, scale, bias, self.epsilon, groups)
+            mean, var = jnp.mean(mean, axis=0), jnp.mean(var, axis=0)
+        else:
+            y, mean, var = fused.batch_norm(x, scale, bias, self.epsilon)
         if not self.is_initializing():
-            count = x.size // x.shape[-1]
+            count = x.size // x.shape[-1] // (groups or 1)
             unbiased = var * (count / max(count - 1, 1))
             running_mean.value += self.momentum * (mean - running_mean.value)
             running_var.value += self.momentum * (unbiased - running_var.value)
         return y
+
+    def _groups(self, images: int) -> int:
+        """Returns the number of groups of a batch, 0 where it is not divided."""
+        if self.group and images % self.group:
+            raise UserError(
+                f"config.model.batch_norm_group is {self.group}; expected a divisor of the {images} images"
+                " that pass through the model at once, config.batch_size / config.accumulate_steps"
+            )
+        return images // self.group if self.group else 0
 
 
 class LayerNorm(nn.LayerNorm):
@@ -117,10 +137,14 @@ class LayerNorm(nn.LayerNorm):
         return super().__call__(x.astype(accumulator_dtype(x.dtype)))
 
 
-def make_norm(norm: NormName, epsilon: float, name: str) -> BatchNorm | LayerNorm:
-    """Returns the module called ``name`` that normalises in the binary models."""
-    kind = BatchNorm if norm == "batch_norm" else LayerNorm
-    return kind(epsilon=epsilon, name=name)
+def make_norm(norm: NormName, epsilon: float, name: str, group: int = 0) -> BatchNorm | LayerNorm:
+    """Returns the module called ``name`` that normalises in the binary models.
+
+    ``group`` is that of `BatchNorm`; a `LayerNorm` has none.
+    """
+    if norm == "batch_norm":
+        return BatchNorm(epsilon=epsilon, group=group, name=name)
+    return LayerNorm(epsilon=epsilon, name=name)
 
 
 class BinaryDense(nn.Module):
@@ -224,14 +248,23 @@ def real_patch_conv(
 
 
 class DropPath(nn.Module):
-    """Drops a whole sample of a residual branch with probability ``rate`` (stochastic depth)."""
+    """Drops a whole sample of a residual branch with probability ``rate`` (stochastic depth).
 
-    rate: float
+    A rate that is an array, as in a scan over blocks, may be traced; it must be below 1.
+    """
+
+    rate: float | Array
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        drop = nn.Dropout(self.rate, broadcast_dims=tuple(range(1, x.ndim)))
-        return drop(x, deterministic=not train)
+        if not isinstance(self.rate, Array):
+            drop = nn.Dropout(self.rate, broadcast_dims=tuple(range(1, x.ndim)))
+            return drop(x, deterministic=not train)
+        if not train:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
+        return jnp.where(kept, x / (1 - self.rate).astype(x.dtype), 0)
 
 
 def drop_path_rates(last: float, depth: int) -> tuple[float, ...]:

@@ -52,17 +52,24 @@ def mix_images(images: Array, partners: Array, mix: Mix) -> Array:
     return images * own + partners * (1 - own)
 
 
-def mix_targets(labels: Array, lam: Array, num_classes: int, smoothing: float) -> Array:
-    """Returns the smoothed targets of mixed images: int [B], float32 [n] -> float32 [B, C]."""
-    own, partners = (
-        label_targets(kind, num_classes, smoothing, jnp.float32) for kind in (labels, labels[::-1])
-    )
-    return own * lam[:, None] + partners * (1 - lam[:, None])
+def mix_targets(
+    labels: Array, lam: Array, num_classes: int, smoothing: float, partners: Array | None = None
+) -> Array:
+    """Returns the smoothed targets of mixed images: int [B], float32 [n] -> float32 [B, C].
+
+    ``partners`` are the partners' labels, int [B], where the images are not the whole batch.
+    """
+    partners = labels[::-1] if partners is None else partners
+    own, others = (label_targets(kind, num_classes, smoothing, jnp.float32) for kind in (labels, partners))
+    return own * lam[:, None] + others * (1 - lam[:, None])
 
 
-def dominant_labels(labels: Array, lam: Array) -> Array:
-    """Returns the label with the larger share, the image's own in a tie: int [B], [n] -> int [B]."""
-    return jnp.where(lam >= 0.5, labels, labels[::-1])
+def dominant_labels(labels: Array, lam: Array, partners: Array | None = None) -> Array:
+    """Returns the label with the larger share, the image's own in a tie: int [B], [n] -> int [B].
+
+    ``partners`` is that of `mix_targets`.
+    """
+    return jnp.where(lam >= 0.5, labels, labels[::-1] if partners is None else partners)
 
 
 @dataclass(frozen=True)

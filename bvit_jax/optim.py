@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from bvit_jax.errors import UserError, nearest
+from bvit_jax.rules import Rule, factors, parse_rules
 
 if TYPE_CHECKING:  # the optimiser also runs where ml-collections is not installed
     from ml_collections import ConfigDict
@@ -122,17 +124,47 @@ def make_optimizer(
     """Returns AdamW with decoupled weight decay, as ``torch.optim.AdamW`` computes it.
 
     The settings change what the transforms do, never the structure of their state, so that a run
-    can be resumed with another weight decay or clipping.
+    can be resumed with another weight decay, clipping or rules. Where a rule says so, a parameter has
+    its own learning rate and weight decay, like a parameter group of PyTorch; what does not decay by the
+    mask does not decay by a rule.
 
     Args:
       optim: the settings under ``config.optim``.
       schedule: the learning rate of each step.
       mask: tree of booleans like the parameters, or a function that makes one: where to decay.
+
+    Raises:
+      UserError: a rule is wrong; at ``init``, one matches no parameter.
     """
+    rules = parse_rules(optim.rules)
     clip = clip_by_global_norm(optim.clip_grad_norm) if optim.clip_grad_norm else optax.identity()
     return optax.chain(
         clip,
         optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
-        optax.add_decayed_weights(optim.weight_decay, mask=mask),
+        _scale_by_rules(rules, optim.weight_decay, mask)
+        if rules
+        else optax.add_decayed_weights(optim.weight_decay, mask=mask),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _scale_by_rules(
+    rules: tuple[Rule, ...], weight_decay: float, mask: Any | Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Returns ``add_decayed_weights`` with the factors of rules, and its state."""
+
+    def init(params: Any) -> optax.EmptyState:
+        factors(rules, params)
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        rates, decays = factors(rules, params)
+        where = mask(params) if callable(mask) else mask
+
+        def scale(update: Any, param: Any, rate: float, decay: float, decayed: bool) -> Any:
+            return rate * (update + weight_decay * decay * param if decayed else update)
+
+        return jax.tree.map(scale, updates, params, rates, decays, where), state
+
+    everywhere = partial(jax.tree.map, lambda _: True)
+    return optax.masked(optax.GradientTransformation(init, update), everywhere)

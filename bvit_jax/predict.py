@@ -91,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> None:
     missing = [path for path in arguments.images if not path.is_file()]
     if missing:  # before the model is loaded
         raise UserError(f"no file {missing[0]}; expected an image")
-    model = runs.load_model(arguments.checkpoint, kind=arguments.kind)
+    model = runs.load_model(arguments.checkpoint, kind=arguments.kind, ema=arguments.ema)
     for text in model.assumed:
         print(f"assumed, since the checkpoint does not say: {text}", file=sys.stderr)
     rankings = predict(model, arguments.images, arguments.top)
@@ -114,6 +114,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH")
     parser.add_argument("--kind", choices=("latest", "best"), help="of a workdir (default: latest)")
+    parser.add_argument(
+        "--noema",
+        dest="ema",
+        action="store_false",
+        default=None,
+        help="of a run with a moving average, the raw weights",
+    )
     parser.add_argument("--top", type=positive, default=5, help="classes to print for each image")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args(argv)

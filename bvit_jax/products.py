@@ -67,6 +67,10 @@ def binary_product(x: Array, move: Array, kernel: Array, config: ProductConfig) 
     Returns:
       (..., out) in the accumulator of ``config.dtype``.
     """
+    return _binary_product(x, move, kernel, config)
+
+
+def _binary_product(x: Array, move: Array, kernel: Array, config: ProductConfig) -> Array:
     shifted = x.astype(accumulator_dtype(config.dtype)) + move
     return _scaled_product(config.operand(shifted), kernel, config)
 
@@ -87,7 +91,8 @@ def _matrix(kernel: Array, config: ProductConfig) -> Array:
 def _binary_product_forward(
     x: Array, move: Array, kernel: Array, config: ProductConfig
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return binary_product(x, move, kernel, config), (x, move, kernel)
+    # Not `binary_product`, within which no rematerialisation policy would see the product.
+    return _binary_product(x, move, kernel, config), (x, move, kernel)
 
 
 def _binary_product_backward(

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
@@ -22,12 +24,25 @@ from bvit_jax.tensor_files import sha256
 CLASSES_FILE = "classes.json"
 
 
-def load_model(path: Path, *, kind: Kind | None = None, **options: Any) -> Pretrained:
+def create_model(config: ConfigDict) -> nn.Module:
+    """Returns the model of a run, computing and running as its configuration says."""
+    return models.create_model(
+        config.model,
+        jnp.dtype(config.compute_dtype),
+        remat=config.remat,
+        scan_blocks=config.scan_blocks,
+    )
+
+
+def load_model(
+    path: Path, *, kind: Kind | None = None, ema: bool | None = None, **options: Any
+) -> Pretrained:
     """Reads a model from a run's directory, or from whatever `bvit_jax.pretrained.load` reads.
 
     Args:
       path: the directory of a run, or another directory or file.
       kind: which checkpoint of a run, the latest if None.
+      ema: whether to take the moving average of a run; if None, where it keeps one.
       options: for `bvit_jax.pretrained.load`.
 
     Raises:
@@ -36,10 +51,14 @@ def load_model(path: Path, *, kind: Kind | None = None, **options: Any) -> Pretr
     if not is_run(path):
         if kind is not None:
             raise UserError(f"{path} is no training run, of which the {kind} checkpoint could be taken")
+        if ema is not None:
+            raise UserError(
+                f"{path} is no training run, which could keep a moving average; leave out --noema"
+            )
         return pretrained.load(path, **options)
     if any(options.values()):
         raise UserError(f"{path} is a training run, which describes itself; leave out the options for files")
-    return load_run(path, kind or "latest")
+    return load_run(path, kind or "latest", ema)
 
 
 def is_run(path: Path) -> bool:
@@ -53,47 +72,73 @@ def is_run(path: Path) -> bool:
     return not isinstance(values, dict) or not {"model_type", "architecture", "format"} & values.keys()
 
 
-def load_run(workdir: Path, kind: Kind) -> Pretrained:
-    """Reads the newest or best checkpoint of a run as a model.
+def use_average(workdir: Path, config: ConfigDict, ema: bool | None) -> bool:
+    """Returns whether to take the moving average of a run: as asked, else where it keeps one.
 
     Raises:
-      UserError: there is no such checkpoint, or it is damaged.
+      UserError: it is asked for and the run keeps none.
+    """
+    kept = config.ema.decay > 0
+    if ema and not kept:
+        raise UserError(
+            f"the run in {workdir} keeps no moving average, since its config.ema.decay is 0; leave out --ema"
+        )
+    return kept if ema is None else ema
+
+
+def load_run(workdir: Path, kind: Kind, ema: bool | None = None) -> Pretrained:
+    """Reads the newest or best checkpoint of a run as a model.
+
+    Args:
+      workdir: the directory of the run.
+      kind: "latest" or "best".
+      ema: whether to take the moving average; if None, where the run keeps one.
+
+    Raises:
+      UserError: there is no such checkpoint or average, or it is damaged.
     """
     config = config_lib.load(workdir / "config.json")
     preprocessing = _preprocessing(config, workdir)
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    variables, step = restore(workdir, config, kind, whole)
+    ema = use_average(workdir, config, ema)
+    variables, step = restore(workdir, config, kind, whole, ema=ema)
     variables = jax.tree.map(np.asarray, variables)
     if not variables["batch_stats"]:
         del variables["batch_stats"]
     names = read_class_names(workdir, config.model.num_classes)
     saved = Path(FOLDER) / str(step)
     entry = {"file": str(saved), "sha256": sha256(workdir / saved / CHECKSUMS), "format": "run"}
+    if ema:
+        entry["weights"] = "ema"
     return Pretrained(
         config=config.model,
         variables=variables,
         preprocessing=preprocessing,
         class_names=names,
         history=(entry,),
-        bookkeeping=_batches_seen(config.model, variables, step),
+        bookkeeping=_batches_seen(config.model, variables, step * config.accumulate_steps),
         bookkeeping_format=reference.NAME,
     )
 
 
-def restore(workdir: Path, config: ConfigDict, kind: Kind, sharding: Any) -> tuple[Variables, int]:
+def restore(
+    workdir: Path, config: ConfigDict, kind: Kind, sharding: Any, *, ema: bool = False
+) -> tuple[Variables, int]:
     """Returns parameters and running statistics of a checkpoint, placed by ``sharding``, and its step.
+
+    With ``ema`` they are those of the moving average.
 
     Raises:
       UserError: there is no such checkpoint, it is damaged, or does not fit the configuration.
     """
     abstract = abstract_variables(models.create_model(config.model), config.model.image_size)
     abstract.setdefault("batch_stats", {})
-    fields = with_sharding(abstract, sharding)
+    fields = with_sharding({"ema": abstract} if ema else abstract, sharding)
     restored = restore_variables(workdir, fields, kind)
     if restored is None:
         raise UserError(f"no {kind} checkpoint in {workdir}; train with train.py --workdir first")
     variables, _, step = restored
-    return variables, step
+    return variables["ema"] if ema else variables, step
 
 
 def write_class_names(workdir: Path, names: Sequence[str]) -> None:
@@ -127,12 +172,12 @@ def _preprocessing(config: ConfigDict, workdir: Path) -> Preprocessing:
         raise UserError(f"the config.json in {workdir} does not describe the images: {error}") from error
 
 
-def _batches_seen(config: ConfigDict, variables: Variables, step: int) -> dict[str, np.ndarray]:
-    """Returns the counters that PyTorch's batch norms would hold after so many steps."""
+def _batches_seen(config: ConfigDict, variables: Variables, batches: int) -> dict[str, np.ndarray]:
+    """Returns the counters that PyTorch's batch norms would hold after so many (micro)batches."""
     if config.name not in reference.MODELS or config.get("distillation_token"):
         return {}
     arrays = FORMATS[reference.NAME].constants(config, to_state_dict(variables))
     return {
-        name: np.array(step, np.int64) if name.endswith("num_batches_tracked") else array
+        name: np.array(batches, np.int64) if name.endswith("num_batches_tracked") else array
         for name, array in arrays.items()
     }

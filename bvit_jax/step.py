@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh
 
 from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
@@ -36,6 +36,39 @@ def step_keys(key: Array, step: Array | int) -> tuple[Array, Array]:
     return step_key, jax.random.fold_in(step_key, 1)
 
 
+class Examples(NamedTuple):
+    """The images of a step and what is known of them; every array has the batch as its first axis.
+
+    Attributes:
+      pictures: augmented, not normalised, [B, H, W, 3].
+      labels: int32 [B].
+      partners: the labels of the images that are mixed in, int32 [B]; None where nothing is mixed.
+      lam: the images' own shares, float32 [B] or [1]; None where nothing is mixed.
+    """
+
+    pictures: Array
+    labels: Array
+    partners: Array | None
+    lam: Array | None
+
+    def microbatch(self, index: Array, count: int, mesh: Mesh | None) -> "Examples":
+        """Returns every ``count``-th image, from ``index`` on.
+
+        A device that holds consecutive images then holds as many of each microbatch, and none moves.
+        """
+
+        def take(array: Array) -> Array:
+            part = lax.dynamic_index_in_dim(
+                array.reshape(-1, count, *array.shape[1:]), index, axis=1, keepdims=False
+            )
+            return part if mesh is None else lax.with_sharding_constraint(part, batch_sharded(mesh))
+
+        whole = self
+        if self.lam is not None:
+            whole = self._replace(lam=jnp.broadcast_to(self.lam, self.labels.shape))
+        return jax.tree.map(take, whole)
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -47,7 +80,9 @@ def make_train_step(
     distillation_weight: float = 1.0,
     label_smoothing: float = 0.1,
     augmentation: Augmentation = NO_AUGMENTATION,
-    gather: Callable[[Any], Any] = lambda params: params,
+    accumulate_steps: int = 1,
+    ema_decay: float = 0.0,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
     """Returns the pure training step.
 
@@ -56,17 +91,27 @@ def make_train_step(
     the next state and scalar metrics: the loss and its terms, the top-1 of the batch in training
     mode, and the norm of the gradient. The teacher sees the same augmented images, normalised as it
     was trained with, in evaluation mode, without gradient. Where images are mixed, so are the labels,
-    and the top-1 asks for the label with the larger share. ``gather`` brings parameters that are spread
-    over devices together for their use.
+    and the top-1 asks for the label with the larger share.
+
+    With ``accumulate_steps`` k above 1 the batch, augmented as a whole, passes through the models in k
+    microbatches, one after the other; gradient and metrics are the means of theirs. Batch norms take the
+    statistics of each microbatch, and the running statistics advance k times. ``mesh`` is needed where
+    arrays are sharded: microbatches are then spread over it as the batch is, and parameters that are spread
+    over devices are brought together for their use.
+
+    With ``ema_decay`` d above 0 the state's moving average becomes ``d · average + (1 - d) · new``, of
+    the parameters and of the running statistics, as timm's ``ModelEma`` does.
     """
 
-    def train_step(
-        state: TrainState, batch: Batch, teacher_variables: Variables, key: Array
-    ) -> tuple[TrainState, Metrics]:
-        dropout_key, augmentation_key = step_keys(key, state.step)
-        rngs = {"dropout": dropout_key}
-        pictures, lam = augmentation(augmentation_key, batch["image"], normalize)
-        images, labels = normalize(pictures), batch["label"]
+    def gather(params: Any) -> Any:
+        return params if mesh is None else lax.with_sharding_constraint(params, replicated(mesh))
+
+    def loss_and_gradient(
+        params: Any, batch_stats: Any, examples: Examples, teacher_variables: Variables, key: Array
+    ) -> tuple[Any, Any, Metrics]:
+        """Returns the gradient, the next running statistics and metrics of images that fit at once."""
+        pictures, labels, partners, lam = examples
+        images = normalize(pictures)
         teacher_logits = None
         if teacher is not None:
             seen = images if teacher_normalize is None else teacher_normalize(pictures)
@@ -75,15 +120,15 @@ def make_train_step(
 
         def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Array, Any]]:
             output, updates = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
+                {"params": params, "batch_stats": batch_stats},
                 images,
                 train=True,
                 mutable=["batch_stats"],
-                rngs=rngs,
+                rngs={"dropout": key},
             )
             targets = labels
             if lam is not None:
-                targets = mix_targets(labels, lam, output.logits.shape[-1], label_smoothing)
+                targets = mix_targets(labels, lam, output.logits.shape[-1], label_smoothing, partners)
             loss, terms = training_loss(
                 output.head_logits,
                 targets,
@@ -95,24 +140,73 @@ def make_train_step(
             return loss, (terms, output.logits, updates.get("batch_stats", {}))
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (terms, logits, batch_stats)), grads = gradient(gather(state.params))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        shown = labels if lam is None else dominant_labels(labels, lam)
+        (loss, (terms, logits, new_stats)), grads = gradient(params)
+        shown = labels if lam is None else dominant_labels(labels, lam, partners)
         metrics = {
             "loss": loss,
             **(terms if len(terms) > 1 else {}),
             "train_top1": jnp.mean(topk_correct(logits, shown, 1), dtype=jnp.float32),
-            "gradient_norm": optax.tree.norm(grads),
         }
+        return grads, new_stats, metrics
+
+    def accumulated(
+        state: TrainState, examples: Examples, teacher_variables: Variables, key: Array
+    ) -> tuple[Any, Any, Metrics]:
+        """Returns what ``loss_and_gradient`` does, from one microbatch at a time."""
+
+        def body(carry: tuple[Any, Any], index: Array) -> tuple[tuple[Any, Any], Metrics]:
+            total, batch_stats = carry
+            grads, batch_stats, metrics = loss_and_gradient(
+                params,
+                batch_stats,
+                examples.microbatch(index, accumulate_steps, mesh),
+                teacher_variables,
+                jax.random.fold_in(key, index),
+            )
+            return (jax.tree.map(jnp.add, total, grads), batch_stats), metrics
+
+        params = gather(state.params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        indices = jnp.arange(accumulate_steps)
+        (total, batch_stats), metrics = lax.scan(body, (zeros, state.batch_stats), indices)
+        grads = jax.tree.map(lambda g: g / accumulate_steps, total)
+        return grads, batch_stats, {name: jnp.mean(values) for name, values in metrics.items()}
+
+    def train_step(
+        state: TrainState, batch: Batch, teacher_variables: Variables, key: Array
+    ) -> tuple[TrainState, Metrics]:
+        step_key, augmentation_key = step_keys(key, state.step)
+        pictures, lam = augmentation(augmentation_key, batch["image"], normalize)
+        labels = batch["label"]
+        examples = Examples(pictures, labels, None if lam is None else labels[::-1], lam)
+        if accumulate_steps == 1:
+            grads, batch_stats, metrics = loss_and_gradient(
+                gather(state.params), state.batch_stats, examples, teacher_variables, step_key
+            )
+        else:
+            micro_key = jax.random.fold_in(step_key, 2)  # 1 is the augmentation's
+            grads, batch_stats, metrics = accumulated(state, examples, teacher_variables, micro_key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = moving_average(ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
+        metrics = {**metrics, "gradient_norm": optax.tree.norm(grads)}
         return dataclasses.replace(
             state,
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
+            ema=ema,
         ), metrics
 
     return train_step
+
+
+def moving_average(average: Any, new: Any, decay: float) -> Any:
+    """Returns ``decay · average + (1 - decay) · new`` of two like trees."""
+    return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average, new)
 
 
 def make_eval_step(model: nn.Module, normalize: Normalization, *, images_at_once: int = 0) -> EvalStep:

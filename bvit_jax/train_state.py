@@ -1,20 +1,22 @@
 """Everything a training run carries from step to step."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from flax import struct
 from jax import Array
 from jax.sharding import Mesh
+from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
 
 from bvit_jax.sharding import state_sharding, with_sharding
 from bvit_jax.signs import noted_kernels, pack_signs
 
 
-@struct.dataclass
+@register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """The state of a run; a pytree that is donated to the step and saved whole.
 
@@ -23,6 +25,8 @@ class TrainState:
       params: latent weights and all other parameters, float32.
       batch_stats: running statistics of the batch norms, float32.
       opt_state: state of the optax chain.
+      ema: the moving average of ``params`` and ``batch_stats``, a dictionary of both, float32; None
+        where none is kept, and then the tree has no such branch.
       signs: signs of the binary weights at the last log, as `bvit_jax.signs.pack_signs` returns them;
         {} where the health of the network is not measured. The step passes it through.
     """
@@ -31,12 +35,30 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
-    signs: Any = struct.field(default_factory=dict)
+    ema: Any = None
+    signs: Any = dataclasses.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
         """What the model is applied with."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def replace(self, **changes: Any) -> "TrainState":
+        """Returns the state with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+    # By hand, because a checkpoint records a None, and those written before there was one would not fit.
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[GetAttrKey, Any]], tuple[str, ...]]:
+        """Returns the branches with their names, as jax asks for them."""
+        names = [field.name for field in dataclasses.fields(self)]
+        if self.ema is None:
+            names.remove("ema")
+        return [(GetAttrKey(name), getattr(self, name)) for name in names], tuple(names)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], branches: Any) -> "TrainState":
+        """Undoes `tree_flatten_with_keys`."""
+        return cls(**dict(zip(names, branches, strict=True)))
 
 
 def create_state(
@@ -45,20 +67,23 @@ def create_state(
     optimizer: optax.GradientTransformation,
     image_size: int,
     *,
+    ema: bool = False,
     health: bool = False,
 ) -> TrainState:
     """Returns the initial state; traceable, so that it can be created where it will live.
 
-    With ``health`` it carries the signs of the binary weights, an eighth of a byte for each.
+    With ``ema`` a moving average is kept, which begins as the initial variables; with ``health`` the signs
+    of the binary weights, an eighth of a byte for each.
     """
     with noted_kernels() as kernels:
         variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)))
-    params = variables["params"]
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=batch_stats,
         opt_state=optimizer.init(params),
+        ema={"params": params, "batch_stats": batch_stats} if ema else None,
         signs=pack_signs(params, kernels) if health else {},
     )
 
@@ -69,10 +94,12 @@ def abstract_state(
     image_size: int,
     mesh: Mesh,
     *,
+    ema: bool = False,
     health: bool = False,
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state, without computing anything."""
     shapes = jax.eval_shape(
-        lambda key: create_state(key, model, optimizer, image_size, health=health), jax.random.key(0)
+        lambda key: create_state(key, model, optimizer, image_size, ema=ema, health=health),
+        jax.random.key(0),
     )
     return with_sharding(shapes, state_sharding(shapes, mesh))

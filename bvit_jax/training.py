@@ -21,7 +21,7 @@ from bvit_jax.clock import Clock
 from bvit_jax.compilation import compile_ahead
 from bvit_jax.debugging import named_nans
 from bvit_jax.errors import UserError
-from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
+from bvit_jax.evaluation import build_eval_step, deciding_top1, eval_batches, evaluate_state
 from bvit_jax.feed import Feed
 from bvit_jax.interruption import Interrupted, Interruption
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
@@ -197,10 +197,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
             best_so_far = record.best["step"]
             if not record.evaluated:
                 with clock.paused():
-                    variables = run.gather(state.variables)
                     batches = eval_batches(config, run.mesh)
                     try:
-                        figures = evaluate(eval_step, variables, batches, run.mesh, interruption.reached)
+                        figures = evaluate_state(
+                            eval_step, state, batches, run.mesh, run.gather, interruption.reached
+                        )
                     except Interrupted:
                         save(step)
                         raise Interrupted(step) from None
@@ -237,8 +238,8 @@ def _record_evaluation(
         figures["images"],
     )
     record.figures, record.evaluated = {**figures, "step": step}, True
-    if figures["top1"] > record.best["top1"]:
-        record.best = {"top1": figures["top1"], "step": step}
+    if deciding_top1(figures) > record.best["top1"]:
+        record.best = {"top1": deciding_top1(figures), "step": step}
 
 
 def dry_run(config: ConfigDict) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from bvit_jax.layers import (
     RPReLU,
     average_pool,
     drop_path_rates,
-    make_norm,
     normal_init,
     real_patch_conv,
     to_grid,
@@ -24,6 +23,7 @@ from bvit_jax.layers import (
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
 from bvit_jax.models.head import ModelOutput, classify, model_output
+from bvit_jax.models.stages import Execution, run_blocks
 
 STRIDE = 2  # between stages
 
@@ -43,8 +43,8 @@ class Downsample(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         c = self.config
         width = x.shape[-1]
-        x = make_norm(c.norm, c.norm_epsilon, "input_norm")(x, train=train).astype(c.dtype)
-        norm = make_norm(c.norm, c.norm_epsilon, "norm")
+        x = c.make_norm("input_norm")(x, train=train).astype(c.dtype)
+        norm = c.make_norm("norm")
         if self.real:
             fan_in = STRIDE * STRIDE * width
             conv = real_patch_conv(
@@ -73,6 +73,7 @@ class BinaryViT(nn.Module):
     some_fp: bool = False
     drop_path: float = 0.0
     block: BlockConfig = BlockConfig()
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, capture: bool = False) -> ModelOutput:
@@ -84,24 +85,27 @@ class BinaryViT(nn.Module):
             tokens=(),
             norm=c.norm,
             norm_epsilon=c.norm_epsilon,
+            batch_norm_group=c.batch_norm_group,
             dropout=c.dropout,
             weight_init=c.weight_init,
             dtype=c.dtype,
             name="embedding",
         )(images, train=train)
         hidden, attentions = [x], []
-        blocks = enumerate(drop_path_rates(self.drop_path, sum(self.depth)))
+        rates = enumerate(drop_path_rates(self.drop_path, sum(self.depth)))
         stages = zip(self.depth, self.num_heads, self.mlp_dim, self.reduction, strict=True)
         for stage, (depth, num_heads, mlp_dim, reduction) in enumerate(stages):
             if stage > 0:
                 x = Downsample(self.width[stage], self.some_fp, c, name=f"downsample{stage}")(x, train=train)
                 hidden[-1] = x
-            for i, drop_path in itertools.islice(blocks, depth):
-                x, probs = BinaryBlock(num_heads, mlp_dim, reduction, drop_path, c, name=f"block{i}")(
-                    x, train=train
-                )
-                hidden.append(x)
-                attentions.append(probs)
-        x = make_norm(c.norm, c.norm_epsilon, "norm")(x, train=train)
+            blocks = [
+                BinaryBlock(num_heads, mlp_dim, reduction, drop_path, c, name=f"block{i}", parent=None)
+                for i, drop_path in itertools.islice(rates, depth)
+            ]
+            output = run_blocks(self, blocks, x, train=train, capture=capture, execution=self.execution)
+            x = output.tokens
+            hidden += output.hidden
+            attentions += output.attentions
+        x = c.make_norm("norm")(x, train=train)
         logits = classify(jnp.mean(x, axis=1), self.num_classes, c.weight_init, "head")
         return model_output((logits,), hidden, attentions, capture)

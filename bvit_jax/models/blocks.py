@@ -40,6 +40,8 @@ class BlockConfig:
     Attributes:
       weight_bits, act_bits, clip_val: see `bvit_jax.layers.BinaryDense`.
       norm, norm_epsilon: normalisation after every product and before every branch.
+      batch_norm_group: consecutive images whose statistics a batch norm takes, 0 for the global batch;
+        see `bvit_jax.layers.BatchNorm`.
       layer_scale: whether the two main branches end in a `LayerScale`.
       pool_branches: kernel sizes of the pooling branches, 3 and 5 in the paper.
       dropout, attention_dropout: rates.
@@ -52,6 +54,7 @@ class BlockConfig:
     clip_val: float = 2.5
     norm: NormName = "batch_norm"
     norm_epsilon: float = 1e-5
+    batch_norm_group: int = 0
     layer_scale: bool = True
     pool_branches: tuple[int, ...] = (3, 5)
     dropout: float = 0.0
@@ -64,6 +67,10 @@ class BlockConfig:
         names = ("weight_bits", "act_bits", "clip_val", "weight_init", "dtype")
         return {name: getattr(self, name) for name in names}
 
+    def make_norm(self, name: str) -> nn.Module:
+        """Returns the normalisation called ``name``, a child of the calling module."""
+        return make_norm(self.norm, self.norm_epsilon, name, self.batch_norm_group)
+
 
 class BinaryUnit(nn.Module):
     """``RPReLU(norm(W · sign(x + move)) + shortcut)``, the step that every product is wrapped in."""
@@ -75,7 +82,7 @@ class BinaryUnit(nn.Module):
     def __call__(self, x: Array, shortcut: Array, *, train: bool) -> Array:
         c = self.config
         y = BinaryDense(self.features, name="dense", **c.quantizer())(x)
-        y = make_norm(c.norm, c.norm_epsilon, "norm")(y, train=train) + shortcut
+        y = c.make_norm("norm")(y, train=train) + shortcut
         return RPReLU(name="rprelu")(y).astype(c.dtype)
 
 
@@ -114,7 +121,7 @@ class BinaryAttention(nn.Module):
             train=train,
         )
         context = context.reshape(x.shape)
-        context = make_norm(c.norm, c.norm_epsilon, "norm")(context, train=train)
+        context = c.make_norm("norm")(context, train=train)
         if self.reduction > 1:
             k, v = upsample(k, self.reduction), upsample(v, self.reduction)
         context = RPReLU(name="rprelu")(context + q + k + v)
@@ -179,20 +186,20 @@ class BinaryBlock(nn.Module):
     num_heads: int
     mlp_dim: int
     reduction: int
-    drop_path: float
+    drop_path: float | Array
     config: BlockConfig
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> tuple[Array, Array]:
         c = self.config
         width = x.shape[-1]
-        normed = make_norm(c.norm, c.norm_epsilon, "attention_norm")(x, train=train)
+        normed = c.make_norm("attention_norm")(x, train=train)
         normed = normed.astype(c.dtype)
         y, probs = BinaryAttention(self.num_heads, self.reduction, c, name="attention")(normed, train=train)
         y = BinaryUnit(width, c, name="attention_output")(y, y, train=train)
         x = x + self._branch_end(y, "attention_scale", train=train)
 
-        normed = make_norm(c.norm, c.norm_epsilon, "mlp_norm")(x, train=train).astype(c.dtype)
+        normed = c.make_norm("mlp_norm")(x, train=train).astype(c.dtype)
         y = BinaryFeedForward(self.mlp_dim, c, name="mlp")(normed, train=train)
         x = x + self._branch_end(y, "mlp_scale", train=train)
 

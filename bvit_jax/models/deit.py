@@ -7,6 +7,7 @@ from bvit_jax.layers import LayerNorm, drop_path_rates
 from bvit_jax.models.embedding import ImageEmbedding
 from bvit_jax.models.head import ModelOutput, classify, model_output
 from bvit_jax.models.real_block import RealBlock, RealConfig
+from bvit_jax.models.stages import Execution, run_blocks
 
 
 class DeiT(nn.Module):
@@ -28,6 +29,7 @@ class DeiT(nn.Module):
     distillation_head: bool = False
     drop_path: float = 0.0
     block: RealConfig = RealConfig()
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, capture: bool = False) -> ModelOutput:
@@ -48,14 +50,15 @@ class DeiT(nn.Module):
             dtype=c.dtype,
             name="embedding",
         )(images, train=train)
-        hidden, attentions = [x], []
-        for i, drop_path in enumerate(drop_path_rates(self.drop_path, self.depth)):
-            x, probs = RealBlock(self.num_heads, self.mlp_dim, drop_path, c, name=f"block{i}")(x, train=train)
-            hidden.append(x)
-            attentions.append(probs)
-        x = LayerNorm(c.norm_epsilon, name="norm")(x)
+        blocks = [
+            RealBlock(self.num_heads, self.mlp_dim, drop_path, c, name=f"block{i}", parent=None)
+            for i, drop_path in enumerate(drop_path_rates(self.drop_path, self.depth))
+        ]
+        stage = run_blocks(self, blocks, x, train=train, capture=capture, execution=self.execution)
+        hidden = [x, *stage.hidden]
+        x = LayerNorm(c.norm_epsilon, name="norm")(stage.tokens)
         heads = ("head", "distillation_head")[: 1 + self.distillation_head]
         logits = tuple(
             classify(x[:, i], self.num_classes, c.weight_init, name) for i, name in enumerate(heads)
         )
-        return model_output(logits, hidden, attentions, capture)
+        return model_output(logits, hidden, stage.attentions, capture)

@@ -21,6 +21,7 @@ class ImageEmbedding(nn.Module):
     tokens: tuple[str, ...]
     norm: NormName | None = None
     norm_epsilon: float = 1e-5
+    batch_norm_group: int = 0
     positions: bool = True
     dropout: float = 0.0
     weight_init: WeightInit = "torch"
@@ -33,7 +34,8 @@ class ImageEmbedding(nn.Module):
         conv = real_patch_conv(width, size, fan_in, self.weight_init, self.dtype, "patches", use_bias=True)
         x = to_tokens(conv(images))
         if self.norm is not None:
-            x = make_norm(self.norm, self.norm_epsilon, "norm")(x, train=train)
+            norm = make_norm(self.norm, self.norm_epsilon, "norm", self.batch_norm_group)
+            x = norm(x, train=train)
         if self.tokens:
             tokens = [self.param(name, nn.initializers.normal(1e-6), (1, 1, width)) for name in self.tokens]
             first = jnp.concatenate(tokens, axis=1).astype(x.dtype)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.layers import drop_path_rates, make_norm
+from bvit_jax.layers import drop_path_rates
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
 from bvit_jax.models.head import ModelOutput, classify, model_output
+from bvit_jax.models.stages import Execution, run_blocks
 
 
 class ExtraRes(nn.Module):
@@ -31,6 +32,7 @@ class ExtraRes(nn.Module):
     class_token: bool = False
     drop_path: float = 0.0
     block: BlockConfig = BlockConfig()
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, capture: bool = False) -> ModelOutput:
@@ -45,14 +47,13 @@ class ExtraRes(nn.Module):
             dtype=c.dtype,
             name="embedding",
         )(images, train=train)
-        hidden, attentions = [x], []
-        for i, drop_path in enumerate(drop_path_rates(self.drop_path, self.depth)):
-            x, probs = BinaryBlock(self.num_heads, self.mlp_dim, 1, drop_path, c, name=f"block{i}")(
-                x, train=train
-            )
-            hidden.append(x)
-            attentions.append(probs)
-        x = make_norm(c.norm, c.norm_epsilon, "norm")(x, train=train)
+        blocks = [
+            BinaryBlock(self.num_heads, self.mlp_dim, 1, drop_path, c, name=f"block{i}", parent=None)
+            for i, drop_path in enumerate(drop_path_rates(self.drop_path, self.depth))
+        ]
+        stage = run_blocks(self, blocks, x, train=train, capture=capture, execution=self.execution)
+        hidden = [x, *stage.hidden]
+        x = c.make_norm("norm")(stage.tokens, train=train)
         pooled = x[:, 0] if self.class_token else jnp.mean(x, axis=1)
         logits = classify(pooled, self.num_classes, c.weight_init, "head")
-        return model_output((logits,), hidden, attentions, capture)
+        return model_output((logits,), hidden, stage.attentions, capture)

@@ -16,6 +16,7 @@ from bvit_jax.layers import NormName, WeightInit
 from bvit_jax.models.binaryvit import STRIDE, BinaryViT
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.extra_res import ExtraRes
+from bvit_jax.models.stages import POLICIES, Execution, Remat
 from bvit_jax.models.swin import MERGE, Swin
 
 if TYPE_CHECKING:  # models also run where ml-collections is not installed
@@ -29,7 +30,7 @@ MODELS: dict[str, type[nn.Module]] = {
 }
 REAL = ("deit", "swin")
 MAX_SIZE = 1 << 24  # of anything: beyond it something is damaged
-_NOT_SETTINGS = {"parent", "name", "dtype", "block"}
+_NOT_SETTINGS = {"parent", "name", "dtype", "block", "execution"}
 
 
 def _defaults(name: str) -> dict[str, Any]:
@@ -66,12 +67,20 @@ def model_config(name: str, **settings: Any) -> "ConfigDict":
     return ConfigDict({"name": name, **_complete(name, settings)})
 
 
-def create_model(config: "Mapping[str, Any] | ConfigDict", dtype: DTypeLike = jnp.float32) -> nn.Module:
+def create_model(
+    config: "Mapping[str, Any] | ConfigDict",
+    dtype: DTypeLike = jnp.float32,
+    *,
+    remat: Remat = "none",
+    scan_blocks: bool = False,
+) -> nn.Module:
     """Returns the model that ``config`` describes, computing in ``dtype``.
 
     Args:
       config: ``name`` and any settings of the model, as `model_config` returns them.
       dtype: dtype of the activations; parameters are float32 whatever it is.
+      remat, scan_blocks: how it runs, which is no part of its description; see
+        `bvit_jax.models.stages.Execution`.
 
     Raises:
       UserError: a setting is unknown or out of range, or sizes do not divide; the message names the
@@ -83,7 +92,18 @@ def create_model(config: "Mapping[str, Any] | ConfigDict", dtype: DTypeLike = jn
     _check(name, settings)
     block = _default_block(name)
     shared = {key: settings.pop(key) for key in vars(block) if key in settings}
-    return MODELS[name](**settings, block=dataclasses.replace(block, **shared, dtype=dtype))
+    return MODELS[name](
+        **settings,
+        block=dataclasses.replace(block, **shared, dtype=dtype),
+        execution=_execution(remat, scan_blocks),
+    )
+
+
+def _execution(remat: Remat, scan_blocks: bool) -> Execution:
+    policies = ("none", *POLICIES)
+    if remat not in policies:
+        raise UserError(f"config.remat is {remat!r}; expected one of {', '.join(policies)}")
+    return Execution(remat, scan_blocks)
 
 
 def num_params(params: Any) -> int:
@@ -121,6 +141,14 @@ def _check(name: str, s: dict[str, Any]) -> None:
     _require_choice("weight_bits", s["weight_bits"], (1, 2, 3, 4, 5, 6, 7, 8, 32))
     _require_choice("act_bits", s["act_bits"], (1, 32))
     _require(s["clip_val"] > 0, "clip_val", s["clip_val"], "expected above 0")
+    group = s["batch_norm_group"]
+    _require(group >= 0, "batch_norm_group", group, "expected a number of images, or 0")
+    _require(
+        group == 0 or s["norm"] == "batch_norm",
+        "batch_norm_group",
+        group,
+        "there are no batch norms; set it to 0 or norm to batch_norm",
+    )
     sizes = s["pool_branches"]
     odd = all(size > 0 and size % 2 == 1 for size in sizes)
     _require(odd, "pool_branches", sizes, "expected odd kernel sizes")

@@ -43,7 +43,7 @@ class RealBlock(nn.Module):
 
     num_heads: int
     mlp_dim: int
-    drop_path: float
+    drop_path: float | Array
     config: RealConfig
     window: Window | None = None
 

@@ -14,6 +14,7 @@ from bvit_jax.layers import LayerNorm, drop_path_rates, kernel_init, to_grid
 from bvit_jax.models.embedding import ImageEmbedding
 from bvit_jax.models.head import ModelOutput, classify, model_output
 from bvit_jax.models.real_block import RealBlock, RealConfig
+from bvit_jax.models.stages import Execution, run_blocks
 from bvit_jax.models.windows import Window
 
 MERGE = 2  # tokens along each side of the square that patch merging makes one token of
@@ -54,6 +55,7 @@ class Swin(nn.Module):
     mlp_ratio: int = 4
     drop_path: float = 0.0
     block: RealConfig = RealConfig(norm_epsilon=1e-5, weight_init="trunc_normal")
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, capture: bool = False) -> ModelOutput:
@@ -80,17 +82,22 @@ class Swin(nn.Module):
                 x = PatchMerging(width, c, name=f"downsample{stage}")(x)
                 hidden[-1] = x
                 side //= MERGE
-            for i, drop_path in enumerate(itertools.islice(rates, depth)):
-                x, probs = RealBlock(
+            blocks = [
+                RealBlock(
                     num_heads,
                     self.mlp_ratio * width,
                     drop_path,
                     c,
                     stage_window(side, self.window_size, shifted=i % 2 == 1),
                     name=f"stage{stage}_block{i}",
-                )(x, train=train)
-                hidden.append(x)
-                attentions.append(probs)
+                    parent=None,
+                )
+                for i, drop_path in enumerate(itertools.islice(rates, depth))
+            ]
+            output = run_blocks(self, blocks, x, train=train, capture=capture, execution=self.execution)
+            x = output.tokens
+            hidden += output.hidden
+            attentions += output.attentions
         x = LayerNorm(c.norm_epsilon, name="norm")(x)
         logits = classify(jnp.mean(x, axis=1), self.num_classes, c.weight_init, "head")
         return model_output((logits,), hidden, attentions, capture)

@@ -56,7 +56,8 @@ class Window:
           scores: (batch * windows, heads, size², size²).
           table: (num_offsets, heads).
         """
-        bias = table[relative_positions(self.size)].transpose(2, 0, 1)
+        rows = relative_positions(self.size).astype(np.int32)  # what jax takes with and without 64-bit types
+        bias = table[rows].transpose(2, 0, 1)
         scores = scores + bias
         if not self.shift:
             return scores

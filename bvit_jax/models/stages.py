@@ -1,0 +1,168 @@
+"""How the blocks of a stage are run: one after the other or in a scan, with or without rematerialisation.
+
+None of it changes what a model is: variables, their names and what is computed stay the same.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+Remat = Literal["none", "block", "dots"]
+
+# What a block keeps for its backward pass besides its input.
+POLICIES: dict[Remat, Callable[..., bool]] = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    # The products with weights, which have no batch dimensions, and not those of attention: the latter
+    # are the largest arrays of a block and the cheapest to compute again.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model runs, apart from what it is.
+
+    Attributes:
+      remat: what a block keeps for its backward pass, which computes the rest again: "none" of it is
+        computed again, "block" keeps only the input, "dots" also the products with weights.
+      scan_blocks: whether the identical blocks of a stage are compiled once, as the body of a loop.
+    """
+
+    remat: Remat = "none"
+    scan_blocks: bool = False
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What `run_blocks` returns; the lists are empty unless asked for.
+
+    Attributes:
+      tokens: what the last block returns, (batch, tokens, channels).
+      hidden: what each block returns.
+      attentions: the attention probabilities of each block.
+    """
+
+    tokens: Array
+    hidden: list[Array]
+    attentions: list[Array]
+
+
+def run_blocks(
+    module: nn.Module,
+    blocks: Sequence[Any],
+    x: Array,
+    *,
+    train: bool,
+    capture: bool,
+    execution: Execution,
+) -> StageOutput:
+    """Runs the blocks of a stage, as children of the model that calls it.
+
+    In a scan the variables of the blocks are stacked inside the call, so that their tree stays that of
+    the blocks. Where blocks differ regularly, as Swin's every second one, the body of the scan is the
+    shortest run of blocks that repeats; a remainder is run by itself. A scanned block draws its dropout
+    from the key of the stage with its index folded in, others from the key with their path.
+
+    Args:
+      module: the model, inside its compact method.
+      blocks: modules with a name and no parent, which differ in ``drop_path`` and, regularly, otherwise.
+      x: (batch, tokens, channels) in the compute dtype.
+      train: for the blocks.
+      capture: whether hidden states and attentions are asked for.
+      execution: how.
+    """
+    if not execution.scan_blocks or module.is_initializing():
+        return _loop(module, blocks, x, train, capture, execution.remat)
+    period = _period(blocks)
+    count = len(blocks) // period
+    if count < 2:
+        return _loop(module, blocks, x, train, capture, execution.remat)
+    first = _scan(module, blocks[: period * count], period, x, train, capture, execution.remat)
+    rest = _loop(module, blocks[period * count :], first.tokens, train, capture, execution.remat)
+    return StageOutput(rest.tokens, first.hidden + rest.hidden, first.attentions + rest.attentions)
+
+
+def _loop(
+    module: nn.Module, blocks: Sequence[Any], x: Array, train: bool, capture: bool, remat: Remat
+) -> StageOutput:
+    def call(block: Any, x: Array) -> tuple[Array, Array | None]:
+        x, probs = block(x, train=train)
+        return x, probs if capture else None
+
+    run = call if remat == "none" else nn.remat(call, policy=POLICIES[remat])
+    output = StageOutput(x, [], [])
+    for block in blocks:
+        x, probs = run(block.clone(parent=module), x)
+        if probs is not None:
+            output.hidden.append(x)
+            output.attentions.append(probs)
+    return StageOutput(x, output.hidden, output.attentions)
+
+
+def _period(blocks: Sequence[Any]) -> int:
+    """Returns the length of the shortest run of blocks that the sequence repeats."""
+    kinds = [block.clone(parent=None, name=None, drop_path=0.0) for block in blocks]
+    periods = range(1, len(kinds) + 1)
+    return next(p for p in periods if all(a == b for a, b in zip(kinds, kinds[p:])))
+
+
+def _scan(
+    module: nn.Module,
+    blocks: Sequence[Any],
+    period: int,
+    x: Array,
+    train: bool,
+    capture: bool,
+    remat: Remat,
+) -> StageOutput:
+    drops = train and any(block.drop_path for block in blocks)
+    updates = ["batch_stats"] if module.is_mutable_collection("batch_stats") else False
+    key = module.make_rng("dropout") if train and module.has_rng("dropout") else None
+
+    def apply(kind: Any, variables: Any, rate: Array, index: Array, x: Array) -> Any:
+        block = kind.clone(parent=None, drop_path=rate if drops else 0.0)
+        rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
+        result: Any = block.apply(variables, x, train=train, mutable=updates, rngs=rngs)
+        (x, probs), updated = result if updates else (result, {})
+        return x, updated.get("batch_stats", {}), (x, probs) if capture else None
+
+    if remat != "none":
+        # Inside a loop nothing can be merged across the forward and the backward pass.
+        apply = jax.checkpoint(apply, policy=POLICIES[remat], prevent_cse=False, static_argnums=0)
+
+    def body(x: Array, group: Any) -> Any:
+        outputs = []
+        for kind, variables, rate, index in zip(blocks[:period], *group, strict=True):
+            x, *output = apply(kind, variables, rate, index, x)
+            outputs.append(output)
+        return x, outputs
+
+    grouped = jnp.arange(len(blocks)).reshape(-1, period)
+    rates = jnp.array([block.drop_path for block in blocks], jnp.float32).reshape(-1, period)
+    stacked = [_stacked(module, blocks[i::period]) for i in range(period)]
+    x, outputs = jax.lax.scan(body, x, (stacked, list(rates.T), list(grouped.T)))
+
+    hidden, attentions = [], []
+    for i, block in enumerate(blocks):
+        statistics, captured = jax.tree.map(lambda a, i=i: a[i // period], outputs[i % period])
+        if updates and statistics:
+            module.put_variable("batch_stats", block.name, statistics)
+        if capture:
+            hidden.append(captured[0])
+            attentions.append(captured[1])
+    return StageOutput(x, hidden, attentions)
+
+
+def _stacked(module: nn.Module, blocks: Sequence[Any]) -> dict[str, Any]:
+    """Returns the variables of identical blocks, each array stacked along a new first axis."""
+
+    def stack(collection: str) -> Any:
+        trees: list[Any] = [module.get_variable(collection, block.name, {}) for block in blocks]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
+
+    return {collection: stack(collection) for collection in ("params", "batch_stats")}
