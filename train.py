@@ -7,6 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from bvit_jax import commands
+from bvit_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -23,17 +24,34 @@ _WORKDIR = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Build everything, compile the step, print its cost as JSON, and stop."
 )
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    "",
+    "With --dry_run: TPU chips to compile for, such as v5e:16x16, in place of the devices that are here.",
+)
+
+
+def _prepare() -> None:
+    """Leaves the chips of this machine alone where the step is compiled for others."""
+    if _TOPOLOGY.value:
+        from bvit_jax.topology import prepare
+
+        prepare()
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     commands.no_arguments(argv)
+    from bvit_jax.dry_run import dry_run, table
     from bvit_jax.evaluation import to_json
-    from bvit_jax.training import dry_run, train_and_evaluate
+    from bvit_jax.training import train_and_evaluate
 
     config = commands.loaded_config(_CONFIG.value)
     if _DRY_RUN.value:
-        figures = dry_run(config)
+        figures = dry_run(config, _TOPOLOGY.value)
+        sys.stderr.write(table(figures) + "\n")
+    elif _TOPOLOGY.value:
+        raise UserError(f"--topology={_TOPOLOGY.value} is for planning only; add --dry_run")
     else:
         workdir = commands.required("workdir", _WORKDIR.value)
         figures = train_and_evaluate(config, Path(workdir).expanduser())
@@ -41,4 +59,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    commands.run(main, default_config=Path(__file__).parent / "configs" / "digits.py")
+    commands.run(main, default_config=Path(__file__).parent / "configs" / "digits.py", prepare=_prepare)

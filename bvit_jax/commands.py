@@ -19,15 +19,20 @@ from ml_collections import ConfigDict, config_flags
 from bvit_jax.errors import UserError
 
 
-def run(main: Callable[[list[str]], None], default_config: Path | None = None) -> NoReturn:
+def run(
+    main: Callable[[list[str]], None],
+    default_config: Path | None = None,
+    prepare: Callable[[], None] = lambda: None,
+) -> NoReturn:
     """Parses the flags and runs ``main``; a `UserError` becomes one line and exit status 1.
 
     Args:
       main: the command, given what is left of the arguments.
       default_config: file that ``--config`` stands for where it is not given. The default of the
         flag itself cannot be used: it is parsed, overrides included, before errors can be caught.
+      prepare: called once the flags are parsed, before JAX is used.
     """
-    app.run(_guarded(main), flags_parser=partial(_parse, default_config))
+    app.run(_guarded(main, prepare), flags_parser=partial(_parse, default_config))
 
 
 def exit_status(action: Callable[[], None]) -> int:
@@ -104,8 +109,9 @@ def _parse(default_config: Path | None, argv: list[str]) -> list[str]:
         _fail(f"--config: {kind}" + message.replace("\\n", ". ").replace("\\", "").replace("'", ""))
 
 
-def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+def _guarded(main: Callable[[list[str]], None], prepare: Callable[[], None]) -> Callable[[list[str]], None]:
     def guarded(argv: list[str]) -> None:
+        prepare()
         _start_logging()
         try:
             main(argv)

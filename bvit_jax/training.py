@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -26,7 +25,7 @@ from bvit_jax.feed import Feed
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
 from bvit_jax.mixing import Mixing
 from bvit_jax.normalization import Normalization
-from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated
+from bvit_jax.sharding import check_batch_size, make_mesh, replicated
 from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.train_state import TrainState, abstract_state, create_state
 
@@ -117,14 +116,26 @@ class Run:
     total_steps: int
 
 
-def build(config: ConfigDict, num_examples: int) -> Run:
-    """Builds everything that training needs but the data, and checks that it fits together."""
-    mesh = make_mesh()
+def build(
+    config: ConfigDict,
+    num_examples: int,
+    devices: Sequence[jax.Device] | None = None,
+    teacher: Teacher | None = None,
+) -> Run:
+    """Builds everything that training needs but the data, and checks that it fits together.
+
+    Args:
+      config: the settings.
+      num_examples: images of an epoch.
+      devices: by default all of all processes.
+      teacher: in place of the one that ``config.teacher`` names.
+    """
+    mesh = make_mesh(devices)
     check_batch_size("batch_size", config.batch_size, mesh)
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     image_size = config.model.image_size
     model = models.create_model(config.model, jnp.dtype(config.compute_dtype))
-    teacher = load_teacher(config)
+    teacher = load_teacher(config) if teacher is None else teacher
     steps_per_epoch = data.steps_per_epoch(num_examples, config.batch_size)
     schedule = optim.make_schedule(
         config.optim,
@@ -175,7 +186,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     # --- build ---------------------------------------------------------------------------------
     config_lib.validate(config)
-    train_split = _open_splits(config)
+    train_split = open_splits(config)
     run = build(config, train_split.num_examples)
     is_main = jax.process_index() == 0
     logger.info(
@@ -292,47 +303,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return {**figures, "best_top1": best["top1"], "best_step": best["step"]}
 
 
-def dry_run(config: ConfigDict) -> dict[str, Any]:
-    """Builds everything, compiles the step from shapes alone, and returns what it would cost.
-
-    Returns:
-      Parameters, and by the compiler's analysis: floating-point operations and bytes of a step, and
-      megabytes of a device's memory for arguments, temporaries and in total. Without the dataset,
-      which is not needed for this, the number of steps is null.
-    """
-    config_lib.validate(config)
-    try:
-        num_examples = _open_splits(config).num_examples
-    except UserError as error:
-        logger.warning("the data was not checked: %s", error)
-        num_examples = 0
-    run = build(config, num_examples)
-    size = config.model.image_size
-    sharding = batch_sharded(run.mesh)
-    batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), np.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32, sharding=sharding),
-    }
-    start = time.perf_counter()
-    compiled = run.step.lower(run.state, batch, run.teacher.variables, jax.random.key(0)).compile()
-    cost = compiled.cost_analysis() or {}
-    memory = compiled.memory_analysis()
-    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    arguments -= memory.alias_size_in_bytes
-    return {
-        "model": config.model.name,
-        "parameters": models.num_params(run.state.params),
-        "devices": run.mesh.size,
-        "steps": run.total_steps if num_examples else None,
-        "compile_seconds": round(time.perf_counter() - start, 1),
-        "gflops_per_step": round(cost.get("flops", math.nan) / 1e9, 3),
-        "gb_accessed_per_step": round(cost.get("bytes accessed", math.nan) / 1e9, 3),
-        "arguments_mb": round(arguments / 1e6, 1),
-        "temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
-        "total_mb": round((arguments + memory.temp_size_in_bytes) / 1e6, 1),
-    }
-
-
 class _Clock:
     """Speed and time left, without the time spent in evaluation and saving."""
 
@@ -393,7 +363,7 @@ def _finite(means: dict[str, float], step: int, workdir: Path) -> dict[str, floa
     return means
 
 
-def _open_splits(config: ConfigDict) -> data.Split:
+def open_splits(config: ConfigDict) -> data.Split:
     """Checks both splits and returns the one to train on."""
     train = data.open_train_split(config.data)
     for split in (train, data.open_eval_split(config.data)):
