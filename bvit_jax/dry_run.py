@@ -35,17 +35,18 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
       topology: TPU chips to compile for, such as "v5e:4x4"; "" means the devices that are there.
 
     Returns:
-      ``model``, ``parameters``, ``devices``, ``device_kind``, ``steps``, ``images_per_device`` and
-      ``compile_seconds``; then, of one device and one step by the compiler's analysis:
+      ``model``, ``compute_dtype``, ``parameters`` and ``parameters_bytes``, ``devices``, ``device_kind``,
+      ``images_per_device``, ``steps``, ``compile_seconds``, ``versions``; then, of one device and one
+      step, by the compiler's analysis:
 
-      - megabytes (10^6): ``parameters_mb``, ``arguments_mb`` (state, batch and teacher, and what is returned
+      - megabytes (10^6): ``arguments_mb`` (state, batch and teacher, and what is returned
         beside the state), ``temporaries_mb``, ``program_mb`` and ``total_mb``, and where the chip is known
         ``chip_mb``, what a program may use.
       - ``gflops_per_step``, ``gb_accessed_per_step`` and the same an image, ``gflops_per_image`` and
         ``gb_accessed_per_image``.
       - where the chip is known ``flops_ms`` and ``bytes_ms``, the least time that these take by the chip's
         peaks, the larger of the two, ``bound_ms``, and of all devices ``images_per_second_bound``.
-      - ``collectives`` by kind and ``collectives_for`` by purpose (`bvit_jax.hlo`): count, and megabytes of
+      - ``collectives`` by kind and ``collectives_for`` by purpose (`bvit_jax.hlo`): count, and bytes of
         their results.
 
     Raises:
@@ -65,7 +66,7 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
         "model": config.model.name,
         "compute_dtype": config.compute_dtype,
         "parameters": models.num_params(run.state.params),
-        "parameters_mb": _mb(_bytes_of(run.state.params)),
+        "parameters_bytes": _bytes_of(run.state.params),
         "devices": run.mesh.size,
         "device_kind": run.mesh.devices.flat[0].device_kind,
         "images_per_device": config.batch_size // run.mesh.size,
@@ -118,7 +119,7 @@ def table(figures: Mapping[str, Any]) -> str:
             lines.append(f"{name.replace('_', ' '):24} {value}")
             continue
         for key, part in value.items():
-            shown = f"{part['count']} of {part['mb']} MB" if isinstance(part, Mapping) else part
+            shown = f"{part['count']}, {part['bytes'] / 1e6:.3f} MB" if isinstance(part, Mapping) else part
             lines.append(f"{name.replace('_', ' ') + ' ' + key.replace('_', ' '):44} {shown}")
     return "\n".join(lines)
 
@@ -155,8 +156,8 @@ def _bound(chip: Chip, flops: float, accessed: float, images: int) -> dict[str, 
     }
 
 
-def _traffic(traffic: Mapping[Any, hlo.Traffic]) -> dict[str, dict[str, float]]:
-    return {name: {"count": t.count, "mb": round(t.bytes / 1e6, 4)} for name, t in traffic.items()}
+def _traffic(traffic: Mapping[Any, hlo.Traffic]) -> dict[str, dict[str, int]]:
+    return {name: {"count": t.count, "bytes": t.bytes} for name, t in traffic.items()}
 
 
 def _bytes_of(tree: Any) -> int:
