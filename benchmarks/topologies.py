@@ -33,7 +33,7 @@ Figures = Mapping[str, Any]
 def main() -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("bvit_jax").setLevel(logging.INFO)
     topology.prepare()
     try:
@@ -84,8 +84,11 @@ def checks(found: Sequence[Figures]) -> dict[str, bool]:
     return {
         "a chip's memory is the same within 5 %": alike("total_mb"),
         "the least time of a step is the same within 5 %": alike("bound_ms"),
-        "the bytes of gradient that are reduced are those of the parameters, once": all(
-            size == figures["parameters_bytes"] for size, figures in zip(reduced, found, strict=True)
+        # At most, because the compiler finds parameters with the same gradient, such as the shifts of
+        # two branches that are added up, and reduces that once.
+        "no gradient is reduced twice": all(
+            (1 - TOLERANCE) * figures["parameters_bytes"] <= size <= figures["parameters_bytes"]
+            for size, figures in zip(reduced, found, strict=True)
         ),
         "the number of collectives of batch norms is the same": len(counts) == 1,
     }
@@ -100,6 +103,7 @@ ROWS: dict[str, Callable[[Figures], str]] = {
     "total, MB": lambda f: f"{f['total_mb']:.0f} of {f['chip_mb']:.0f}",
     "GFLOP an image": lambda f: f"{f['gflops_per_image']:.2f}",
     "GB accessed an image": lambda f: f"{f['gb_accessed_per_image']:.3f}",
+    "of these in HBM": lambda f: f"{f['gb_of_memory_per_image']:.3f}",
     "least time of a step by FLOPs, ms": lambda f: f"{f['flops_ms']:.1f}",
     "by bytes, ms": lambda f: f"{f['bytes_ms']:.1f}",
     "at most images/s, all chips": lambda f: f"{f['images_per_second_bound']:.0f}",

@@ -42,8 +42,8 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
       - megabytes (10^6): ``arguments_mb`` (state, batch and teacher, and what is returned
         beside the state), ``temporaries_mb``, ``program_mb`` and ``total_mb``, and where the chip is known
         ``chip_mb``, what a program may use.
-      - ``gflops_per_step``, ``gb_accessed_per_step`` and the same an image, ``gflops_per_image`` and
-        ``gb_accessed_per_image``.
+      - ``gflops_per_step``, ``gb_accessed_per_step``, in whatever memory, and ``gb_of_memory_per_step``, in
+        the chip's main memory (`bvit_jax.hlo.hbm_bytes`); and the same three an image.
       - where the chip is known ``flops_ms`` and ``bytes_ms``, the least time that these take by the chip's
         peaks, the larger of the two, ``bound_ms``, and of all devices ``images_per_second_bound``.
       - ``collectives`` by kind and ``collectives_for`` by purpose (`bvit_jax.hlo`): count, and bytes of
@@ -95,17 +95,18 @@ def cost_of(compiled: Any, run: Run, images: int) -> dict[str, Any]:
     chip = chip_of(run.mesh.devices.flat[0].device_kind)
     cost = compiled.cost_analysis() or {}
     flops, accessed = cost.get("flops", math.nan), cost.get("bytes accessed", math.nan)
+    text = compiled.as_text()
+    moved = hlo.hbm_bytes(text)
+    totals = {"gflops": flops / 1e9, "gb_accessed": accessed / 1e9, "gb_of_memory": moved / 1e9}
     per_device = images / run.mesh.size
-    figures = {
+    figures: dict[str, Any] = {
         **_memory(compiled),
-        "gflops_per_step": round(flops / 1e9, 3),
-        "gb_accessed_per_step": round(accessed / 1e9, 3),
-        "gflops_per_image": round(flops / per_device / 1e9, 4),
-        "gb_accessed_per_image": round(accessed / per_device / 1e9, 5),
+        **{f"{name}_per_step": round(total, 3) for name, total in totals.items()},
+        **{f"{name}_per_image": round(total / per_device, 5) for name, total in totals.items()},
     }
     if chip:
-        figures |= _bound(chip, flops, accessed, images)
-    collectives = hlo.collectives_of(compiled.as_text())
+        figures |= _bound(chip, flops, moved, images)
+    collectives = hlo.collectives_of(text)
     figures["collectives"] = _traffic(hlo.by_kind(collectives))
     figures["collectives_for"] = _traffic(hlo.by_purpose(collectives))
     return figures
@@ -143,8 +144,8 @@ def total_bytes(compiled: Any) -> int:
     return data + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
-def _bound(chip: Chip, flops: float, accessed: float, images: int) -> dict[str, Any]:
-    of_flops, of_bytes = flops / chip.bfloat16_flops, accessed / chip.bandwidth
+def _bound(chip: Chip, flops: float, moved: float, images: int) -> dict[str, Any]:
+    of_flops, of_bytes = flops / chip.bfloat16_flops, moved / chip.bandwidth
     seconds = max(of_flops, of_bytes)
     return {
         "chip": chip.name,

@@ -1,4 +1,4 @@
-"""What devices say to each other in a step: the collectives of a compiled program, from its HLO text."""
+"""What a compiled program does, from its HLO text: its collectives, and the bytes of memory it touches."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +29,11 @@ _BRANCHES = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _LAYOUT = re.compile(r"\{[^{}]*\}|/\*.*?\*/")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)(?= [a-z])|\S+) ([\w\-]+)\((.*)")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
+_NEAR = "S(1)"  # of a layout: memory on the chip's own die, not its HBM
+_CALLERS = ("while", "conditional", "call", "async-start")
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,72 @@ def collectives_of(text: str) -> list[Collective]:
     return found
 
 
+def hbm_bytes(text: str) -> int:
+    """Returns the bytes that one execution reads from and writes to a device's main memory.
+
+    The sum over all instructions of their operands and results, without those that the compiler put into
+    memory on the die. XLA's own figure, "bytes accessed", counts both alike. Arrays count without their
+    padding, and whole where an operation reads a part of one; a copy or slice counts what it moves.
+
+    Args:
+      text: optimised HLO, as ``compiled.as_text()`` gives it.
+    """
+    lines = text.splitlines()
+    times, executed = _repetitions(lines), _executed(lines)
+    arrays: dict[str, list[tuple[int, bool]]] = {}
+    total = 0
+    for computation, line in _instructions(lines):
+        match = _INSTRUCTION.match(line) if computation in executed else None
+        if match is None:
+            continue
+        name, shape, operation, rest = match.groups()
+        arrays[name] = _arrays(shape)
+        operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
+        read = [array for operand in operands for array in arrays.get(operand, [])]
+        total += times.get(computation, 1) * _touched(operation, arrays[name], read)
+    return total
+
+
+def _arrays(shape: str) -> list[tuple[int, bool]]:
+    """Returns the bytes of each array of a shape, and whether it is in main memory."""
+    found = _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))
+    return [(_bits(dtype) * _elements(sizes) // 8, _NEAR not in layout) for dtype, sizes, layout in found]
+
+
+def _touched(operation: str, written: list[tuple[int, bool]], read: list[tuple[int, bool]]) -> int:
+    if operation in _FREE or operation in _CALLERS or operation.endswith("-done"):
+        return 0
+    if operation in ("copy-start", "slice-start") and len(written) > 1:
+        # Source and destination are the first two of the result; a slice is the smaller of them.
+        moved = min(size for size, _ in written[:2])
+        return moved * sum(main for _, main in written[:2])
+    if operation.endswith("-start"):
+        written = written[:1]
+    if operation in ("slice", "dynamic-slice"):
+        return sum(2 * size for size, main in written if main)
+    return sum(size for size, main in (*written, *read) if main)
+
+
+def _executed(lines: Iterable[str]) -> set[str]:
+    """Returns the computations whose instructions run as such, not as parts of a fusion or a reduction."""
+    called: dict[str, set[str]] = {}
+    found: list[str] = []
+    for line in lines:
+        if line.startswith("ENTRY"):
+            header = _HEADER.match(line)
+            found += [header["name"]] if header else []
+    for computation, line in _instructions(lines):
+        if any(f" {operation}(" in line for operation in _CALLERS):
+            called.setdefault(computation, set()).update(_callees(line))
+    executed: set[str] = set()
+    while found:
+        name = found.pop()
+        if name not in executed:
+            executed.add(name)
+            found += called.get(name, ())
+    return executed
+
+
 def shape_bytes(shape: str) -> tuple[int, ...]:
     """Returns the bytes of each array of an HLO shape, such as ``(f32[8,4]{1,0}, bf16[])``."""
     return tuple(_bits(dtype) * _elements(sizes) // 8 for dtype, sizes in _SHAPE.findall(_plain(shape)))
@@ -199,6 +270,11 @@ def _element_names(lines: Iterable[str]) -> Mapping[str, Mapping[int, str]]:
     return names
 
 
+def _callees(line: str) -> list[str]:
+    matches = (*_CALL.finditer(line), *_BRANCHES.finditer(line))
+    return [name.strip().lstrip("%") for match in matches for name in match[1].split(",")]
+
+
 def _repetitions(lines: Iterable[str]) -> dict[str, int]:
     """Returns how often each computation runs; the trips of a loop whose number is unknown count as one."""
     callers: dict[str, list[tuple[str, int]]] = {}
@@ -207,9 +283,8 @@ def _repetitions(lines: Iterable[str]) -> dict[str, int]:
             continue
         trips = _TRIPS.search(line) if " while(" in line else None
         factor = int(trips[1]) if trips else 1
-        for match in (*_CALL.finditer(line), *_BRANCHES.finditer(line)):
-            for callee in match[1].split(","):
-                callers.setdefault(callee.strip().lstrip("%"), []).append((computation, factor))
+        for callee in _callees(line):
+            callers.setdefault(callee, []).append((computation, factor))
     memo: dict[str, int] = {}
 
     def times(name: str) -> int:
