@@ -62,7 +62,7 @@ def _gpu(name: str, kinds: tuple[str, ...], memory: int, bandwidth: int, bfloat1
 CHIPS = (
     _tpu("v4", ("TPU v4",), 32, 30.75, 1200, 275, 275),
     _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 16, 15.75, 819, 197, 393),
-    _tpu("v5p", ("TPU v5", "TPU v5p"), 95, 95.74, 2765, 459, 918),
+    _tpu("v5p", ("TPU v5", "TPU v5p"), 96, 95.74, 2765, 459, 918),
     _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 32, 31.25, 1640, 918, 1836),
     _gpu("A100-40GB", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 40, 1555, 312, 624),
     _gpu("A100-80GB", ("NVIDIA A100-SXM4-80GB",), 80, 2039, 312, 624),

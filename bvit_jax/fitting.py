@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 MULTIPLE = 8  # of images: what the layouts of a TPU pad to
-ATTEMPTS = 4
+ATTEMPTS = 5
 
 
 def largest_batch(
@@ -38,14 +38,14 @@ def largest_batch(
     low = _rounded(high // 2)
     if low and low != high:
         fits[low] = memory_of(low) or fits[high]
-    ceiling = too_many - 1
+    ceiling, back = too_many - 1, 16
     for _ in range(ATTEMPTS):
         target = _rounded(min(_extrapolated(fits, limit), ceiling))
         if target <= max(fits):
             break
         size = memory_of(target)
         if size is None:
-            ceiling = target - max(1, target // 16)
+            ceiling, back = target - max(1, target // back), max(back // 2, 2)
         else:
             fits[target] = size
     best = max(fits)

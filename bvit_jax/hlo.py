@@ -23,10 +23,11 @@ _COLLECTIVE = re.compile(
 _ELEMENT = re.compile(r"get-tuple-element\((?:.*? )?%?([\w.\-]+)\), index=(\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
-_CALL = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?(%?[\w.\-]+(?:, %?[\w.\-]+)*)")
+_CALL = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?(%?[\w.\-]+(?:, %[\w.\-]+)*)")
 _BRANCHES = re.compile(
     r"(?:branch_computations|true_computation|false_computation)=\{?([^,}]+(?:, %[^,}]+)*)"
 )
+_BATCH_NORM = re.compile(rf"\b{BATCH_NORM_SCOPE}\b")  # in jvp(batch_norm) as well as in norm/batch_norm/sum
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _LAYOUT = re.compile(r"\{[^{}]*\}|/\*.*?\*/")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)(?= [a-z])|\S+) ([\w\-]+)\((.*)")
@@ -79,7 +80,7 @@ def purpose_of(op_name: str) -> Purpose:
     and bias, which its gradient for the input needs from the whole batch.
     """
     backward = "transpose(" in op_name
-    if f"/{BATCH_NORM_SCOPE}/" in op_name:
+    if _BATCH_NORM.search(op_name):
         return "batch_norm_backward" if backward else "batch_norm_forward"
     return "gradient" if backward else "other"
 
