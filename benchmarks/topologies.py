@@ -11,9 +11,11 @@ of collectives of the batch norms is the same; where one of these does not hold,
 import argparse
 import json
 import logging
+import multiprocessing
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,6 @@ Figures = Mapping[str, Any]
 def main() -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    logging.getLogger("bvit_jax").setLevel(logging.INFO)
     topology.prepare()
     try:
         found = measure(arguments)
@@ -56,19 +56,34 @@ def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
     Raises:
       UserError: a topology or setting is wrong, or the batch does not fit.
     """
-    chips = {name: len(topology.open_topology(name).devices) for name in arguments.topology}
-    found: dict[str, Figures] = {}
-    for name, count in chips.items():
-        config = load_config(arguments.config)
-        for text in arguments.set:
-            config.update_from_flattened_dict(dict([parse_override(text)]))
-        config.batch_size = config.eval_batch_size = count * arguments.images_per_chip
-        if arguments.compute_dtype:
-            config.compute_dtype = arguments.compute_dtype
-        config_lib.validate(config)
-        found[name] = dry_run(config, name)
-        print(f"{name}: compiled in {found[name]['compile_seconds']} s", file=sys.stderr, flush=True)
-    return found
+    for name in arguments.topology:  # all of them, before minutes of compiling the first
+        topology.open_topology(name)
+    spawn = multiprocessing.get_context("spawn")
+    # A process compiles one topology, so that the next one starts with all of the memory.
+    with ProcessPoolExecutor(arguments.jobs, spawn, max_tasks_per_child=1) as pool:
+        found = pool.map(_measure_one, [arguments] * len(arguments.topology), arguments.topology)
+        return dict(zip(arguments.topology, found, strict=True))
+
+
+def _measure_one(arguments: argparse.Namespace, name: str) -> Figures:
+    _start_logging()
+    topology.prepare()
+    config = load_config(arguments.config)
+    for text in arguments.set:
+        config.update_from_flattened_dict(dict([parse_override(text)]))
+    chips = len(topology.open_topology(name).devices)
+    config.batch_size = config.eval_batch_size = chips * arguments.images_per_chip
+    if arguments.compute_dtype:
+        config.compute_dtype = arguments.compute_dtype
+    config_lib.validate(config)
+    figures = dry_run(config, name)
+    print(f"{name}: compiled in {figures['compile_seconds']} s", file=sys.stderr, flush=True)
+    return figures
+
+
+def _start_logging() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.getLogger("bvit_jax").setLevel(logging.INFO)
 
 
 def checks(found: Sequence[Figures]) -> dict[str, bool]:
@@ -157,6 +172,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         help="a setting of the experiment; may be repeated",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        default=1,
+        help="topologies to compile at the same time; BinaryViT takes 4 GB of memory for each (default: 1)",
     )
     parser.add_argument("--json", type=Path, help="file that receives everything found")
     return parser
