@@ -21,7 +21,7 @@ from bvit_jax.fitting import largest_batch
 from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, replicated, with_sharding
 from bvit_jax.topology import DoesNotFit, Topology, compile_step, open_topology
-from bvit_jax.training import Run, Teacher, build, open_splits
+from bvit_jax.training import Run, Teacher, build, check_heads, open_splits
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,8 @@ def cost_of(compiled: Any, run: Run, images: int) -> dict[str, Any]:
     per_device = images / run.mesh.size
     figures: dict[str, Any] = {
         **_memory(compiled),
-        **{f"{name}_per_step": round(total, 3) for name, total in totals.items()},
-        **{f"{name}_per_image": round(total / per_device, 5) for name, total in totals.items()},
+        **{f"{name}_per_step": _short(total) for name, total in totals.items()},
+        **{f"{name}_per_image": _short(total / per_device) for name, total in totals.items()},
     }
     if chip:
         figures |= _bound(chip, flops, moved, images)
@@ -150,10 +150,10 @@ def _bound(chip: Chip, flops: float, moved: float, images: int) -> dict[str, Any
     return {
         "chip": chip.name,
         "chip_mb": _mb(chip.usable_bytes),
-        "flops_ms": round(1e3 * of_flops, 3),
-        "bytes_ms": round(1e3 * of_bytes, 3),
-        "bound_ms": round(1e3 * seconds, 3),
-        "images_per_second_bound": round(images / seconds, 1),
+        "flops_ms": _short(1e3 * of_flops),
+        "bytes_ms": _short(1e3 * of_bytes),
+        "bound_ms": _short(1e3 * seconds),
+        "images_per_second_bound": _short(images / seconds),
     }
 
 
@@ -163,6 +163,10 @@ def _traffic(traffic: Mapping[Any, hlo.Traffic]) -> dict[str, dict[str, int]]:
 
 def _bytes_of(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def _mb(size: float) -> float:
@@ -196,6 +200,7 @@ def _teacher(config: ConfigDict) -> Teacher | None:
     path = config.teacher.path
     if config.loss.distillation_weight == 0 or (path and Path(path).expanduser().exists()):
         return None
+    check_heads(config)
     missing = f"there is no {path}" if path else "config.teacher.path is empty"
     logger.warning("%s: a DeiT-S in its place is what is counted", missing)
     size, classes = config.model.image_size, config.model.num_classes
@@ -228,14 +233,17 @@ def _too_large(run: Run, config: ConfigDict, error: DoesNotFit) -> UserError:
 
     best, size = largest_batch(memory_of, limit, asked, error.needed) if limit else (0, 0)
     needs = f"needs {error.needed / GIB:.2f} GiB" if error.needed else "needs more memory than there is"
-    there = f"{chip.name if chip else kind} has {limit / GIB:.2f} GiB for a program"
-    advice = (
-        f"the largest batch that fits is {best} images on each, config.batch_size={best * devices}"
-        f" ({size / GIB:.2f} GiB)"
-        if best
-        else "not even one image fits"
-    )
+    there = f"; a {chip.name if chip else kind} has {limit / GIB:.2f} GiB for a program" if limit else ""
+    if not limit:
+        advice = "make it smaller"
+    else:
+        advice = (
+            f"the largest batch that fits is {best} images on each, config.batch_size={best * devices}"
+            f" ({size / GIB:.2f} GiB)"
+            if best
+            else "not even one image fits"
+        )
     return UserError(
         f"config.batch_size is {config.batch_size}, {asked} images on each of {devices} devices, which"
-        f" {needs}; a {there}; {advice}"
+        f" {needs}{there}; {advice}"
     )

@@ -67,11 +67,7 @@ def load_teacher(config: ConfigDict) -> Teacher:
             "config.loss.distillation_weight is 0, so that the teacher would do nothing; raise it or"
             " leave config.teacher.path empty"
         )
-    if config.model.get("distillation_head") and not 0 < config.loss.distillation_weight < 1:
-        raise UserError(
-            "config.model.distillation_head needs a teacher for one head and labels for the other; set"
-            " config.loss.distillation_weight between 0 and 1, such as 0.5"
-        )
+    check_heads(config)
     if not path:
         return Teacher(None, {}, "", None)
     origin = Path(config.teacher.path).expanduser()
@@ -88,6 +84,15 @@ def load_teacher(config: ConfigDict) -> Teacher:
     p = teacher.preprocessing
     model = models.create_model(teacher.config, jnp.dtype(config.compute_dtype))
     return Teacher(model, teacher.arrays(), teacher.digest(), Normalization(p.mean, p.std))
+
+
+def check_heads(config: ConfigDict) -> None:
+    """Raises `UserError` if the model has a head for a teacher and one for labels, and trains only one."""
+    if config.model.get("distillation_head") and not 0 < config.loss.distillation_weight < 1:
+        raise UserError(
+            "config.model.distillation_head needs a teacher for one head and labels for the other; set"
+            " config.loss.distillation_weight between 0 and 1, such as 0.5"
+        )
 
 
 @dataclass(frozen=True)
