@@ -3,15 +3,20 @@ import json
 import logging
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
+from bvit_jax import dry_run as dry_run_lib
 from bvit_jax.dry_run import dry_run
 from bvit_jax.errors import UserError
+from bvit_jax.sharding import batch_sharded
 from bvit_jax.topology import DoesNotFit, compile_step, needed_and_available, open_topology, parse
+from bvit_jax.training import Run
 from tests.configs import one_block
 from tests.processes import ROOT, run
 
@@ -179,19 +184,23 @@ def test_cost_of_a_chip_does_not_grow_with_their_number() -> None:
 
 
 @needs_libtpu
-@pytest.mark.slow
-def test_a_batch_that_does_not_fit_names_one_that_does(caplog: pytest.LogCaptureFixture) -> None:
-    config = config_of("deit", 2**23)
-    with (
-        caplog.at_level(logging.INFO),
-        pytest.raises(UserError, match=r"config.batch_size is 8388608") as error,
-    ):
-        dry_run(config, "v5e:1x1")
+def test_a_batch_that_does_not_fit_names_one_that_does(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lower(run: Run, config: ConfigDict, images: int) -> Any:
+        # A quarter of a GiB an image; the compiler takes minutes to find out that a model does not fit.
+        x = jax.ShapeDtypeStruct((images, 2**26), jnp.float32, sharding=batch_sharded(run.mesh))
+        return jax.jit(lambda x: x + 1).lower(x)
+
+    monkeypatch.setattr(dry_run_lib, "lower", lower)
+    with caplog.at_level(logging.INFO), pytest.raises(UserError) as error:
+        dry_run(config_of("deit", 1024), "v5e:2x2")
     message = str(error.value)
+    assert "config.batch_size is 1024, 256 images on each of 4 devices, which needs" in message
     assert "a v5e has 15.75 GiB" in message
-    largest = int(message.partition("config.batch_size=")[2].split()[0])
-    assert 2**15 < largest < 2**23
-    assert f"{largest} images on a device need" in caplog.text
+    batch, images = 4 * int(message.partition("fits is ")[2].split()[0]), message.partition("batch_size=")[2]
+    assert 0 < batch == int(images.split()[0])
+    assert f"{batch // 4} images on a device need" in caplog.text
 
 
 @needs_libtpu
