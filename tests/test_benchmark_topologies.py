@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from bvit_jax.topology import ENVIRONMENT
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -84,6 +86,8 @@ def test_the_table_has_a_column_for_each_topology(benchmark: ModuleType) -> None
 def test_wrong_topologies_end_with_one_line(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name, value in ENVIRONMENT.items():  # what the command sets is taken back after the test
+        monkeypatch.setenv(name, value)
     arguments = ["topologies.py", "--config", "configs/digits.py", "--topology", "v5e:2x2x2"]
     monkeypatch.setattr(sys, "argv", arguments)
     assert benchmark.main() == 1

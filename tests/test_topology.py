@@ -1,7 +1,6 @@
 import importlib.util
 import json
 import logging
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,14 @@ from bvit_jax import dry_run as dry_run_lib
 from bvit_jax.dry_run import dry_run
 from bvit_jax.errors import UserError
 from bvit_jax.sharding import batch_sharded
-from bvit_jax.topology import DoesNotFit, compile_step, needed_and_available, open_topology, parse
+from bvit_jax.topology import (
+    ENVIRONMENT,
+    DoesNotFit,
+    compile_step,
+    needed_and_available,
+    open_topology,
+    parse,
+)
 from bvit_jax.training import Run
 from tests.configs import one_block
 from tests.processes import ROOT, run
@@ -30,8 +36,9 @@ needs_libtpu = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes back what the program sets for libtpu."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
+    """Sets what the program would, so that it is taken back after the test."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(
