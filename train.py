@@ -1,11 +1,13 @@
 """Trains a model: ``python train.py --config=configs/digits.py --workdir=DIR``."""
 
+import sys
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from bvit_jax import commands
+from bvit_jax import commands, topology
+from bvit_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -25,19 +27,31 @@ _DRY_RUN = flags.DEFINE_bool(
 _DEBUG_NANS = flags.DEFINE_bool(
     "debug_nans", False, "Stop at the first operation that makes a NaN, and name it; slower."
 )
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    "",
+    "With --dry_run: TPU chips to compile for, such as v5e:16x16, in place of the devices that are here.",
+)
 commands.define_cluster_flags()
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     commands.no_arguments(argv)
-    commands.start_jax()
+    if _TOPOLOGY.value:
+        topology.prepare()  # the chips of this machine, if any, are left alone
+    else:
+        commands.start_jax()
+    from bvit_jax.dry_run import dry_run, table
     from bvit_jax.evaluation import to_json
-    from bvit_jax.training import dry_run, train_and_evaluate
+    from bvit_jax.training import train_and_evaluate
 
     config = commands.loaded_config(_CONFIG.value)
     if _DRY_RUN.value:
-        figures = dry_run(config)
+        figures = dry_run(config, _TOPOLOGY.value)
+        sys.stderr.write(table(figures) + "\n")
+    elif _TOPOLOGY.value:
+        raise UserError(f"--topology={_TOPOLOGY.value} is for planning only; add --dry_run")
     else:
         workdir = commands.required("workdir", _WORKDIR.value)
         figures = train_and_evaluate(config, Path(workdir).expanduser(), debug_nans=_DEBUG_NANS.value)

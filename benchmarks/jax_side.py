@@ -173,12 +173,12 @@ def model_of(plan: Plan) -> tuple[dict[str, Any], str]:
     if plan.config is None:
         settings, dtype = known_model(plan.model or ""), "float32"
     else:
-        config = _load_config(plan.config)
+        config = load_config(plan.config)
         settings, dtype = config.model.to_dict(), config.compute_dtype
     return {**settings, **plan.overrides}, plan.dtype or dtype
 
 
-def _load_config(text: str) -> Any:
+def load_config(text: str) -> Any:
     """Returns ``get_config(argument)`` of ``FILE[:argument]``.
 
     Raises:

@@ -1,5 +1,6 @@
 """What a configuration becomes before the first step: mesh, models, schedule, the compiled step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.mixing import Mixing
 from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated
-from bvit_jax.step import jit_train_step, make_train_step
+from bvit_jax.step import TrainStep, jit_train_step, make_train_step
 from bvit_jax.train_state import TrainState, abstract_state, create_state
 
 
@@ -57,11 +58,7 @@ def load_teacher(config: ConfigDict) -> Teacher:
             "config.loss.distillation_weight is 0, so that the teacher would do nothing; raise it or"
             " leave config.teacher.path empty"
         )
-    if config.model.get("distillation_head") and not 0 < config.loss.distillation_weight < 1:
-        raise UserError(
-            "config.model.distillation_head needs a teacher for one head and labels for the other; set"
-            " config.loss.distillation_weight between 0 and 1, such as 0.5"
-        )
+    check_heads(config)
     if not path:
         return Teacher(None, {}, "", None)
     origin = Path(config.teacher.path).expanduser()
@@ -82,6 +79,27 @@ def load_teacher(config: ConfigDict) -> Teacher:
     return Teacher(model, teacher.arrays(), teacher.digest(), Normalization(p.mean, p.std))
 
 
+def check_heads(config: ConfigDict) -> None:
+    """Raises `UserError` if the model has a head for a teacher and one for labels, and trains only one."""
+    if config.model.get("distillation_head") and not 0 < config.loss.distillation_weight < 1:
+        raise UserError(
+            "config.model.distillation_head needs a teacher for one head and labels for the other; set"
+            " config.loss.distillation_weight between 0 and 1, such as 0.5"
+        )
+
+
+def open_splits(config: ConfigDict) -> data.Split:
+    """Checks both splits and returns the one to train on."""
+    train = data.open_train_split(config.data)
+    for split in (train, data.open_eval_split(config.data)):
+        if split.num_classes != config.model.num_classes:
+            raise UserError(
+                f"config.model.num_classes is {config.model.num_classes}; the dataset"
+                f" {config.data.dataset} has {split.num_classes} classes"
+            )
+    return train
+
+
 @dataclass(frozen=True)
 class Run:
     """What is built from a configuration before the first step.
@@ -95,6 +113,7 @@ class Run:
       create: makes the initial state of a key, where it will live.
       gather: returns parameters and statistics whole on every device.
       step: the training step, to be compiled by its first call or ahead of time.
+      plain_step: the same without rematerialisation, scans and microbatches, to count its operations.
       health: the health of a binary network, see `bvit_jax.health`; None if it is not measured.
       look: what the model sees of a batch, see `bvit_jax.pictures`.
       steps_per_epoch, total_steps: lengths in steps.
@@ -108,31 +127,40 @@ class Run:
     create: Any
     gather: Any
     step: Any
+    plain_step: Any
     health: Any
     look: Any
     steps_per_epoch: int
     total_steps: int
 
 
-def build(config: ConfigDict, num_examples: int, mesh: Mesh | None = None, *, donate: bool = True) -> Run:
+def build(
+    config: ConfigDict,
+    num_examples: int,
+    devices: Sequence[jax.Device] | None = None,
+    teacher: Teacher | None = None,
+    *,
+    donate: bool = True,
+) -> Run:
     """Builds everything that training needs but the data, and checks that it fits together.
 
     Args:
       config: of the run.
       num_examples: of the training split.
-      mesh: by default that of all devices.
+      devices: by default all of all processes.
+      teacher: in place of the one that ``config.teacher`` names.
       donate: whether a step may write the new state over the old one.
 
     Raises:
       UserError: settings do not fit together or the devices, or the teacher cannot be read.
     """
-    mesh = make_mesh(fsdp=config.mesh.fsdp) if mesh is None else mesh
+    mesh = make_mesh(devices, config.mesh.fsdp)
     check_batch_size("batch_size", config.batch_size, mesh)
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     _check_microbatch(config, mesh)
     image_size = config.model.image_size
     model = runs.create_model(config)
-    teacher = load_teacher(config)
+    teacher = load_teacher(config) if teacher is None else teacher
     steps_per_epoch = data.steps_per_epoch(num_examples, config.batch_size)
     schedule = optim.make_schedule(
         config.optim,
@@ -143,21 +171,24 @@ def build(config: ConfigDict, num_examples: int, mesh: Mesh | None = None, *, do
     optimizer = optim.make_optimizer(config.optim, schedule)
     normalize = Normalization(config.data.mean, config.data.std)
     augmentation = Augmentation(Erasing(**config.erase), Mixing(**config.mix))
-    step = make_train_step(
-        model,
-        optimizer,
-        normalize,
-        teacher=teacher.model,
-        teacher_normalize=teacher.normalize,
-        teacher_targets=config.loss.teacher_targets,
-        distillation_weight=config.loss.distillation_weight,
-        label_smoothing=config.loss.label_smoothing,
-        augmentation=augmentation,
-        accumulate_steps=config.accumulate_steps,
-        ema_decay=config.ema.decay,
-        mesh=mesh,
-    )
-    # Inside of a scan layers cannot tell of themselves.
+
+    def make_step(model: nn.Module, accumulate_steps: int) -> TrainStep:
+        return make_train_step(
+            model,
+            optimizer,
+            normalize,
+            teacher=teacher.model,
+            teacher_normalize=teacher.normalize,
+            teacher_targets=config.loss.teacher_targets,
+            distillation_weight=config.loss.distillation_weight,
+            label_smoothing=config.loss.label_smoothing,
+            augmentation=augmentation,
+            accumulate_steps=accumulate_steps,
+            ema_decay=config.ema.decay,
+            mesh=mesh,
+        )
+
+    # Layers in a scan cannot tell of themselves, and what a loop repeats is counted once.
     plain = models.create_model(config.model, jnp.dtype(config.compute_dtype))
     measure = health.make_health_step(plain, normalize, augmentation=augmentation)
     look = pictures.make_look(normalize, augmentation=augmentation)
@@ -175,7 +206,8 @@ def build(config: ConfigDict, num_examples: int, mesh: Mesh | None = None, *, do
             out_shardings=shardings,
         ),
         gather=jax.jit(lambda tree: tree, out_shardings=replicated(mesh)),
-        step=jit_train_step(step, mesh, shardings, donate=donate),
+        step=jit_train_step(make_step(model, config.accumulate_steps), mesh, shardings, donate=donate),
+        plain_step=jit_train_step(make_step(plain, 1), mesh, shardings),
         health=health.jit_health_step(measure, mesh) if config.health else None,
         look=pictures.jit_look(look, mesh),
         steps_per_epoch=steps_per_epoch,
@@ -198,10 +230,10 @@ def _check_microbatch(config: ConfigDict, mesh: Mesh) -> None:
         )
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(images: int, image_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes, dtypes and shardings of a global training batch."""
-    sharding, size = batch_sharded(mesh), config.model.image_size
+    sharding, shape = batch_sharded(mesh), (images, image_size, image_size, 3)
     return {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), np.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32, sharding=sharding),
+        "image": jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((images,), np.int32, sharding=sharding),
     }

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+BATCH_NORM_SCOPE = "batch_norm"  # by which `bvit_jax.hlo` tells the collectives of batch norms
+
 
 def _sum_to_channels(x: Array) -> Array:
     return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
@@ -39,6 +41,7 @@ rprelu.defvjp(_rprelu_forward, _rprelu_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
+@jax.named_scope(BATCH_NORM_SCOPE)
 def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
     """Normalises by the mean and the biased variance over every axis but the last.
 
@@ -56,6 +59,7 @@ def _batch_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> 
     return (y, mean, var), (x, scale, mean, var)
 
 
+@jax.named_scope(BATCH_NORM_SCOPE)
 def _batch_norm_backward(epsilon: float, residuals: tuple, gradients: tuple) -> tuple[Array, Array, Array]:
     x, scale, mean, var = residuals
     gradient, _, _ = gradients

@@ -2,11 +2,10 @@
 
 import dataclasses
 import logging
-import math
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import data, distributed, health, models, pictures, runs, usage
-from bvit_jax.build import Run, Teacher, abstract_batch, build
+from bvit_jax.build import Run, Teacher, abstract_batch, build, open_splits
 from bvit_jax.checkpoint import Checkpoints
+from bvit_jax.chips import chip_of
 from bvit_jax.clock import Clock
 from bvit_jax.compilation import compile_ahead
 from bvit_jax.debugging import named_nans
@@ -89,7 +89,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         if debug_nans:
             stack.enter_context(named_nans())
         config_lib.validate(config)
-        train_split = _open_splits(config)
+        train_split = open_splits(config)
         run = build(config, train_split.num_examples, donate=not debug_nans)
         identity = {"teacher": run.teacher.digest, "dataset": train_split.version}
         distributed.check_same({"configuration": config.to_json(), **identity})
@@ -138,12 +138,22 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         stack.callback(feed.close)
         train_step, eval_step = run.step, build_eval_step(config, run.model, run.mesh)
         if start < run.total_steps and not debug_nans:
-            arguments = run.state, abstract_batch(config, run.mesh), teacher_variables, key_train
+            arguments = (
+                run.state,
+                abstract_batch(config.batch_size, config.model.image_size, run.mesh),
+                teacher_variables,
+                key_train,
+            )
             train_step = compile_ahead(run.step.lower(*arguments), lambda: interruption.noticed)
             if train_step is None:
                 raise Interrupted(start)
         checkpoint_every = config.checkpoint.every_steps or run.steps_per_epoch
         eval_every = config.eval_every_epochs * run.steps_per_epoch
+        chip = chip_of(run.mesh.devices.flat[0].device_kind)
+        flops = usage.step_flops(run.plain_step.lower(*arguments)) if chip else None
+        speed = partial(
+            usage.speed, devices=run.mesh.size, flops=flops, peak=chip.bfloat16_flops if chip else None
+        )
         clock = Clock(start, config.batch_size)
         profile = Profile(workdir, config.profile_steps)
         stack.callback(profile.close)
@@ -185,6 +195,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
                     means["epoch"] = step / run.steps_per_epoch
                     means["bad_images"] = record.bad_images
                     means |= clock.lap(step, run.total_steps, feed.waited)
+                    means |= speed(config.batch_size, config.batch_size / means["images_per_second"])
                     writer.write(step, means)
                     if health.layers_due(step, config.log_every_steps, run.steps_per_epoch):
                         writer.write_layers(step, layers)
@@ -242,42 +253,6 @@ def _record_evaluation(
         record.best = {"top1": deciding_top1(figures), "step": step}
 
 
-def dry_run(config: ConfigDict) -> dict[str, Any]:
-    """Builds everything, compiles the step from shapes alone, and returns what it would cost.
-
-    Returns:
-      Parameters, and by the compiler's analysis: floating-point operations and bytes of a step, and
-      megabytes of a device's memory for arguments, temporaries and in total. Without the dataset,
-      which is not needed for this, the number of steps is null.
-    """
-    config_lib.validate(config)
-    try:
-        num_examples = _open_splits(config).num_examples
-    except UserError as error:
-        logger.warning("the data was not checked: %s", error)
-        num_examples = 0
-    run = build(config, num_examples)
-    batch = abstract_batch(config, run.mesh)
-    start = time.perf_counter()
-    compiled = run.step.lower(run.state, batch, run.teacher.variables, jax.random.key(0)).compile()
-    cost = compiled.cost_analysis() or {}
-    memory = compiled.memory_analysis()
-    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    arguments -= memory.alias_size_in_bytes
-    return {
-        "model": config.model.name,
-        "parameters": models.num_params(run.state.params),
-        "devices": run.mesh.size,
-        "steps": run.total_steps if num_examples else None,
-        "compile_seconds": round(time.perf_counter() - start, 1),
-        "gflops_per_step": round(cost.get("flops", math.nan) / 1e9, 3),
-        "gb_accessed_per_step": round(cost.get("bytes accessed", math.nan) / 1e9, 3),
-        "arguments_mb": round(arguments / 1e6, 1),
-        "temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
-        "total_mb": round((arguments + memory.temp_size_in_bytes) / 1e6, 1),
-    }
-
-
 def _finite(window: MetricWindow, workdir: Path) -> dict[str, float]:
     means = window.mean()
     if window.not_finite is not None:
@@ -287,18 +262,6 @@ def _finite(window: MetricWindow, workdir: Path) -> dict[str, float]:
             " config.optim.learning_rate or set config.optim.clip_grad_norm; --debug_nans names the operation"
         )
     return means
-
-
-def _open_splits(config: ConfigDict) -> data.Split:
-    """Checks both splits and returns the one to train on."""
-    train = data.open_train_split(config.data)
-    for split in (train, data.open_eval_split(config.data)):
-        if split.num_classes != config.model.num_classes:
-            raise UserError(
-                f"config.model.num_classes is {config.model.num_classes}; the dataset"
-                f" {config.data.dataset} has {split.num_classes} classes"
-            )
-    return train
 
 
 def _check_identity(identity: dict[str, str], teacher: Teacher, split: data.Split, workdir: Path) -> None:

@@ -1,0 +1,243 @@
+"""What a training step costs, known before it runs: it is compiled from shapes alone."""
+
+import importlib.metadata
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from bvit_jax import config as config_lib
+from bvit_jax import hlo, models
+from bvit_jax.build import Run, Teacher, abstract_batch, build, check_heads, open_splits
+from bvit_jax.chips import GIB, Chip, chip_of
+from bvit_jax.errors import UserError
+from bvit_jax.fitting import largest_batch
+from bvit_jax.normalization import Normalization
+from bvit_jax.sharding import replicated, with_sharding
+from bvit_jax.topology import DoesNotFit, Topology, compile_step, open_topology
+
+logger = logging.getLogger(__name__)
+
+
+def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
+    """Builds everything, compiles the step from shapes alone, and returns what it would cost.
+
+    Args:
+      config: of the run. Neither its data nor its teacher need to be there: without the data the number of
+        steps is null, and without the teacher a DeiT-S takes its place.
+      topology: TPU chips to compile for, such as "v5e:4x4"; "" means the devices that are there.
+
+    Returns:
+      ``model``, ``compute_dtype``, ``parameters`` and ``parameters_bytes``, ``devices``, ``device_kind``,
+      ``images_per_device``, ``steps``, ``compile_seconds``, ``versions``; then, of one device and one
+      step, by the compiler's analysis:
+
+      - megabytes (10^6): ``arguments_mb`` (state, batch and teacher, and what is returned
+        beside the state), ``temporaries_mb``, ``program_mb`` and ``total_mb``, and where the chip is known
+        ``chip_mb``, what a program may use.
+      - ``gflops_per_step``, ``gb_accessed_per_step``, in whatever memory, and ``gb_of_memory_per_step``, in
+        the chip's main memory (`bvit_jax.hlo.hbm_bytes`); and the same three an image.
+      - where the chip is known ``flops_ms`` and ``bytes_ms``, the least time that these take by the chip's
+        peaks, the larger of the two, ``bound_ms``, and of all devices ``images_per_second_bound``.
+      - ``collectives`` by kind and ``collectives_for`` by purpose (`bvit_jax.hlo`): count, and bytes of
+        their results.
+
+    Raises:
+      UserError: a setting or the topology is wrong, or the batch does not fit on the chip.
+    """
+    config_lib.validate(config)
+    target = open_topology(topology) if topology else None
+    num_examples = _num_examples(config)
+    run = build(config, num_examples, target.devices if target else None, _teacher(config))
+    start = time.perf_counter()
+    try:
+        compiled = compile_step(lower(run, config, config.batch_size))
+    except DoesNotFit as error:
+        raise _too_large(run, config, error) from error
+    seconds = time.perf_counter() - start
+    return {
+        "model": config.model.name,
+        "compute_dtype": config.compute_dtype,
+        "parameters": models.num_params(run.state.params),
+        "parameters_bytes": _bytes_of(run.state.params),
+        "devices": run.mesh.size,
+        "device_kind": run.mesh.devices.flat[0].device_kind,
+        "images_per_device": config.batch_size // run.mesh.size,
+        "steps": run.total_steps if num_examples else None,
+        "compile_seconds": round(seconds, 1),
+        "versions": _versions(target),
+        **cost_of(compiled, run, config.batch_size),
+    }
+
+
+def lower(run: Run, config: ConfigDict, images: int) -> Any:
+    """Lowers the training step of a run for a global batch of ``images``, from shapes alone."""
+    batch, whole = abstract_batch(images, config.model.image_size, run.mesh), replicated(run.mesh)
+    teacher = with_sharding(run.teacher.variables, whole)
+    key = with_sharding(jax.eval_shape(lambda: jax.random.key(0)), whole)
+    return run.step.lower(run.state, batch, teacher, key)
+
+
+def cost_of(compiled: Any, run: Run, images: int) -> dict[str, Any]:
+    """Returns the figures of `dry_run` that follow from the compiled program."""
+    chip = chip_of(run.mesh.devices.flat[0].device_kind)
+    cost = compiled.cost_analysis() or {}
+    flops, accessed = cost.get("flops", math.nan), cost.get("bytes accessed", math.nan)
+    text = compiled.as_text()
+    moved = hlo.hbm_bytes(text)
+    totals = {"gflops": flops / 1e9, "gb_accessed": accessed / 1e9, "gb_of_memory": moved / 1e9}
+    per_device = images / run.mesh.size
+    figures: dict[str, Any] = {
+        **_memory(compiled),
+        **{f"{name}_per_step": _short(total) for name, total in totals.items()},
+        **{f"{name}_per_image": _short(total / per_device) for name, total in totals.items()},
+    }
+    if chip:
+        figures |= _bound(chip, flops, moved, images)
+    collectives = hlo.collectives_of(text)
+    figures["collectives"] = _traffic(hlo.by_kind(collectives))
+    figures["collectives_for"] = _traffic(hlo.by_purpose(collectives))
+    return figures
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """Returns the figures of `dry_run` as lines for people."""
+    lines = []
+    for name, value in figures.items():
+        if not isinstance(value, Mapping):
+            lines.append(f"{name.replace('_', ' '):24} {value}")
+            continue
+        for key, part in value.items():
+            shown = f"{part['count']}, {part['bytes'] / 1e6:.3f} MB" if isinstance(part, Mapping) else part
+            lines.append(f"{name.replace('_', ' ') + ' ' + key.replace('_', ' '):44} {shown}")
+    return "\n".join(lines)
+
+
+def _memory(compiled: Any) -> dict[str, float]:
+    memory = compiled.memory_analysis()
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    arguments -= memory.alias_size_in_bytes
+    return {
+        "arguments_mb": _mb(arguments),
+        "temporaries_mb": _mb(memory.temp_size_in_bytes),
+        "program_mb": _mb(memory.generated_code_size_in_bytes),
+        "total_mb": _mb(total_bytes(compiled)),
+    }
+
+
+def total_bytes(compiled: Any) -> int:
+    """Returns the bytes that a program and its data need on a device."""
+    memory = compiled.memory_analysis()
+    data = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return data + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
+def _bound(chip: Chip, flops: float, moved: float, images: int) -> dict[str, Any]:
+    of_flops, of_bytes = flops / chip.bfloat16_flops, moved / chip.bandwidth
+    seconds = max(of_flops, of_bytes)
+    return {
+        "chip": chip.name,
+        "chip_mb": _mb(chip.usable_bytes),
+        "flops_ms": _short(1e3 * of_flops),
+        "bytes_ms": _short(1e3 * of_bytes),
+        "bound_ms": _short(1e3 * seconds),
+        "images_per_second_bound": _short(images / seconds),
+    }
+
+
+def _traffic(traffic: Mapping[Any, hlo.Traffic]) -> dict[str, dict[str, int]]:
+    return {name: {"count": t.count, "bytes": t.bytes} for name, t in traffic.items()}
+
+
+def _bytes_of(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def _mb(size: float) -> float:
+    return round(size / 1e6, 1)
+
+
+def _versions(target: Topology | None) -> dict[str, str]:
+    versions = {"jax": jax.__version__}
+    if target:
+        try:
+            versions["libtpu"] = importlib.metadata.version("libtpu")
+        except importlib.metadata.PackageNotFoundError:  # TPU_LIBRARY_PATH names a file
+            versions["libtpu"] = "unknown"
+    return versions
+
+
+# --- what need not be there --------------------------------------------------------------------
+
+
+def _num_examples(config: ConfigDict) -> int:
+    """Returns 0 where the data is not there."""
+    try:
+        return open_splits(config).num_examples
+    except UserError as error:
+        logger.warning("the data was not checked: %s", error)
+        return 0
+
+
+def _teacher(config: ConfigDict) -> Teacher | None:
+    """Returns a DeiT-S without weights for a teacher that is not there, None where there is no need."""
+    path = config.teacher.path
+    if config.loss.distillation_weight == 0 or (path and Path(path).expanduser().exists()):
+        return None
+    check_heads(config)
+    missing = f"there is no {path}" if path else "config.teacher.path is empty"
+    logger.warning("%s: a DeiT-S in its place is what is counted", missing)
+    size, classes = config.model.image_size, config.model.num_classes
+    settings = models.model_config("deit", image_size=size, num_classes=classes)
+    model = models.create_model(settings, jnp.dtype(config.compute_dtype))
+    shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, size, size, 3))), jax.random.key(0))
+    return Teacher(model, shapes, "", Normalization(config.data.mean, config.data.std))
+
+
+# --- what does not fit -------------------------------------------------------------------------
+
+
+def _too_large(run: Run, config: ConfigDict, error: DoesNotFit) -> UserError:
+    """Finds the largest batch that fits, and says so."""
+    kind, devices = run.mesh.devices.flat[0].device_kind, run.mesh.size
+    chip = chip_of(kind)
+    limit = error.available or (chip.usable_bytes if chip else 0)
+    asked = config.batch_size // devices
+    logger.warning("%d images on a device do not fit; looking for the largest batch that does", asked)
+
+    def memory_of(per_device: int) -> int | None:
+        start = time.perf_counter()
+        try:
+            size = total_bytes(compile_step(lower(run, config, per_device * devices)))
+        except DoesNotFit:
+            size = None
+        shown = f"need {size / GIB:.2f} GiB" if size else "do not fit"
+        logger.info("%d images on a device %s (%.0f s)", per_device, shown, time.perf_counter() - start)
+        return size
+
+    best, size = largest_batch(memory_of, limit, asked, error.needed) if limit else (0, 0)
+    needs = f"needs {error.needed / GIB:.2f} GiB" if error.needed else "needs more memory than there is"
+    there = f"; a {chip.name if chip else kind} has {limit / GIB:.2f} GiB for a program" if limit else ""
+    if not limit:
+        advice = "make it smaller"
+    else:
+        advice = (
+            f"the largest batch that fits is {best} images on each, config.batch_size={best * devices}"
+            f" ({size / GIB:.2f} GiB)"
+            if best
+            else "not even one image fits"
+        )
+    return UserError(
+        f"config.batch_size is {config.batch_size}, {asked} images on each of {devices} devices, which"
+        f" {needs}{there}; {advice}"
+    )
