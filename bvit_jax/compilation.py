@@ -35,10 +35,11 @@ def use_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(home / "bvit_jax" / _kind_of_cpu()))
 
 
-def compile_ahead(lowered: Any, stop: Callable[[], bool]) -> Any | None:
+def compile_ahead(name: str, lowered: Any, stop: Callable[[], bool]) -> Any | None:
     """Compiles a lowered function in a thread.
 
     Args:
+      name: for the log.
       lowered: what ``jax.jit(...).lower(...)`` returns.
       stop: asked a few times a second whether to give up.
 
@@ -48,7 +49,7 @@ def compile_ahead(lowered: Any, stop: Callable[[], bool]) -> Any | None:
     Raises:
       UserError: the program does not fit into the memory of a device.
     """
-    logger.info("compiling the step")
+    logger.info("compiling %s", name)
     start = time.perf_counter()
     results: list[Any] = []
 
@@ -68,7 +69,7 @@ def compile_ahead(lowered: Any, stop: Callable[[], bool]) -> Any | None:
     if isinstance(result, Exception):
         raise _as_user_error(result) from result
     release_memory()
-    logger.info("compiled the step in %.1f s", time.perf_counter() - start)
+    logger.info("compiled %s in %.1f s", name, time.perf_counter() - start)
     return result
 
 

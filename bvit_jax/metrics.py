@@ -19,6 +19,8 @@ from bvit_jax.errors import UserError
 
 Number = int | float
 
+UNSHOWN = ("images_per_second_per_chip", "memory_gb")
+
 logger = logging.getLogger(__name__)
 
 
@@ -240,7 +242,8 @@ def format_line(step: int, total: int, metrics: Mapping[str, Number]) -> str:
     """Returns one line for the log: the step, then the metrics, known ones with their units.
 
     Known are ``epoch``, ``loss``, ``learning_rate``, ``images_per_second``, ``seconds_left`` and the
-    totals of `bvit_jax.health`, shown in that order; the others follow as given.
+    totals of `bvit_jax.health`, shown in that order; the others follow as given, without some that
+    the files alone hold.
     """
     known = {
         "epoch": lambda x: f"epoch {x:.2f}",
@@ -256,7 +259,10 @@ def format_line(step: int, total: int, metrics: Mapping[str, Number]) -> str:
     }
     parts = [f"step {step}/{total}"]
     parts += [show(metrics[name]) for name, show in known.items() if name in metrics]
-    parts += [f"{name} {value:.4g}" for name, value in metrics.items() if name not in known]
+    others = {name: value for name, value in metrics.items() if name not in known and name not in UNSHOWN}
+    if not others.get("bad_images", 1):
+        del others["bad_images"]
+    parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in others.items()]
     return "  ".join(parts)
 
 

@@ -136,24 +136,22 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         stack.callback(progress.close)
         feed = Feed(_train_batches(config, run, start), run.mesh)
         stack.callback(feed.close)
-        train_step, eval_step = run.step, build_eval_step(config, run.model, run.mesh)
+        batch = abstract_batch(config.batch_size, config.model.image_size, run.mesh)
+        arguments = run.state, batch, teacher_variables, key_train
+        train_step, health_step = run.step, run.health
+        eval_step = build_eval_step(config, run.model, run.mesh)
         if start < run.total_steps and not debug_nans:
-            arguments = (
-                run.state,
-                abstract_batch(config.batch_size, config.model.image_size, run.mesh),
-                teacher_variables,
-                key_train,
-            )
-            train_step = compile_ahead(run.step.lower(*arguments), lambda: interruption.noticed)
-            if train_step is None:
-                raise Interrupted(start)
-        checkpoint_every = config.checkpoint.every_steps or run.steps_per_epoch
-        eval_every = config.eval_every_epochs * run.steps_per_epoch
+            train_step = _compile("the step", run.step.lower(*arguments), interruption, start)
+            if run.health is not None:
+                lowered = run.health.lower(run.state, batch, key_train)
+                health_step = _compile("its health figures", lowered, interruption, start)
         chip = chip_of(run.mesh.devices.flat[0].device_kind)
         flops = usage.step_flops(run.plain_step.lower(*arguments)) if chip else None
         speed = partial(
             usage.speed, devices=run.mesh.size, flops=flops, peak=chip.bfloat16_flops if chip else None
         )
+        checkpoint_every = config.checkpoint.every_steps or run.steps_per_epoch
+        eval_every = config.eval_every_epochs * run.steps_per_epoch
         clock = Clock(start, config.batch_size)
         profile = Profile(workdir, config.profile_steps)
         stack.callback(profile.close)
@@ -184,11 +182,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
 
                 if step % config.log_every_steps == 0 or last:
                     layers = {}
-                    if run.health is not None:
-                        found, signs = run.health(state, batch, key_train)
+                    if health_step is not None:
+                        found, signs = health_step(state, batch, key_train)
                         state = dataclasses.replace(state, signs=signs)
                     means = _finite(record.window, workdir)
-                    if run.health is not None:
+                    if health_step is not None:
                         layers = health.per_layer(found)
                     means |= health.totals(layers) | usage.device_memory()
                     means["learning_rate"] = float(run.schedule(step - 1))
@@ -227,6 +225,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
                     raise Interrupted(step)
     best = record.best
     return {**record.figures, "best_top1": best["top1"], "best_step": best["step"]}
+
+
+def _compile(name: str, lowered: Any, interruption: Interruption, step: int) -> Any:
+    compiled = compile_ahead(name, lowered, lambda: interruption.noticed)
+    if compiled is None:
+        raise Interrupted(step)
+    return compiled
 
 
 def _train_batches(config: ConfigDict, run: Run, start: int) -> Any:
