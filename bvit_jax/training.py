@@ -136,14 +136,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         stack.callback(progress.close)
         feed = Feed(_train_batches(config, run, start), run.mesh)
         stack.callback(feed.close)
-        batch = abstract_batch(config.batch_size, config.model.image_size, run.mesh)
-        arguments = run.state, batch, teacher_variables, key_train
+        shapes = abstract_batch(config.batch_size, config.model.image_size, run.mesh)
+        arguments = run.state, shapes, teacher_variables, key_train
         train_step, health_step = run.step, run.health
         eval_step = build_eval_step(config, run.model, run.mesh)
         if start < run.total_steps and not debug_nans:
             train_step = _compile("the step", run.step.lower(*arguments), interruption, start)
             if run.health is not None:
-                lowered = run.health.lower(run.state, batch, key_train)
+                lowered = run.health.lower(run.state, shapes, key_train)
                 health_step = _compile("its health figures", lowered, interruption, start)
         chip = chip_of(run.mesh.devices.flat[0].device_kind)
         flops = usage.step_flops(run.plain_step.lower(*arguments)) if chip else None

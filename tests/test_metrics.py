@@ -213,6 +213,9 @@ def test_format_line():
     assert format_line(1, 2, health) == (
         "step 1/2  flipped 0.123 %  active weights 100 %  active inputs 70 %  zeros 0 %  dead heads 3"
     )
+    rest = {"bad_images": 0, "memory_gb": 1.0, "memory_peak_gb": 2.0, "gradient_norm": 0.5}
+    assert format_line(1, 2, rest) == "step 1/2  memory peak gb 2  gradient norm 0.5"
+    assert format_line(1, 2, {"bad_images": 3}) == "step 1/2  bad images 3"
     odd = format_line(1, 2, {"loss": math.nan, "seconds_left": math.inf, "images_per_second": 1.26})
     assert odd == "step 1/2  loss nan  1.3 images/s  ? left"
 
