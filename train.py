@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
     from bvit_jax.training import train_and_evaluate
 
     config = commands.loaded_config(_CONFIG.value)
+    if _DRY_RUN.value and _DEBUG_NANS.value:
+        raise UserError("--debug_nans runs the steps that --dry_run leaves out; leave out one of them")
     if _DRY_RUN.value:
         figures = dry_run(config, _TOPOLOGY.value)
         sys.stderr.write(table(figures) + "\n")

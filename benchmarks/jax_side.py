@@ -154,6 +154,7 @@ def fixed_optimizer() -> optax.GradientTransformation:
         eps=1e-8,
         weight_decay=0.0,
         clip_grad_norm=0.0,
+        rules=(),
     )
     return make_optimizer(settings, lambda step: jnp.float32(LEARNING_RATE))
 

@@ -35,10 +35,17 @@ T = TypeVar("T")
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "metadata")
+METADATA = "metadata/metadata"  # where Orbax puts JSON values
 CHECKSUMS = "checksums.json"
 NONE, ALL_DAMAGED = -1, -2  # in place of a step
 
+BARRIER_MILLISECONDS = 600_000
+
 logger = logging.getLogger(__name__)
+
+
+class DamagedError(UserError):
+    """A checkpoint is not as it was written."""
 
 
 class Checkpoints:
@@ -60,7 +67,8 @@ class Checkpoints:
         self._writer = ocp.AsyncCheckpointer(_handler())
         self._finisher: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._current: int | None = None  # the step last saved or restored
+        self._current: int | None = None  # the step last saved or restored, and what was saved beside it
+        self._content: dict[str, Any] = {}
         self._steps: list[int] = []
         if jax.process_index() == 0:
             _writing(self._folder, lambda: _clear_unfinished(self._folder))
@@ -71,9 +79,9 @@ class Checkpoints:
         """Starts to save a tree of arrays and JSON values; returns when the arrays may change.
 
         What is written meanwhile becomes visible when it is complete. Before, this waits for the save
-        before it. A step that this object has saved or restored is not written again; one left by an
-        earlier process is replaced. Checkpoints of later steps are removed: this run has not reached
-        them.
+        before it. Of a step that this object has saved or restored only the JSON values are written
+        again, if they have changed; one left by an earlier process is replaced. Checkpoints of later
+        steps are removed: this run has not reached them.
 
         Args:
           step: number of the steps taken.
@@ -85,17 +93,17 @@ class Checkpoints:
           UserError: this or the save before it could not be written.
         """
         self.wait()
+        path, content = self._folder / str(step), {"best_step": best_step, "run": metadata}
         if step == self._current:
+            if content != self._content and jax.process_index() == 0:
+                _writing(self._folder, lambda: _replace_metadata(path, content))
+            self._content = content
             return
-        path = self._folder / str(step)
         if jax.process_index() == 0:
-            (path / CHECKSUMS).unlink(missing_ok=True)
-        content = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
-            metadata=ocp.args.JsonSave({"best_step": best_step, "run": metadata}),
-        )
-        _writing(self._folder, lambda: self._writer.save(path, args=content, force=True))
-        self._current = step
+            _writing(self._folder, lambda: (path / CHECKSUMS).unlink(missing_ok=True))
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(content))
+        _writing(self._folder, lambda: self._writer.save(path, args=arguments, force=True))
+        self._current, self._content = step, content
         self._finisher = threading.Thread(target=self._finish, args=(step, best_step), name="checkpoint")
         self._finisher.start()
 
@@ -123,7 +131,7 @@ class Checkpoints:
                 " directory to start anew"
             )
         state, metadata = _read(self._folder / str(step), abstract_state, partial=False)
-        self._current = step
+        self._current, self._content = step, metadata
         self._steps = [other for other in self._steps if other <= step]
         return state, metadata["run"]
 
@@ -162,6 +170,9 @@ class Checkpoints:
                 _write_checksums(self._folder / str(step))
                 self._steps = self._prune(step, best_step)
                 logger.info("saved step %d", step)
+            # A process that ends with an error, as after SIGTERM, may take the first one with it.
+            barrier = ocp.multihost.get_barrier_sync_fn()
+            barrier(key=f"checkpoint of step {step}", timeout_ms=BARRIER_MILLISECONDS)
         except BaseException as error:  # for the thread that saves next
             self._error = error
 
@@ -170,7 +181,10 @@ class Checkpoints:
         kept = [s for s in reached if s in reached[-self._keep :] or s == best_step]
         for other in _all_steps(self._folder):
             if other not in kept:
-                _delete(self._folder / str(other))
+                try:
+                    _delete(self._folder / str(other))
+                except OSError as error:  # such as a reader's open file on NFS; the next save tries again
+                    logger.warning("cannot delete checkpoint %d: %s", other, error.strerror)
         return kept
 
 
@@ -194,17 +208,22 @@ def restore_variables(
       UserError: the checkpoint is damaged, or its arrays are not those of ``abstract``.
     """
     folder = (directory / FOLDER).absolute()
-    steps = _complete_steps(folder)
-    step = max(steps, default=None)
-    if step is not None and kind == "best":
-        _verify_checksums(folder / str(step))
-        step = _read_metadata(folder / str(step))["best_step"]
-    if step not in steps:
+    step = _from_first_process(_step_of_kind(folder, kind) if jax.process_index() == 0 else NONE)
+    if step == NONE:
         return None
     path = folder / str(step)
     _verify_checksums(path)
     fields, metadata = _read(path, abstract, partial=True)
     return fields, metadata["run"], step
+
+
+def _step_of_kind(folder: Path, kind: Kind) -> int:
+    steps = _complete_steps(folder)
+    step: int | None = max(steps, default=None)
+    if step is not None and kind == "best":
+        _verify_checksums(folder / str(step))
+        step = _read_metadata(folder / str(step))["best_step"]
+    return step if step in steps else NONE
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
@@ -242,7 +261,7 @@ def _newest_whole(folder: Path, steps: list[int]) -> int:
         # Before Orbax reads: it does not notice flipped bits, and reports missing bytes in pages.
         try:
             _verify_checksums(folder / str(step))
-        except UserError as error:
+        except DamagedError as error:
             logger.warning("%s", error)
             continue
         return step
@@ -272,6 +291,7 @@ def _check_shared(folder: Path) -> None:
 
 
 def _read(path: Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, Any]]:
+    _read_metadata(path)
     with ocp.Checkpointer(_handler()) as reader:
         saved = reader.metadata(path).item_metadata["state"].tree
         if partial:
@@ -292,8 +312,20 @@ def _read(path: Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, A
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    with ocp.Checkpointer(_handler()) as reader:
-        return reader.restore(path, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+    metadata = json.loads((path / METADATA).read_bytes())
+    if not isinstance(metadata, dict) or metadata.keys() != {"best_step", "run"}:
+        raise UserError(
+            f"checkpoint {path} was written by another version of this package, which must read it; or choose"
+            " another workdir"
+        )
+    return metadata
+
+
+def _replace_metadata(path: Path, content: dict[str, Any]) -> None:
+    """Writes metadata anew; in between the step does not exist."""
+    (path / CHECKSUMS).unlink()
+    (path / METADATA).write_text(json.dumps(content))
+    _write_checksums(path)
 
 
 def _raise(error: BaseException) -> None:
@@ -303,6 +335,11 @@ def _raise(error: BaseException) -> None:
 def _writing(folder: Path, write: Callable[[], T]) -> T:
     try:
         return write()
+    except TimeoutError as error:  # of a barrier; it is an OSError too
+        raise UserError(
+            "the other processes of the run do not answer while a checkpoint is written; start all of them"
+            " again"
+        ) from error
     except (OSError, ValueError) as error:
         # TensorStore raises a ValueError that ends in, for example, [os_error_code='28'].
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -331,17 +368,20 @@ def _write_checksums(path: Path) -> None:
 
 
 def _verify_checksums(path: Path) -> None:
+    """Raises `DamagedError` if a file is missing or another one, `UserError` if it cannot be read."""
     name = CHECKSUMS
     try:
         for name, expected in json.loads((path / CHECKSUMS).read_bytes()).items():
             if _sha256(path / name) != expected:
                 raise ValueError("does not match its checksum")
-    except (OSError, ValueError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, AttributeError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else str(error)
-        raise UserError(
+        raise DamagedError(
             f"checkpoint {path} is damaged: {name}: {reason};"
             " delete that directory to use the checkpoint before it, or restore it from a copy"
         ) from error
+    except OSError as error:  # a network file system that is away for a moment is no damage
+        raise UserError(f"cannot read checkpoint {path}: {name}: {error.strerror}; try again") from error
 
 
 def _arrays(tree: Any) -> dict[str, str]:

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from bvit_jax.errors import UserError
 from bvit_jax.interruption import SIGNAL, Interrupted
 
 GRACE = 2  # seconds
+# What jax and Gloo say where another process is gone.
+LOST = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|[Cc]onnection|heartbeat|peer")
 
 
 def run(main: Callable[[list[str]], None], default_config: Path | None = None) -> NoReturn:
@@ -158,11 +161,20 @@ def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
             _end(str(interrupted), 128 + SIGNAL)
         except KeyboardInterrupt:
             _end("interrupted; run the same command again to continue", 130)
-        except jax.errors.JaxRuntimeError as error:
+        except Exception as error:
+            told = compilation.as_user_error("what the run computes", error)
+            if isinstance(told, UserError):
+                _end(f"error: {told}", 1)
             if not distributed.is_active():
                 raise
-            first = str(error).strip().splitlines()[0]
-            _end(f"error: the other processes of the run do not answer: {first}; start all of them again", 1)
+            if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+                first = str(error).strip().splitlines()[0]
+                _end(
+                    f"error: the other processes of the run do not answer: {first}; start all of them again",
+                    1,
+                )
+            traceback.print_exc()  # and the others need not wait until jax notices
+            _end(f"error: {error}", 1)
 
     return guarded
 

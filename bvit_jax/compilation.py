@@ -67,7 +67,7 @@ def compile_ahead(name: str, lowered: Any, stop: Callable[[], bool]) -> Any | No
             return None
     (result,) = results
     if isinstance(result, Exception):
-        raise _as_user_error(result) from result
+        raise as_user_error(name, result) from result
     release_memory()
     logger.info("compiled %s in %.1f s", name, time.perf_counter() - start)
     return result
@@ -81,13 +81,14 @@ def release_memory() -> None:
         return
 
 
-def _as_user_error(error: Exception) -> Exception:
+def as_user_error(name: str, error: Exception) -> Exception:
+    """Returns an error that says what to do where ``error`` is for want of a device's memory, else it."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error
     reason = str(error).strip().splitlines()[0]
     return UserError(
-        f"the training step does not fit into the memory of a device: {reason}; lower config.batch_size, or"
-        " set config.accumulate_steps or config.remat"
+        f"{name} does not fit into the memory of a device: {reason}; lower config.batch_size, or set"
+        " config.accumulate_steps, config.remat or config.health=False"
     )
 
 

@@ -74,7 +74,8 @@ def start(cluster: Cluster, wanted: bool | None = None) -> None:
         )
     except ValueError as error:
         raise UserError(
-            f"no cluster was found ({error}); give --coordinator=HOST:PORT, --num_processes and --process_id"
+            f"no cluster was found ({error}); give --coordinator=HOST:PORT, --num_processes and"
+            " --process_id, or --nodistributed for this host alone"
         ) from error
     except RuntimeError as error:  # such as a port that is taken
         raise UserError(f"cannot start process {_name(cluster)}: {' '.join(str(error).split())}") from error

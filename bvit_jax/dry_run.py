@@ -212,11 +212,11 @@ def _too_large(run: Run, config: ConfigDict, error: DoesNotFit) -> UserError:
     kind, devices = run.mesh.devices.flat[0].device_kind, run.mesh.size
     chip = chip_of(kind)
     limit = error.available or (chip.usable_bytes if chip else 0)
-    asked = config.batch_size // devices
+    asked, unit = config.batch_size // devices, _unit(config, devices)
     logger.warning("%d images on a device do not fit; looking for the largest batch that does", asked)
 
-    def memory_of(per_device: int) -> int | None:
-        start = time.perf_counter()
+    def memory_of(units: int) -> int | None:
+        per_device, start = units * unit, time.perf_counter()
         try:
             size = total_bytes(compile_step(lower(run, config, per_device * devices)))
         except DoesNotFit:
@@ -225,7 +225,8 @@ def _too_large(run: Run, config: ConfigDict, error: DoesNotFit) -> UserError:
         logger.info("%d images on a device %s (%.0f s)", per_device, shown, time.perf_counter() - start)
         return size
 
-    best, size = largest_batch(memory_of, limit, asked, error.needed) if limit else (0, 0)
+    best, size = largest_batch(memory_of, limit, asked // unit, error.needed) if limit else (0, 0)
+    best *= unit
     needs = f"needs {error.needed / GIB:.2f} GiB" if error.needed else "needs more memory than there is"
     there = f"; a {chip.name if chip else kind} has {limit / GIB:.2f} GiB for a program" if limit else ""
     if not limit:
@@ -235,9 +236,15 @@ def _too_large(run: Run, config: ConfigDict, error: DoesNotFit) -> UserError:
             f"the largest batch that fits is {best} images on each, config.batch_size={best * devices}"
             f" ({size / GIB:.2f} GiB)"
             if best
-            else "not even one image fits"
+            else f"not even {unit} on each fit"
         )
     return UserError(
         f"config.batch_size is {config.batch_size}, {asked} images on each of {devices} devices, which"
         f" {needs}{there}; {advice}"
     )
+
+
+def _unit(config: ConfigDict, devices: int) -> int:
+    """Returns the fewest images of a device that divide into microbatches and groups of batch norms."""
+    group = config.model.get("batch_norm_group", 0) or 1
+    return config.accumulate_steps * group // math.gcd(group, devices)

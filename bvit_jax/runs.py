@@ -136,7 +136,8 @@ def restore(
     fields = with_sharding({"ema": abstract} if ema else abstract, sharding)
     restored = restore_variables(workdir, fields, kind)
     if restored is None:
-        raise UserError(f"no {kind} checkpoint in {workdir}; train with train.py --workdir first")
+        other = "; the other kind, latest, may be there" if kind == "best" else ""
+        raise UserError(f"no {kind} checkpoint in {workdir}; train with train.py --workdir first{other}")
     variables, _, step = restored
     return variables["ema"] if ema else variables, step
 

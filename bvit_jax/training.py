@@ -92,7 +92,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         train_split = open_splits(config)
         run = build(config, train_split.num_examples, donate=not debug_nans)
         identity = {"teacher": run.teacher.digest, "dataset": train_split.version}
-        distributed.check_same({"configuration": config.to_json(), **identity})
+        size = str(train_split.num_examples)
+        distributed.check_same({"configuration": config.to_json(), "number of images": size, **identity})
         is_main = jax.process_index() == 0
         logger.info(
             "%s with %.2f M parameters on %d × %s, %d steps of %d images",
@@ -168,7 +169,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         for step in range(start, run.total_steps + 1):
             last = step == run.total_steps
             if step > start:
-                batch, bad = next(feed)
+                try:
+                    batch, bad = next(feed)
+                except Exception:
+                    if interruption.noticed:  # by the processes that load images too
+                        save(step - 1)
+                        raise Interrupted(step - 1) from None
+                    raise
                 record.bad_images += bad
                 if step == start + 1:
                     seen = run.look(batch, start, key_train)
@@ -211,9 +218,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
                         figures = evaluate_state(
                             eval_step, state, batches, run.mesh, run.gather, interruption.reached
                         )
-                    except Interrupted:
-                        save(step)
-                        raise Interrupted(step) from None
+                    except Exception as error:
+                        if interruption.noticed or isinstance(error, Interrupted):
+                            save(step)
+                            raise Interrupted(step) from None
+                        raise
                 _record_evaluation(record, figures, step, run.total_steps, writer)
 
             with clock.paused():
@@ -263,7 +272,7 @@ def _finite(window: MetricWindow, workdir: Path) -> dict[str, float]:
     if window.not_finite is not None:
         name, step = window.not_finite
         raise UserError(
-            f"{name} is not finite at step {step}; the last good checkpoint is kept in {workdir}: lower"
+            f"{name} is not finite at step {step}; the last checkpoint before is kept in {workdir}: lower"
             " config.optim.learning_rate or set config.optim.clip_grad_norm; --debug_nans names the operation"
         )
     return means

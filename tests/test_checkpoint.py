@@ -1,5 +1,7 @@
 """Checkpoints: exact, complete or invisible, verified, and clear about what does not fit."""
 
+import errno
+import json
 import os
 import shutil
 import signal
@@ -263,6 +265,66 @@ def test_after_a_damaged_checkpoint_the_run_replaces_it(checkpoints, tmp_path):
     resumed.save(4, make_state(4), {})
     resumed.wait()
     assert steps_of(tmp_path) == ["2", "4"]
+
+
+def test_of_a_saved_step_only_what_is_beside_the_arrays_is_written_again(checkpoints, tmp_path):
+    run = checkpoints()
+    run.save(1, make_state(1), {"evaluated": False})
+    run.wait()
+    resumed = checkpoints()
+    state, _ = resumed.restore(abstract(make_state()))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints/1/state").rglob("*")}
+    resumed.save(1, state, {"evaluated": True}, best_step=1)
+    resumed.wait()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints/1/state").rglob("*")} == files
+    _, metadata, step = restore_variables(tmp_path, {"step": abstract(jnp.int32(0))}, "best")
+    assert (metadata, step) == ({"evaluated": True}, 1)
+
+
+def test_what_cannot_be_read_at_the_moment_is_not_damaged(checkpoints, monkeypatch, tmp_path):
+    run = checkpoints()
+    for step in (1, 2):
+        run.save(step, make_state(step), {})
+    run.wait()
+
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_sha256", fails)
+    with pytest.raises(UserError, match=r"cannot read checkpoint .*2: .*: Input/output error; try again"):
+        checkpoints().restore(abstract(make_state()))
+    assert steps_of(tmp_path) == ["1", "2"]
+
+
+def test_what_cannot_be_deleted_does_not_end_the_run(checkpoints, monkeypatch, caplog):
+    run = checkpoints(keep=1)
+    run.save(1, make_state(1), {})
+    run.wait()
+
+    def fails(path):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(checkpoint, "_delete", fails)
+    run.save(2, make_state(2), {})
+    run.wait()
+    assert "cannot delete checkpoint 1: Directory not empty" in caplog.text
+    assert run.latest_step() == 2
+
+
+def test_a_checkpoint_of_another_version(checkpoints, tmp_path):
+    run = checkpoints()
+    run.save(1, make_state(1), {})
+    run.wait()
+    path = tmp_path / "checkpoints" / "1"
+    (path / "metadata" / "metadata").write_text(json.dumps(METADATA))
+    checkpoint._write_checksums(path)
+    for read in (
+        lambda: checkpoints().restore(abstract(make_state())),
+        lambda: restore_variables(tmp_path, {}, "latest"),
+        lambda: restore_variables(tmp_path, {}, "best"),
+    ):
+        with pytest.raises(UserError, match="was written by another version of this package"):
+            read()
 
 
 def test_all_checkpoints_damaged(checkpoints, tmp_path):

@@ -4,6 +4,7 @@ After each fault the run ends equal to the unbroken one, or it stops with the do
 has lost nothing older.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -104,6 +105,16 @@ def test_sigterm_in_evaluation(flags: list[str], tmp_path: Path, whole: Path) ->
     again = assert_continues(flags, tmp_path / "run", whole)
     assert "continuing from step 9 " in again
     assert again.count("top-1") == 2
+
+
+def test_sigterm_in_the_last_evaluation(flags: list[str], tmp_path: Path, whole: Path) -> None:
+    run_until("step 18/18  epoch", *flags, number=signal.SIGTERM)
+    result = run("train.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert_same_runs(tmp_path / "run", whole)
+    best = json.loads(run("eval.py", f"--workdir={tmp_path / 'run'}", "--checkpoint=best").stdout)
+    printed = json.loads(result.stdout)
+    assert (best["step"], best["top1"]) == (printed["best_step"], printed["best_top1"])
 
 
 def test_sigterm_in_compilation(flags: list[str], tmp_path: Path, whole: Path) -> None:
