@@ -16,6 +16,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
     spawn = multiprocessing.get_context("spawn")
     # A process compiles one topology, so that the next one starts with all of the memory.
     with ProcessPoolExecutor(arguments.jobs, spawn, max_tasks_per_child=1) as pool:
-        found = pool.map(_measure_one, [arguments] * len(arguments.topology), arguments.topology)
-        return dict(zip(arguments.topology, found, strict=True))
+        results = pool.map(_measure_one, [arguments] * len(arguments.topology), arguments.topology)
+        try:
+            return dict(zip(arguments.topology, results, strict=True))
+        except BrokenProcessPool:
+            raise UserError(
+                f"a process that compiled was killed, for want of memory perhaps; --jobs is {arguments.jobs}:"
+                " try fewer"
+            ) from None
 
 
 def _measure_one(arguments: argparse.Namespace, name: str) -> Figures:
@@ -177,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs",
         type=positive,
         default=1,
-        help="topologies to compile at the same time; BinaryViT takes 4 GB of memory for each (default: 1)",
+        help="topologies to compile at the same time; BinaryViT takes 9 GB of memory for each (default: 1)",
     )
     parser.add_argument("--json", type=Path, help="file that receives everything found")
     return parser

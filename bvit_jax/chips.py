@@ -1,12 +1,13 @@
 """What the makers publish of their chips: memory, bandwidth and peaks of arithmetic.
 
-Sources, read in November 2026:
+Sources:
 
-- TPU: ``https://cloud.google.com/tpu/docs/`` ``v4``, ``v5e``, ``v5p``, ``v6e``, tables of key chip
-  specifications. The pages of v5e and v6e round the bandwidth to 800 and 1600 GB/s in some versions and
-  give 819 and 1640 in others; the latter are used. v4 has no faster int8 than bfloat16.
-- NVIDIA: data sheets of the A100, H100 and H200; arithmetic on tensor cores without sparsity, which is half
-  of what the Hopper sheets print.
+- TPU: the tables of key chip specifications at ``https://cloud.google.com/tpu/docs/`` ``v4``, ``v5e``,
+  ``v5p`` and ``v6e``. Some versions of the pages of v5e and v6e round the bandwidth to 800 and 1600 GB/s,
+  others give 819 and 1640, which are used. v4 has no faster int8 than bfloat16. The figures of v4 and v5p
+  are from summaries that cite these pages.
+- NVIDIA: the data sheets of the A100, H100 and H200, from summaries that cite them; arithmetic on tensor
+  cores without sparsity, which is half of what the Hopper sheets print.
 - ``compiler_bytes``: what the TPU compiler itself names when a program does not fit ("exceeds available
   HBM (15.75G)"), with libtpu 0.0.42.1. The rest is the system's.
 """
