@@ -174,7 +174,7 @@ def test_a_full_disk(small_disk: Path, data_dir: Path, whole: Path) -> None:
 def test_a_directory_that_is_gone(flags: list[str], tmp_path: Path) -> None:
     process = start("train.py", *flags)
     wait_for(process, "saved step 5")
-    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
     result = finish(process)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: cannot write ")
