@@ -172,6 +172,29 @@ class BinaryDense(nn.Module):
         return _quantized_product(self, x, move, kernel)
 
 
+class UncentredDense(nn.Module):
+    """A linear layer without bias and shift whose input and weights are binarised, as in Bi-ViT.
+
+    ``mean|W| · sign(W) · sign(x)``, the mean that of each output channel. Returns the accumulator.
+    """
+
+    rule: ClassVar[products.WeightRule] = products.CONV
+    weight_bits: ClassVar[int] = 1
+
+    features: int
+    weight_init: WeightInit = "torch"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        fan_in = x.shape[-1]
+        kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), (fan_in, self.features))
+        watch.watch_sign(self, x)
+        config = products.ProductConfig(self.rule, True, self.dtype)
+        no_move = jnp.zeros(fan_in, accumulator_dtype(self.dtype))
+        return products.binary_product(x, no_move, kernel, config)
+
+
 class BinaryPatchConv(nn.Module):
     """A convolution whose stride is its kernel size, shifted input and weights quantised, no bias.
 

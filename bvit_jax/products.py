@@ -189,6 +189,40 @@ binary_context.defvjp(
 )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def code_product(a: Array, b: Array, equation: str, dtype: DTypeLike) -> Array:
+    """Returns the exact product of whole numbers of magnitude at most 256, which bfloat16 holds.
+
+    Args:
+      a, b: codes, whole numbers in any floating-point dtype.
+      equation: for ``einsum``, such as "bqhd,bkhd->bhqk"; every index is in two of its three terms.
+      dtype: compute dtype, of the products in the backward pass.
+
+    Returns:
+      Whole numbers in the accumulator of ``dtype``.
+    """
+    codes = (x.astype(CODE_DTYPE) for x in (a, b))
+    y = jnp.einsum(equation, *codes, preferred_element_type=jnp.float32)
+    return y.astype(accumulator_dtype(dtype))
+
+
+def _code_product_backward(
+    equation: str, dtype: DTypeLike, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    a, b = residuals
+    left, right, out = equation.replace("->", ",").split(",")
+    product = partial(jnp.einsum, preferred_element_type=accumulator_dtype(dtype))
+    gradient = gradient.astype(dtype)
+    to_a = product(f"{out},{right}->{left}", gradient, b.astype(dtype))
+    to_b = product(f"{out},{left}->{right}", gradient, a.astype(dtype))
+    return to_a.astype(a.dtype), to_b.astype(b.dtype)
+
+
+code_product.defvjp(
+    lambda a, b, equation, dtype: (code_product(a, b, equation, dtype), (a, b)), _code_product_backward
+)
+
+
 def real_product(x: Array, kernel: Array) -> Array:
     """Returns ``x @ kernel`` in the accumulator of x's dtype; x (..., in), kernel (in, out)."""
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=accumulator_dtype(x.dtype))

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 
-from bvit_jax.layers import BinaryDense, BinaryPatchConv
+from bvit_jax.layers import BinaryDense, BinaryPatchConv, UncentredDense
 from bvit_jax.products import WeightRule
 
 Path = tuple[str, ...]
@@ -29,8 +29,8 @@ def noted_kernels() -> Iterator[dict[Path, WeightRule]]:
 
     def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
-        is_layer = isinstance(module, BinaryDense | BinaryPatchConv) and context.method_name == "__call__"
-        if is_layer and module.weight_bits == 1:
+        is_layer = isinstance(module, BinaryDense | BinaryPatchConv | UncentredDense)
+        if is_layer and context.method_name == "__call__" and module.weight_bits == 1:
             kernels[module.path] = module.rule
         return call(*args, **kwargs)
 

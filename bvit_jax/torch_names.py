@@ -25,10 +25,13 @@ class Naming:
       rules: (pattern, replacement), applied in order to "/"-joined paths.
       bookkeeping: last parts of the names of arrays that say nothing about the function: counters
         that PyTorch does not use, and constants that follow from the configuration.
+      unused: pattern of names of further such arrays, which PyTorch's modules own and never read; "" for
+        none.
     """
 
     rules: Rules
     bookkeeping: tuple[str, ...] = ()
+    unused: str = ""
 
     def name(self, path: str) -> str:
         """Returns the state-dict name of the parameter or running statistic at ``path``."""
@@ -38,7 +41,11 @@ class Naming:
 
     def is_bookkeeping(self, name: str) -> bool:
         """Returns whether an array of a file says nothing about the function."""
-        return name.rpartition(".")[2] in self.bookkeeping
+        return name.rpartition(".")[2] in self.bookkeeping or self.is_unused(name)
+
+    def is_unused(self, name: str) -> bool:
+        """Returns whether PyTorch's modules own an array without reading it: it may have any value."""
+        return bool(self.unused) and re.search(self.unused, name) is not None
 
 
 _UNIT_LEAVES = {"query": "q", "key": "k", "value": "v", "reduce": "r"}
@@ -173,6 +180,14 @@ _TIMM_SWIN: Rules = (
     *_MICROSOFT_SWIN,
 )
 
+# Bi-ViT's code adds to the names of its backbones.
+_BIVIT_LETTERS = {"query": "q", "key": "k", "value": "v", "prob": "attn"}
+_BIVIT_ATTENTION: Rules = (
+    (r"/(query|key)_norm/", lambda m: f"/attn/norm_{_BIVIT_LETTERS[m.group(1)]}/"),
+    (r"/(query|key|value|prob)_act/", lambda m: f"/attn/{_BIVIT_LETTERS[m.group(1)]}_act/"),
+)
+_BIVIT_UNUSED = r"\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.bias$"
+
 _WINDOW_CONSTANTS = ("relative_position_index", "attn_mask")
 
 REFERENCE = Naming(_VIT, ("num_batches_tracked", "weight_clip_val", "act_clip_val"))
@@ -183,6 +198,8 @@ HUGGING_FACE_SWIN = Naming(_HUGGING_FACE_SWIN, _WINDOW_CONSTANTS)
 TIMM_DEIT = Naming(_TIMM_DEIT)
 TIMM_SWIN = Naming(_TIMM_SWIN, _WINDOW_CONSTANTS)
 MICROSOFT_SWIN = Naming(_MICROSOFT_SWIN, _WINDOW_CONSTANTS)
+BIVIT_DEIT = Naming((*_BIVIT_ATTENTION, *_TIMM_DEIT), (), _BIVIT_UNUSED)
+BIVIT_SWIN = Naming((*_BIVIT_ATTENTION, *_MICROSOFT_SWIN), _WINDOW_CONSTANTS, _BIVIT_UNUSED)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

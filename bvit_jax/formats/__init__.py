@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bvit_jax.formats import huggingface, reference, timm
+from bvit_jax.formats import bivit, huggingface, reference, timm
 from bvit_jax.formats.base import (
     Preprocessing,
     RawCheckpoint,
@@ -40,7 +40,7 @@ class Format:
       understand: from files to a model.
       describe: from (configuration, class names, preprocessing) to the ``config.json``.
       constants: from a configuration and the names of a state dict to the arrays that say nothing about
-        the function, with the values they must have; counters may have any.
+        the function, with the values they must have; counters and what the naming calls unused may have any.
       writes_constants: whether PyTorch's modules hold them today, so that a new file needs them.
     """
 
@@ -55,7 +55,7 @@ class Format:
 
 
 # In the order in which they are tried: a directory of Hugging Face's ViT before the bare names, which
-# the reference shares.
+# the reference shares, and Bi-ViT's before those of its backbones.
 FORMATS: dict[str, Format] = {
     huggingface.NAME: Format(
         huggingface.MODELS,
@@ -75,6 +75,16 @@ FORMATS: dict[str, Format] = {
         reference.understand,
         lambda config, names, _: reference.describe(config, names),
         reference.constants,
+        writes_constants=True,
+    ),
+    bivit.NAME: Format(
+        bivit.MODELS,
+        bivit.check,
+        bivit.naming,
+        bivit.recognise,
+        bivit.understand,
+        bivit.describe,
+        bivit.constants,
         writes_constants=True,
     ),
     timm.NAME: Format(

@@ -1,5 +1,7 @@
 """The real-valued DeiT (Touvron et al., 2021): teacher and full-precision baseline."""
 
+from typing import ClassVar
+
 from flax import linen as nn
 from jax import Array
 
@@ -17,6 +19,8 @@ class DeiT(nn.Module):
     it; the logits are then the mean of both. ``norm_epsilon`` goes with the checkpoint: 1e-6 for
     timm's and Facebook's, 1e-12 for Hugging Face's, 1e-5 in the reference's own training code.
     """
+
+    block_type: ClassVar[type[RealBlock]] = RealBlock
 
     image_size: int = 224
     patch_size: int = 16
@@ -51,7 +55,7 @@ class DeiT(nn.Module):
             name="embedding",
         )(images, train=train)
         blocks = [
-            RealBlock(self.num_heads, self.mlp_dim, drop_path, c, name=f"block{i}", parent=None)
+            self.block_type(self.num_heads, self.mlp_dim, drop_path, c, name=f"block{i}", parent=None)
             for i, drop_path in enumerate(drop_path_rates(self.drop_path, self.depth))
         ]
         stage = run_blocks(self, blocks, x, train=train, capture=capture, execution=self.execution)

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.layers import NormName, WeightInit
 from bvit_jax.models.binaryvit import STRIDE, BinaryViT
+from bvit_jax.models.bivit import BiViTReleaseDeiT, BiViTReleaseSwin
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.extra_res import ExtraRes
 from bvit_jax.models.stages import POLICIES, Execution, Remat
@@ -24,11 +25,14 @@ if TYPE_CHECKING:  # models also run where ml-collections is not installed
 
 MODELS: dict[str, type[nn.Module]] = {
     "binaryvit": BinaryViT,
+    "bivit_release_deit": BiViTReleaseDeiT,
+    "bivit_release_swin": BiViTReleaseSwin,
     "deit": DeiT,
     "extra_res": ExtraRes,
     "swin": Swin,
 }
-REAL = ("deit", "swin")
+DEITS = ("deit", "bivit_release_deit")  # the backbone, real-valued or binary
+SWINS = ("swin", "bivit_release_swin")
 MAX_SIZE = 1 << 24  # of anything: beyond it something is damaged
 _NOT_SETTINGS = {"parent", "name", "dtype", "block", "execution"}
 
@@ -116,7 +120,7 @@ def _check(name: str, s: dict[str, Any]) -> None:
         _require(_is_like(s[key], default), key, s[key], f"expected {_KINDS[type(default)]}")
     if name == "binaryvit":
         _check_pyramid(s)
-    elif name == "swin":
+    elif name in SWINS:
         _check_swin(s)
     else:
         for key in ("width", "depth", "num_heads", "mlp_dim"):
@@ -128,14 +132,14 @@ def _check(name: str, s: dict[str, Any]) -> None:
     _require(s["num_classes"] > 0, "num_classes", s["num_classes"], "expected at least 1")
     _require(0 < s["norm_epsilon"] < 1, "norm_epsilon", s["norm_epsilon"], "expected between 0 and 1")
     _require_choice("weight_init", s["weight_init"], typing.get_args(WeightInit))
-    if name == "deit":
+    if name in DEITS:
         _require(
             s["distillation_token"] or not s["distillation_head"],
             "distillation_head",
             True,
             "it reads the distillation token; set distillation_token to True",
         )
-    if name in REAL:
+    if name in DEITS + SWINS:
         return
     _require_choice("norm", s["norm"], typing.get_args(NormName))
     _require_choice("weight_bits", s["weight_bits"], (1, 2, 3, 4, 5, 6, 7, 8, 32))

@@ -57,8 +57,8 @@ class RealBlock(nn.Module):
         x = x + DropPath(self.drop_path)(y, train=train)
 
         y = LayerNorm(c.norm_epsilon, name="mlp_norm")(x)
-        y = self._dense(self.mlp_dim, y, "mlp_in")
-        y = self._dense(x.shape[-1], nn.gelu(y, approximate=False), "mlp_out")
+        y = self._activate(self._dense(self.mlp_dim, y, "mlp_in"))
+        y = self._dense(x.shape[-1], y, "mlp_out").astype(c.dtype)
         y = nn.Dropout(c.dropout)(y, deterministic=not train)
         return x + DropPath(self.drop_path)(y, train=train), probs
 
@@ -67,17 +67,27 @@ class RealBlock(nn.Module):
         batch, tokens, width = x.shape
         split = (batch, tokens, self.num_heads, -1)
         q, k, v = (self._dense(width, x, name).reshape(split) for name in ("query", "key", "value"))
+        context, probs = self._attend(q, k, v, train=train)
+        y = self._dense(width, context.reshape(batch, tokens, width), "attention_output").astype(c.dtype)
+        return nn.Dropout(c.dropout)(y, deterministic=not train), probs
+
+    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
+        """Returns the context and the probabilities, of (batch, tokens, heads, size) each."""
+        c = self.config
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=accumulator_dtype(c.dtype))
-        scores = scores / math.sqrt(q.shape[-1])
+        probs = self._probabilities(scores / math.sqrt(q.shape[-1])).astype(c.dtype)
+        kept = nn.Dropout(c.attention_dropout)(probs, deterministic=not train)
+        return jnp.einsum("bhqk,bkhd->bqhd", kept, v), probs
+
+    def _probabilities(self, scores: Array) -> Array:
         if self.window is not None:
             shape = (self.window.num_offsets, self.num_heads)
             table = self.param("position_bias", normal_init, shape)
             scores = self.window.add_bias(scores, table)
-        probs = nn.softmax(scores).astype(c.dtype)
-        kept = nn.Dropout(c.attention_dropout)(probs, deterministic=not train)
-        context = jnp.einsum("bhqk,bkhd->bqhd", kept, v).reshape(batch, tokens, width)
-        y = self._dense(width, context, "attention_output")
-        return nn.Dropout(c.dropout)(y, deterministic=not train), probs
+        return nn.softmax(scores)
+
+    def _activate(self, x: Array) -> Array:
+        return nn.gelu(x, approximate=False)
 
     def _dense(self, features: int, x: Array, name: str) -> Array:
         c = self.config

@@ -5,12 +5,13 @@ github.com/microsoft/Swin-Transformer.
 """
 
 import itertools
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.layers import LayerNorm, drop_path_rates, kernel_init, to_grid
+from bvit_jax.layers import LayerNorm, drop_path_rates, kernel_init, to_grid, to_tokens
 from bvit_jax.models.embedding import ImageEmbedding
 from bvit_jax.models.head import ModelOutput, classify, model_output
 from bvit_jax.models.real_block import RealBlock, RealConfig
@@ -21,21 +22,23 @@ MERGE = 2  # tokens along each side of the square that patch merging makes one t
 
 
 class PatchMerging(nn.Module):
-    """Joins each 2×2 square of tokens: (batch, tokens, channels) to (batch, tokens / 4, features)."""
+    """Joins each 2×2 square of a grid: (batch, height, width, channels) to (batch, tokens, features)."""
 
     features: int
     config: RealConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c = self.config
-        grid = to_grid(x)
+    def __call__(self, grid: Array) -> Array:
         # Down the columns first: the order of the channels in the checkpoints.
         corners = [grid[:, i::MERGE, j::MERGE] for j in range(MERGE) for i in range(MERGE)]
-        x = jnp.concatenate(corners, axis=-1).reshape(x.shape[0], -1, MERGE**2 * x.shape[-1])
-        x = LayerNorm(c.norm_epsilon, name="norm")(x).astype(c.dtype)
+        x = to_tokens(jnp.concatenate(corners, axis=-1))
+        return self._reduce(LayerNorm(self.config.norm_epsilon, name="norm")(x))
+
+    def _reduce(self, x: Array) -> Array:
+        c = self.config
         init = kernel_init(c.weight_init, x.shape[-1])
-        return nn.Dense(self.features, use_bias=False, dtype=c.dtype, kernel_init=init, name="reduction")(x)
+        dense = nn.Dense(self.features, use_bias=False, dtype=c.dtype, kernel_init=init, name="reduction")
+        return dense(x.astype(c.dtype))
 
 
 class Swin(nn.Module):
@@ -44,6 +47,9 @@ class Swin(nn.Module):
     Stage ``i`` has ``width · 2**i`` channels. A grid no larger than the window is one window, without
     shift; otherwise every second block is shifted by half a window.
     """
+
+    block_type: ClassVar[type[RealBlock]] = RealBlock
+    merging_type: ClassVar[type[PatchMerging]] = PatchMerging
 
     image_size: int = 224
     patch_size: int = 4
@@ -79,11 +85,11 @@ class Swin(nn.Module):
         for stage, (depth, num_heads) in enumerate(zip(self.depth, self.num_heads, strict=True)):
             width = self.width * MERGE**stage
             if stage > 0:
-                x = PatchMerging(width, c, name=f"downsample{stage}")(x)
+                x = self.merging_type(width, c, name=f"downsample{stage}")(to_grid(x))
                 hidden[-1] = x
                 side //= MERGE
             blocks = [
-                RealBlock(
+                self.block_type(
                     num_heads,
                     self.mlp_ratio * width,
                     drop_path,

@@ -18,6 +18,8 @@ from flax import linen as nn
 from bvit_jax import models, optim
 from bvit_jax.config import default_config
 from bvit_jax.errors import UserError
+from bvit_jax.models.bivit import first_batch
+from bvit_jax.parity import merging
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
 from bvit_jax.parity.subject import Subject, subject_of
 from bvit_jax.state_dicts import Variables, abstract_variables, from_state_dict, to_state_dict
@@ -35,6 +37,10 @@ def check(path: Path) -> Iterator[Row]:
       UserError: the file cannot be read, or holds a model or state dict that does not fit.
     """
     golden = GoldenFile(path)
+    if golden.meta.get("case") == merging.CASE:
+        with jax.enable_x64(True):
+            yield from merging.check(golden)
+        return
     subject = subject_of(golden.meta)
     with jax.enable_x64(True):
         yield from _check_model(golden, subject)
@@ -50,6 +56,12 @@ def _check_model(golden: GoldenFile, subject: Subject) -> Iterator[Row]:
     naming = subject.file_format.naming(config)
     variables = from_state_dict(golden.group("state"), abstract, np.float64, naming)
     yield _compare_inputs(golden, subject)
+    if golden.group("init_state"):
+        output, variables = jax.jit(functools.partial(first_batch, model))(variables, golden.images())
+        state = to_state_dict(variables, naming)
+        yield compare("first logits", {"": output.head_logits[0]}, {"": golden.array("init/logits")})
+        yield merging.compare_first_state(golden, state)
+        variables = from_state_dict(state | golden.group("state2"), abstract, np.float64, naming)
 
     apply = jax.jit(functools.partial(model.apply, capture=True))
     output = apply(variables, golden.images())
@@ -125,7 +137,7 @@ def _check_training(
         yield compare("train logits", {str(i): head for i, head in enumerate(logits)}, theirs)
     else:
         yield compare("train logits", {"": logits[0]}, {"": golden.array("train/logits")})
-    if "init/logits" in golden.arrays:
+    if "init/logits" in golden.arrays and not golden.group("init_state"):
         yield compare("first logits", {"": logits[0]}, {"": golden.array("init/logits")})
     yield compare("loss", {"": loss}, {"": golden.array("train/loss")})
     if theirs := golden.group("grad"):

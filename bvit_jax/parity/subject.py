@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from bvit_jax import losses, models
 from bvit_jax.errors import UserError
-from bvit_jax.formats import FORMATS, Format, reference, timm
+from bvit_jax.formats import FORMATS, Format, bivit, reference, timm
 from bvit_jax.models import ModelOutput
+from bvit_jax.models.factory import DEITS
 from bvit_jax.parity.reference import config_of
 
 Targets = Mapping[str, Array]  # ``teacher_logits`` and, where there are any, ``labels``
@@ -33,7 +34,7 @@ class Subject:
 
 
 def subject_of(meta: Mapping[str, Any]) -> Subject:
-    """Returns the subject of a golden file of the BinaryViT code or of Bi-ViT's real-valued models.
+    """Returns the subject of a golden file of the BinaryViT code or of the models of Bi-ViT's.
 
     Raises:
       UserError: its ``meta`` describes no such model.
@@ -59,7 +60,7 @@ def _two_heads(output: ModelOutput, targets: Targets) -> Array:
     return value
 
 
-# --- Bi-ViT's code: real-valued DeiT and Swin in the names of timm and Microsoft ----------------
+# --- Bi-ViT's code: DeiT and Swin, real-valued in the names of timm and Microsoft, and binary ------
 
 _SHARED = {"img_size": "image_size", "patch_size": "patch_size", "num_classes": "num_classes"}
 _DEIT = _SHARED | {"embed_dim": "width", "depth": "depth", "num_heads": "num_heads"}
@@ -73,27 +74,40 @@ _SWIN = _SHARED | {
 _MLP_RATIO = 4
 
 
+# Each case: our model and whose names its arrays have.
+_CASES = {
+    "deit_distilled": ("deit", timm.NAME),
+    "bivit_deit": (bivit.DEIT, bivit.NAME),
+    "bivit_deit_nodist": (bivit.DEIT, bivit.NAME),
+    "swin": ("swin", timm.MICROSOFT),
+    "bivit_swin": (bivit.SWIN, bivit.NAME),
+}
+
+
 def _bivit(meta: Mapping[str, Any]) -> Subject:
     try:
+        case = meta["case"]
+        if case not in _CASES:
+            raise UserError(f"the golden file's case is {case!r}; expected one of {', '.join(_CASES)}")
+        name, file_format = _CASES[case]
         kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["kwargs"].items()}
-        if meta["case"] == "deit_distilled":
+        if name in DEITS:
+            distilled = bool(kwargs.get("distilled", True))
             config = models.model_config(
-                "deit",
+                name,
                 **{ours: kwargs[theirs] for theirs, ours in _DEIT.items()},
                 mlp_dim=_MLP_RATIO * kwargs["embed_dim"],
                 norm_epsilon=timm.DEIT_NORM_EPSILON,
-                distillation_token=True,
-                distillation_head=True,
+                distillation_token=distilled,
+                distillation_head=distilled,
             )
-            return Subject(config, FORMATS[timm.NAME], _two_heads)
-        if meta["case"] == "swin":
-            config = models.model_config(
-                "swin",
-                **{ours: kwargs[theirs] for theirs, ours in _SWIN.items()},
-                mlp_ratio=_MLP_RATIO,
-                norm_epsilon=timm.SWIN_NORM_EPSILON,
-            )
-            return Subject(config, FORMATS[timm.MICROSOFT], _distillation)
-        raise UserError(f"the golden file's case is {meta['case']!r}; expected deit_distilled or swin")
+            return Subject(config, FORMATS[file_format], _two_heads if distilled else _distillation)
+        config = models.model_config(
+            name,
+            **{ours: kwargs[theirs] for theirs, ours in _SWIN.items()},
+            mlp_ratio=_MLP_RATIO,
+            norm_epsilon=timm.SWIN_NORM_EPSILON,
+        )
+        return Subject(config, FORMATS[file_format], _distillation)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the golden file's meta has no or an unknown {error}") from error

@@ -1,0 +1,126 @@
+"""The quantisers of Bi-ViT's released code as pure functions, with their hand-written gradients.
+
+A tensor is written with a scale α and a zero point z, which broadcast against it: with
+``u = x / α + round(z)`` its code is the whole number ``sign(clip(u, -1, 1)) - round(z)`` and its value the
+code times α. Rounding and sign are straight-through for the gradient, the clamp is not. At the edges:
+
+====================  ==================================  ===========================================
+function              forward at the edge                 gradient at the edge
+====================  ==================================  ===========================================
+zero_point_codes      sign(0) = 0; round half to even     1 on the closed interval |u| <= 1
+first_values          a minimum at -1e-5 is unsigned      none
+clip_output           -                                   1 on the closed interval |x| <= 10
+====================  ==================================  ===========================================
+
+The weights of its linear layers, ``mean|W| * sign(W)`` by row, are `bvit_jax.quantize.binarize_conv`'s.
+
+Source: Li et al., "Bi-ViT" (AAAI 2024), in the behaviour of github.com/YanjingLi0202/Bi-ViT.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+OUTPUT_LIMIT = 10.0  # of the GELU's output
+UNSIGNED = -1e-5  # least minimum of a tensor that counts as having no sign
+MOMENTUM = 0.1  # share of the first batch in the zero point, which starts at 0
+
+
+@jax.custom_vjp
+def zero_point_codes(x: Array, scale: Array, zero_point: Array) -> Array:
+    """Returns the codes of a tensor: its sign around a learned zero, moved by that zero.
+
+    The gradient of ``x`` is that of the codes over ``scale`` where |u| <= 1; ``scale`` receives
+    ``-x / scale²`` of it there, ``zero_point`` minus the gradient outside.
+
+    Args:
+      x: real, any shape.
+      scale: α, not zero; broadcasts against ``x``.
+      zero_point: z, in the shape of ``scale``.
+
+    Returns:
+      Whole numbers in the shape and dtype of ``x``, at most |round(z)| + 1 in magnitude.
+    """
+    return jnp.sign(_position(x, scale, zero_point)) - jnp.round(zero_point)
+
+
+def _position(x: Array, scale: Array, zero_point: Array) -> Array:
+    return x / scale + jnp.round(zero_point)
+
+
+def _codes_forward(x: Array, scale: Array, zero_point: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return zero_point_codes(x, scale, zero_point), (x, scale, zero_point)
+
+
+def _codes_backward(
+    residuals: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, Array, Array]:
+    x, scale, zero_point = residuals
+    inside = jnp.abs(_position(x, scale, zero_point)) <= 1
+    to_x = jnp.where(inside, gradient / scale, 0)
+    to_scale = _sum_to(-to_x * (x / scale), scale.shape)
+    to_zero_point = _sum_to(jnp.where(inside, 0, -gradient), zero_point.shape)
+    return to_x, to_scale, to_zero_point
+
+
+zero_point_codes.defvjp(_codes_forward, _codes_backward)
+
+
+def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sums over the axes along which an array of ``shape`` was broadcast."""
+    padded = (1,) * (x.ndim - len(shape)) + shape
+    axes = tuple(axis for axis, size in enumerate(padded) if size == 1)
+    return jnp.sum(x, axis=axes, keepdims=True).reshape(shape)
+
+
+@jax.custom_vjp
+def scale_gradient(x: Array, factor: Array) -> Array:
+    """Returns ``x`` unchanged and multiplies its gradient by ``factor``, a scalar without gradient."""
+    del factor
+    return x
+
+
+scale_gradient.defvjp(
+    lambda x, factor: (x, factor),
+    lambda factor, gradient: (gradient * factor, jnp.zeros_like(factor)),
+)
+
+
+def learned_step(parameter: Array, size: int) -> Array:
+    """Returns a scale or zero point of a tensor of ``size`` elements, its gradient over sqrt(size)."""
+    return scale_gradient(parameter, jnp.asarray(1 / math.sqrt(size), parameter.dtype))
+
+
+class FirstValues(NamedTuple):
+    """What the first batch makes of a quantiser, scalars.
+
+    Attributes:
+      scale: twice the mean magnitude of the whole tensor.
+      zero_point: a tenth of the minimum plus the scale.
+      signed: 1 if there are negative values, else 0; nothing is computed from it.
+    """
+
+    scale: Array
+    zero_point: Array
+    signed: Array
+
+
+def first_scale(x: Array) -> Array:
+    """Returns twice the mean magnitude of a tensor, shape ()."""
+    return 2 * jnp.mean(jnp.abs(x))
+
+
+def first_values(x: Array) -> FirstValues:
+    """Returns the values that a quantiser takes from the first batch, no gradient passes."""
+    x = lax.stop_gradient(x)
+    scale, least = first_scale(x), jnp.min(x)
+    return FirstValues(scale, MOMENTUM * (least + scale), (least < UNSIGNED).astype(x.dtype))
+
+
+def clip_output(x: Array) -> Array:
+    """Returns ``x`` clipped to ±10; the gradient passes on the closed interval."""
+    clipped = lax.stop_gradient(jnp.clip(x, -OUTPUT_LIMIT, OUTPUT_LIMIT))
+    return jnp.where(jnp.abs(x) <= OUTPUT_LIMIT, x, clipped)

@@ -1,0 +1,67 @@
+"""Bi-ViT's binary patch merging on a golden file of that module alone."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from bvit_jax.errors import UserError
+from bvit_jax.formats import timm
+from bvit_jax.models.bivit import BinaryMerging, first_batch
+from bvit_jax.models.real_block import RealConfig
+from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
+from bvit_jax.state_dicts import from_state_dict, to_state_dict
+from bvit_jax.torch_names import BIVIT_SWIN
+
+CASE = "bivit_merging"
+
+
+def check(golden: GoldenFile) -> Iterator[Row]:
+    """Runs our module on the file in float64 and yields one row per group.
+
+    Raises:
+      UserError: the file holds something else.
+    """
+    height, width = _sides(golden.meta)
+    x, to_y = golden.float64("x"), golden.float64("gy")
+    if x.ndim != 3 or x.shape[1] != height * width or height % 2 or width % 2:
+        raise UserError(f"its input is {x.shape}; expected {height}×{width} tokens, even numbers")
+    grid = x.reshape(-1, height, width, x.shape[-1])
+    config = RealConfig(norm_epsilon=timm.SWIN_NORM_EPSILON, dtype=np.float64)
+    module = BinaryMerging(2 * x.shape[-1], config)
+    abstract = jax.eval_shape(module.init, jax.random.key(0), grid)
+    variables = from_state_dict(golden.group("state"), abstract, np.float64, BIVIT_SWIN)
+
+    y, variables = first_batch(module, variables, grid)
+    yield compare("first output", {"": y}, {"": golden.array("init/y")})
+    state = to_state_dict(variables, BIVIT_SWIN)
+    yield compare_first_state(golden, state)
+
+    variables = from_state_dict(state | golden.group("state2"), abstract, np.float64, BIVIT_SWIN)
+
+    def output(params: Any, grid: Array) -> Array:
+        return module.apply(variables | {"params": params}, grid)
+
+    y, pullback = jax.vjp(output, variables["params"], grid)
+    if to_y.shape != y.shape:
+        raise UserError(f"its gradient of the output is {to_y.shape}; expected {y.shape}")
+    to_params, to_grid = pullback(to_y)
+    yield compare("output", {"": y}, {"": golden.array("y")})
+    yield compare("gradients", to_state_dict({"params": to_params}, BIVIT_SWIN), golden.group("grad"))
+    yield compare("input gradient", {"x": to_grid.reshape(x.shape)}, golden.group("grad_input"))
+
+
+def compare_first_state(golden: GoldenFile, state: Arrays) -> Row:
+    """Compares what the first batch made of the quantisers, as far as the file holds it."""
+    theirs = golden.group("init_state")
+    return compare("first state", {name: a for name, a in state.items() if name in theirs}, theirs)
+
+
+def _sides(meta: Mapping[str, Any]) -> tuple[int, int]:
+    try:
+        height, width = map(int, meta["input_resolution"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the golden file's meta has no or an unknown {error}") from error
+    return height, width
