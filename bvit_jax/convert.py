@@ -77,6 +77,8 @@ def _report(model: Pretrained, target: Path, file_format: str) -> None:
         print(f"  assumed, since the file does not say: {'; '.join(model.assumed)} (--set KEY=VALUE)")
     if model.left_out:
         print(f"  left out: {', '.join(model.left_out)}")
+    if unused := model.unused():
+        print(f"  kept, though the model never reads them: {len(unused)} arrays such as {unused[0]}")
     if model.bookkeeping and file_format not in (NATIVE, model.bookkeeping_format):
         kinds = sorted({name.rpartition(".")[2] for name in model.bookkeeping})
         print(f"  left out, no place in this format: {len(model.bookkeeping)} arrays {', '.join(kinds)}")

@@ -37,7 +37,7 @@ from bvit_jax.state_dicts import (
     from_state_dict,
     to_state_dict,
 )
-from bvit_jax.torch_names import path_name
+from bvit_jax.torch_names import Naming, path_name
 
 NATIVE = "native"
 
@@ -71,6 +71,13 @@ class Pretrained:
     def arrays(self, dtype: DTypeLike = np.float32) -> Variables:
         """Returns the variables in one dtype."""
         return jax.tree.map(lambda a: np.asarray(a, dtype), self.variables)
+
+    def unused(self) -> tuple[str, ...]:
+        """Returns the names of the kept arrays that PyTorch's modules own and never read, in order."""
+        if not self.bookkeeping:
+            return ()
+        naming = FORMATS[self.bookkeeping_format].naming(self.config)
+        return tuple(sorted(filter(naming.is_unused, self.bookkeeping)))
 
     def digest(self) -> str:
         """Returns a SHA-256 of the weights, the same whatever file they came from."""
@@ -127,7 +134,7 @@ def _from_pytorch(raw: RawCheckpoint, overrides: Mapping[str, Any]) -> Pretraine
     if name == reference.NAME:
         reference.check_bits(config, raw)
     bookkeeping = {key: a for key, a in raw.state.items() if naming.is_bookkeeping(key)}
-    _check_bookkeeping(bookkeeping, FORMATS[name].constants(config, raw.state))
+    _check_bookkeeping(bookkeeping, FORMATS[name].constants(config, raw.state), naming)
     names = understood.class_names or (document.class_names if document else ())
     if len(names) != config.num_classes:
         names = labels.default_names(config.num_classes)
@@ -209,7 +216,7 @@ def _from_native(raw: RawCheckpoint, overrides: Mapping[str, Any]) -> Pretrained
         if known is None:
             raise UserError(f"its bookkeeping is of an unknown format {document.bookkeeping!r}")
         names_there = to_state_dict(variables, known.naming(config))
-        _check_bookkeeping(bookkeeping, known.constants(config, names_there))
+        _check_bookkeeping(bookkeeping, known.constants(config, names_there), known.naming(config))
     model = Pretrained(
         config, variables, preprocessing, names, document.history, bookkeeping, document.bookkeeping
     )
@@ -227,11 +234,11 @@ def _recognise(raw: RawCheckpoint) -> str:
     raise UserError(
         "it holds no model that this project knows: its arrays are called"
         f" {', '.join(sorted(raw.state)[:3]) or 'nothing'}...; expected the names of the BinaryViT code,"
-        " timm, Microsoft's Swin, or a directory of Hugging Face's ViT, DeiT or Swin"
+        " Bi-ViT's code, timm, Microsoft's Swin, or a directory of Hugging Face's ViT, DeiT or Swin"
     )
 
 
-def _check_bookkeeping(found: StateDict, expected: StateDict) -> None:
+def _check_bookkeeping(found: StateDict, expected: StateDict, naming: Naming) -> None:
     """Raises `UserError` if constants of a file are not those that our model computes with."""
     for name, array in found.items():
         module, _, kind = name.rpartition(".")
@@ -240,7 +247,8 @@ def _check_bookkeeping(found: StateDict, expected: StateDict) -> None:
             raise UserError(f"arrays that do not fit the model: 1 unexpected ({name})")
         # Their shapes vary between versions.
         counts = kind == "num_batches_tracked" and array.size == 1
-        if not counts and not np.array_equal(np.ravel(array), np.ravel(constant)):
+        unused = naming.is_unused(name) and array.shape == constant.shape
+        if not counts and not unused and not np.array_equal(np.ravel(array), np.ravel(constant)):
             raise UserError(
                 f"the constant {name} is another than this project computes with; is it a checkpoint of a"
                 " changed model?"

@@ -26,8 +26,11 @@ MODELS = (
     "binaryvit_w4a1",
     "deit_distilled",
     "swin",
+    "bivit_deit",
+    "bivit_deit_nodist",
+    "bivit_swin",
 )
-REAL = ("deit", "deit_distilled", "swin")
+BINARYVIT = tuple(name for name in MODELS if name.startswith(("react", "binaryvit")))
 GROUPS = ["inputs", "eval logits", "train logits", "loss", "gradients"]
 
 
@@ -81,13 +84,52 @@ def test_golden_files_pass(golden_file, check, name):
     assert [row for row in rows if not row.passed] == []
     groups = [row.group for row in rows]
     assert set(GROUPS) <= set(groups)
-    assert ("running statistics" in groups) == (name not in REAL)
+    assert ("running statistics" in groups) == (name in BINARYVIT)
     assert ("final state" in groups) == name.endswith("_steps")
     arrays = read(golden_file(name))
     assert ("eval attention" in groups) == ("eval/attention/0" in arrays)
     compared = len(arrays) - 1  # meta
     compared -= 3 * ("steps/lr" in arrays)  # images, teacher and rates are inputs of the steps
+    compared -= sum(name.startswith("state2/") for name in arrays)  # likewise
+    assert ("first state" in groups) == name.startswith("bivit")
     assert sum(row.count for row in rows) == compared
+
+
+def test_patch_merging_passes(golden_file):
+    rows = list(checking.check(golden_file("bivit_merging")))
+    assert [row for row in rows if not row.passed] == []
+    assert [(row.group, row.count) for row in rows] == [
+        ("first output", 1),
+        ("first state", 3),
+        ("output", 1),
+        ("gradients", 6),
+        ("input gradient", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("init/y", "first output"),
+        ("init_state/reduction.alpha", "first state"),
+        ("y", "output"),
+        ("grad/reduction.act.zero_point", "gradients"),
+        ("grad_input/x", "input gradient"),
+    ],
+)
+def test_changed_patch_merging_is_found(golden_file, tmp_path, name, group):
+    arrays = read(golden_file("bivit_merging"))
+    arrays[name] = changed(arrays[name])
+    rows = checking.check(write(tmp_path / "changed.npz", arrays))
+    assert [row.group for row in rows if not row.passed] == [group]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("meta", np.array('{"case": "bivit_merging"}')), ("x", np.ones((2, 5, 5))), ("gy", np.ones(3))],
+)
+def test_patch_merging_of_another_shape(golden_file, tmp_path, capsys, name, value):
+    refused(write(tmp_path / "other.npz", read(golden_file("bivit_merging")) | {name: value}), capsys)
 
 
 def test_command_prints_a_table(golden_file, capsys):
@@ -381,7 +423,7 @@ def test_config_of_refuses_unknown_files():
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({"case": "bert", "kwargs": {}}, "case is 'bert'; expected deit_distilled or swin"),
+        ({"case": "bert", "kwargs": {}}, "case is 'bert'; expected one of deit_distilled, bivit_deit"),
         ({"case": "swin", "kwargs": {}}, "has no or an unknown 'img_size'"),
         ({"case": "swin", "kwargs": 3}, "has no or an unknown"),
         ({"kwargs": {}}, "has no or an unknown 'case'"),

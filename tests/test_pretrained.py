@@ -40,9 +40,12 @@ def overrides_of(model):
 
 
 def foreign_state(model, file_format, rng):
-    """Returns a state dict as PyTorch would have saved it, with counters that have counted."""
+    """Returns a state dict as PyTorch would have saved it: counters have counted, unused arrays vary."""
     state, _ = pretrained.to_format(model, file_format)
+    naming = FORMATS[file_format].naming(model.config)
     for name in state:
+        if naming.is_unused(name):
+            state[name] = rng.standard_normal(state[name].shape).astype(np.float32)
         if name.endswith("num_batches_tracked"):
             state[name] = np.array(rng.integers(1, 1000), np.int64)
     return {name: np.array(array, order="C") for name, array in state.items()}

@@ -29,6 +29,15 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "swin",
         {"width": 6, "depth": (2, 2), "num_heads": (1, 2), "image_size": 32, "window_size": 4},
     ),
+    "bivit_deit": ("bivit_release_deit", _DEIT),
+    "bivit_deit_plain": (
+        "bivit_release_deit",
+        _DEIT | {"distillation_token": False, "distillation_head": False},
+    ),
+    "bivit_swin": (
+        "bivit_release_swin",
+        {"width": 6, "depth": (2, 2), "num_heads": (1, 2), "image_size": 32, "window_size": 4},
+    ),
     "extra_res": (
         "extra_res",
         {"width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 16, "image_size": 32, "class_token": True}

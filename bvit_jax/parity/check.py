@@ -93,10 +93,12 @@ def _compare_inputs(golden: GoldenFile, subject: Subject) -> Row:
         for name, array in theirs.items()
         if array.dtype.kind == "f"
     }
+    naming = subject.file_format.naming(subject.config)
     constants = subject.file_format.constants(subject.config, golden.group("state"))
     for name, array in theirs.items():
-        constant = constants.get(name.removeprefix("state/"))
-        if constant is not None and not name.endswith(COUNTER):
+        bare = name.removeprefix("state/")
+        constant = constants.get(bare)
+        if constant is not None and not name.endswith(COUNTER) and not naming.is_unused(bare):
             ours[name] = constant
         elif name not in ours:  # counters, labels
             ours[name] = np.asarray(array)
