@@ -55,9 +55,7 @@ def _codes_forward(x: Array, scale: Array, zero_point: Array) -> tuple[Array, tu
     return zero_point_codes(x, scale, zero_point), (x, scale, zero_point)
 
 
-def _codes_backward(
-    residuals: tuple[Array, Array, Array], gradient: Array
-) -> tuple[Array, Array, Array]:
+def _codes_backward(residuals: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
     x, scale, zero_point = residuals
     inside = jnp.abs(_position(x, scale, zero_point)) <= 1
     to_x = jnp.where(inside, gradient / scale, 0)

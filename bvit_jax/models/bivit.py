@@ -127,17 +127,17 @@ class BiViTBlock(RealBlock):
         if self.head_norms:
             q = LayerNorm(HEAD_NORM_EPSILON, name="query_norm")(q)
             k = LayerNorm(HEAD_NORM_EPSILON, name="key_norm")(k)
-        q = ZeroPointQuantizer(axis=2, name="query_act")(q)
-        k = ZeroPointQuantizer(axis=2, name="key_act")(k)
-        v = ZeroPointQuantizer(axis=2, name="value_act")(v)
-        scores = self._product(q, k, "bqhd,bkhd->bhqk") / math.sqrt(q.codes.shape[-1])
+        queries = ZeroPointQuantizer(axis=2, name="query_act")(q)
+        keys = ZeroPointQuantizer(axis=2, name="key_act")(k)
+        values = ZeroPointQuantizer(axis=2, name="value_act")(v)
+        scores = self._product(queries, keys, "bqhd,bkhd->bhqk") / math.sqrt(q.shape[-1])
         probs = ZeroPointQuantizer(axis=1, name="prob_act")(self._probabilities(scores))
         kept = probs
         if train and c.attention_dropout > 0:
             rate = 1 - c.attention_dropout
             mask = jax.random.bernoulli(self.make_rng("dropout"), rate, probs.codes.shape)
             kept = Quantized(probs.codes * mask, probs.scale / rate)
-        return self._product(kept, v, "bhqk,bkhd->bqhd"), probs.codes * probs.scale
+        return self._product(kept, values, "bhqk,bkhd->bqhd"), probs.codes * probs.scale
 
     def _product(self, a: Quantized, b: Quantized, equation: str) -> Array:
         """Returns the product of two tensors with a scale a head, in any of the axes of ``equation``."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -28,7 +29,7 @@ def check(golden: GoldenFile) -> Iterator[Row]:
     x, to_y = golden.float64("x"), golden.float64("gy")
     if x.ndim != 3 or x.shape[1] != height * width or height % 2 or width % 2:
         raise UserError(f"its input is {x.shape}; expected {height}×{width} tokens, even numbers")
-    grid = x.reshape(-1, height, width, x.shape[-1])
+    grid = jnp.asarray(x.reshape(-1, height, width, x.shape[-1]))
     config = RealConfig(norm_epsilon=timm.SWIN_NORM_EPSILON, dtype=np.float64)
     module = BinaryMerging(2 * x.shape[-1], config)
     abstract = jax.eval_shape(module.init, jax.random.key(0), grid)
@@ -41,7 +42,7 @@ def check(golden: GoldenFile) -> Iterator[Row]:
 
     variables = from_state_dict(state | golden.group("state2"), abstract, np.float64, BIVIT_SWIN)
 
-    def output(params: Any, grid: Array) -> Array:
+    def output(params: Any, grid: Array) -> Any:
         return module.apply(variables | {"params": params}, grid)
 
     y, pullback = jax.vjp(output, variables["params"], grid)
