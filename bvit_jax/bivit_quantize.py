@@ -59,7 +59,7 @@ def _codes_backward(residuals: tuple[Array, Array, Array], gradient: Array) -> t
     x, scale, zero_point = residuals
     inside = jnp.abs(_position(x, scale, zero_point)) <= 1
     to_x = jnp.where(inside, gradient / scale, 0)
-    to_scale = _sum_to(-to_x * (x / scale), scale.shape)
+    to_scale = _sum_to(jnp.where(inside, -to_x * (x / scale), 0), scale.shape)
     to_zero_point = _sum_to(jnp.where(inside, 0, -gradient), zero_point.shape)
     return to_x, to_scale, to_zero_point
 

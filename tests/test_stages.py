@@ -40,6 +40,8 @@ TINY = {
         "patch_size": 2,
     },
 }
+TINY["bivit_release_deit"] = TINY["deit"]
+TINY["bivit_release_swin"] = TINY["swin"]
 SCAN, BLOCK, DOTS = {"scan_blocks": True}, {"remat": "block"}, {"remat": "dots"}
 
 
