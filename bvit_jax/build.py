@@ -16,6 +16,7 @@ from bvit_jax import data, health, models, optim, pictures, pretrained, runs
 from bvit_jax.augmentation import Augmentation
 from bvit_jax.erasing import Erasing
 from bvit_jax.errors import UserError
+from bvit_jax.first_batch import jit_start, make_start, starts_from_a_batch
 from bvit_jax.mixing import Mixing
 from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated
@@ -113,6 +114,7 @@ class Run:
       create: makes the initial state of a key, where it will live.
       gather: returns parameters and statistics whole on every device.
       step: the training step, to be compiled by its first call or ahead of time.
+      start: what comes before the first step, see `bvit_jax.first_batch`; None if nothing does.
       plain_step: the same without rematerialisation, scans and microbatches, to count its operations.
       health: the health of a binary network, see `bvit_jax.health`; None if it is not measured.
       look: what the model sees of a batch, see `bvit_jax.pictures`.
@@ -127,6 +129,7 @@ class Run:
     create: Any
     gather: Any
     step: Any
+    start: Any
     plain_step: Any
     health: Any
     look: Any
@@ -195,6 +198,13 @@ def build(
     kept = {"ema": config.ema.decay > 0, "health": config.health}
     state = abstract_state(model, optimizer, image_size, mesh, **kept)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    start = make_start(
+        plain,
+        normalize,
+        augmentation=augmentation,
+        accumulate_steps=config.accumulate_steps,
+        mesh=mesh,
+    )
     return Run(
         mesh=mesh,
         model=model,
@@ -207,6 +217,7 @@ def build(
         ),
         gather=jax.jit(lambda tree: tree, out_shardings=replicated(mesh)),
         step=jit_train_step(make_step(model, config.accumulate_steps), mesh, shardings, donate=donate),
+        start=jit_start(start, mesh, shardings) if starts_from_a_batch(state) else None,
         plain_step=jit_train_step(make_step(plain, 1), mesh, shardings),
         health=health.jit_health_step(measure, mesh) if config.health else None,
         look=pictures.jit_look(look, mesh),

@@ -181,6 +181,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
                     seen = run.look(batch, start, key_train)
                     if is_main:
                         writer.add_images(step, "batch", pictures.draw(seen, train_split.class_names))
+                if step == 1 and run.start is not None:
+                    state = run.start(state, batch, key_train)
                 profile.before(step)
                 state, metrics = train_step(state, batch, teacher_variables, key_train)
                 profile.after(step, metrics)

@@ -97,6 +97,8 @@ def assert_close(actual, expected, atol=1e-12):
         ("extra_res", BLOCK),
         ("binaryvit", SCAN),
         ("swin", SCAN | BLOCK),
+        ("bivit_release_deit", SCAN | DOTS),
+        ("bivit_release_swin", SCAN),
     ],
 )
 def test_nothing_changes_but_how_it_runs(name, execution):
@@ -117,7 +119,7 @@ def test_variables_and_description_stay_the_same(name):
 def test_scanned_blocks_are_traced_once(name):
     def size_of(depth, execution):
         settings = {"depth": depth}
-        if name in ("binaryvit", "swin"):
+        if name in ("binaryvit", "swin", "bivit_release_swin"):
             settings = {"depth": (depth,)}
         model, config = tiny(name, execution=execution, **settings)
         variables = random_variables(model, config)

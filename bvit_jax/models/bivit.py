@@ -29,6 +29,7 @@ from bvit_jax.models.stages import Execution
 from bvit_jax.models.swin import PatchMerging, Swin
 
 HEAD_NORM_EPSILON = 1e-5
+SEEN = "init_state"  # the flag of a quantiser that has taken its values from a batch
 
 
 class Quantized(NamedTuple):
@@ -63,7 +64,7 @@ class ZeroPointQuantizer(nn.Module):
         size = x.shape[self.axis]
         scale = self.param("alpha", nn.initializers.ones, (size,))
         zero_point = self.param("zero_point", nn.initializers.zeros, (size,))
-        seen = self.variable("batch_stats", "init_state", jnp.zeros, (1,))
+        seen = self.variable("batch_stats", SEEN, jnp.zeros, (1,))
         signed = self.variable("batch_stats", "signed", jnp.zeros, (1,))
         if _from_first_batch(self):
             first = quantize.first_values(x)
@@ -96,7 +97,7 @@ class BinaryReduction(nn.Module):
         fan_in = x.shape[-1]
         kernel = self.param("kernel", kernel_init(c.weight_init, fan_in), (fan_in, self.features))
         scale = self.param("alpha", nn.initializers.ones, (self.features,))
-        seen = self.variable("batch_stats", "init_state", jnp.zeros, (1,))
+        seen = self.variable("batch_stats", SEEN, jnp.zeros, (1,))
         if _from_first_batch(self):
             scale = _first(seen.value, quantize.first_scale(kernel), scale)
             seen.value = jnp.ones_like(seen.value)

@@ -1,0 +1,91 @@
+"""The start of a run whose quantisers take their values from the first batch."""
+
+import jax
+import numpy as np
+import pytest
+
+from bvit_jax import models, runs
+from bvit_jax.build import build
+from bvit_jax.data import open_train_split
+from bvit_jax.first_batch import starts_from_a_batch
+from bvit_jax.sharding import shard_batch
+from bvit_jax.training import train_and_evaluate
+from tests.configs import tiny
+
+
+def config_of(data_dir, **settings):
+    config = tiny.get_config()
+    config.model = models.model_config(
+        "bivit_release_deit",
+        image_size=16,
+        patch_size=4,
+        num_classes=10,
+        width=16,
+        depth=2,
+        num_heads=2,
+        mlp_dim=32,
+        distillation_token=False,
+        distillation_head=False,
+        attention_dropout=0.1,
+        drop_path=0.1,
+    )
+    config.data.data_dir = str(data_dir)
+    config.update(settings)
+    return config
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def called(tree, name):
+    return [a for path, a in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key == name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"accumulate_steps": 2, "ema": {"decay": 0.9}}])
+def test_start_and_first_step(data_dir, settings):
+    config = config_of(data_dir, **settings)
+    run = build(config, open_train_split(config.data).num_examples)
+    key = jax.random.key(3)
+    state = run.create(jax.random.key(0))
+    before = jax.device_get(state)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (144, 16, 16, 3), np.uint8)
+    batch = shard_batch({"image": images, "label": rng.integers(0, 10, 144, np.int32)}, run.mesh)
+    state = run.start(state, batch, key)
+    after = jax.device_get(state)
+    assert all((flag == 1).all() for flag in called(after.batch_stats, "init_state"))
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before.params, after.params)
+    assert all(called(changed, "alpha") + called(changed, "zero_point"))
+    assert not any(called(changed, "kernel") + called(changed, "scale") + called(changed, "bias"))
+    if before.ema is not None:
+        assert jax.tree.all(jax.tree.map(np.array_equal, after.ema["params"], after.params))
+    again = jax.device_get(run.start(state, batch, key))
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, after))
+
+    state, metrics = run.step(state, batch, {}, key)  # which takes the memory of the state
+    assert np.isfinite(metrics["loss"])
+    assert all((flag == 1).all() for flag in called(state.batch_stats, "init_state"))
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), after.params, jax.device_get(state.params))
+    assert all(called(changed, "alpha"))
+
+
+def test_other_models_have_no_start(data_dir):
+    config = tiny.get_config()
+    run = build(config, 1000)
+    assert run.start is None
+    assert not starts_from_a_batch(run.state)
+
+
+@pytest.mark.slow
+def test_a_run_starts_with_it(data_dir, tmp_path):
+    config = config_of(data_dir, epochs=1)
+    figures = train_and_evaluate(config, tmp_path)
+    assert 0 <= figures["top1"] <= 1 or figures["top1"] <= 100
+    saved = runs.load_run(tmp_path, "last")
+    assert all((flag == 1).all() for flag in called(saved.variables["batch_stats"], "init_state"))
+    scales = called(saved.variables["params"], "alpha")
+    assert scales
+    assert not any(np.allclose(scale, 1, atol=1e-2) for scale in scales)
