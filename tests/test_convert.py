@@ -122,6 +122,24 @@ def test_what_is_assumed_and_left_out_is_said(tmp_path, source, capsys):
     assert "assumed, since" not in capsys.readouterr().out
 
 
+def test_arrays_that_are_never_read_are_kept_and_counted(tmp_path, capsys):
+    state, _ = pretrained.to_format(tiny_pretrained("bivit_deit"), "bivit")
+    state["blocks.1.attn.qkv.bias"] += 1
+    source = tmp_path / "b.safetensors"
+    source.write_bytes(tensor_files.encode_safetensors(state, {}))
+    assert main([str(source), str(tmp_path / "x")]) == 0
+    expected = "kept, though the model never reads them: 8 arrays such as blocks.0.attn.proj.bias"
+    assert expected in capsys.readouterr().out
+    kept = pretrained.load(tmp_path / "x")
+    assert kept.unused() == tuple(sorted(name for name in state if name in kept.bookkeeping))
+    back, _ = pretrained.to_format(kept, "bivit")
+    assert (back["blocks.1.attn.qkv.bias"] == 1).all()
+    state["blocks.1.attn.qkv.bias"] = state["blocks.1.attn.qkv.bias"][1:]
+    source.write_bytes(tensor_files.encode_safetensors(state, {}))
+    assert main([str(source), str(tmp_path / "y")]) != 0
+    assert "blocks.1.attn.qkv.bias is another than" in capsys.readouterr().err
+
+
 def test_settings(tmp_path, source):
     arguments = ["--set", "num_heads=4", "--set", "norm_epsilon=1e-12", "--set", "weight_init=trunc_normal"]
     assert main([str(source), str(tmp_path / "x"), *arguments]) == 0

@@ -82,9 +82,8 @@ def test_other_models_have_no_start(data_dir):
 @pytest.mark.slow
 def test_a_run_starts_with_it(data_dir, tmp_path):
     config = config_of(data_dir, epochs=1)
-    figures = train_and_evaluate(config, tmp_path)
-    assert 0 <= figures["top1"] <= 1 or figures["top1"] <= 100
-    saved = runs.load_run(tmp_path, "last")
+    train_and_evaluate(config, tmp_path)
+    saved = runs.load_run(tmp_path, "latest")
     assert all((flag == 1).all() for flag in called(saved.variables["batch_stats"], "init_state"))
     scales = called(saved.variables["params"], "alpha")
     assert scales
