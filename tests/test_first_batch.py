@@ -11,6 +11,7 @@ from bvit_jax.first_batch import starts_from_a_batch
 from bvit_jax.sharding import shard_batch
 from bvit_jax.training import train_and_evaluate
 from tests.configs import tiny
+from tests.processes import metrics_of
 
 
 def config_of(data_dir, **settings):
@@ -81,10 +82,14 @@ def test_other_models_have_no_start(data_dir):
 
 @pytest.mark.slow
 def test_a_run_starts_with_it(data_dir, tmp_path):
-    config = config_of(data_dir, epochs=1)
+    config = config_of(data_dir, epochs=1, health=True)
     train_and_evaluate(config, tmp_path)
     saved = runs.load_run(tmp_path, "latest")
     assert all((flag == 1).all() for flag in called(saved.variables["batch_stats"], "init_state"))
+    figures = [line for line in metrics_of(tmp_path) if "flipped" in line]
+    assert figures
+    assert figures[-1]["dead_heads"] == 0
+    assert 0 < figures[-1]["active_weights"] <= 1
     scales = called(saved.variables["params"], "alpha")
     assert scales
     assert not any(np.allclose(scale, 1, atol=1e-2) for scale in scales)

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax import Array
 
 from bvit_jax import bivit_quantize as quantize
-from bvit_jax import products
+from bvit_jax import products, watch
 from bvit_jax.layers import LayerNorm, UncentredDense, kernel_init
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.real_block import RealBlock, RealConfig
@@ -133,6 +133,7 @@ class BiViTBlock(RealBlock):
         values = ZeroPointQuantizer(axis=2, name="value_act")(v)
         scores = self._product(queries, keys, "bqhd,bkhd->bhqk") / math.sqrt(q.shape[-1])
         probs = ZeroPointQuantizer(axis=1, name="prob_act")(self._probabilities(scores))
+        watch.watch_heads(self, probs.codes)
         kept = probs
         if train and c.attention_dropout > 0:
             rate = 1 - c.attention_dropout
