@@ -171,7 +171,10 @@ def test_names_without_a_new_head(tmp_path, source):
         (["--set=num_heads=5"], "config.model.width is 64: expected a multiple of its 5 heads"),
         (["--set=num_heads=four"], "config.model.num_heads is 'four': expected a whole number"),
         (["--set=width=32"], "arrays that do not fit the model"),
-        (["--format=onnx"], "no format 'onnx'; known: bivit, huggingface, microsoft, native, reference, timm"),
+        (
+            ["--format=onnx"],
+            "no format 'onnx'; known: bivit, huggingface, microsoft, native, reference, timm",
+        ),
         (["--format=microsoft"], "has no 'deit', only swin"),
         (["--config=none.json"], "no file none.json"),
         (["--image_size=50"], "config.model.image_size is 50"),
