@@ -206,8 +206,7 @@ def assert_close(workdir: Path, whole: Path) -> None:
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2)])
-@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize(("before", "after", "fsdp"), [(1, 4, 2), (4, 2, 1)])
 def test_continues_on_other_devices(
     before: int, after: int, fsdp: int, tmp_path: Path, data_dir: Path, real: Path
 ) -> None:
