@@ -100,6 +100,17 @@ def exit_status(action: Callable[[], None]) -> int:
     return 0
 
 
+def add_noema(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag by which a command takes the raw weights of a run that keeps a moving average."""
+    parser.add_argument(
+        "--noema",
+        dest="ema",
+        action="store_false",
+        default=None,
+        help="of a run with a moving average, the raw weights",
+    )
+
+
 def positive(text: str) -> int:
     """Returns the number above 0 that an argument of a command is."""
     if not text.isdecimal() or int(text) < 1:

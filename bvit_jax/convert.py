@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from bvit_jax import adapt, labels, models, pretrained, runs
-from bvit_jax.commands import exit_status, positive
+from bvit_jax.commands import add_noema, exit_status, positive
 from bvit_jax.errors import UserError
 from bvit_jax.formats import FORMATS
 from bvit_jax.pretrained import NATIVE, Pretrained
@@ -121,13 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ignore", action="append", default=[], metavar="PATTERN", help="arrays to leave out: 'vit.pooler.*'"
     )
     parser.add_argument("--checkpoint", choices=("latest", "best"), help="of a workdir (default: latest)")
-    parser.add_argument(
-        "--noema",
-        dest="ema",
-        action="store_false",
-        default=None,
-        help="of a run with a moving average, the raw weights",
-    )
+    add_noema(parser)
     parser.add_argument("--image_size", type=positive, help="interpolates the position embeddings")
     parser.add_argument("--reset_head", type=positive, metavar="CLASSES", help="a new head, initialised")
     parser.add_argument("--class_names", type=Path, metavar="FILE", help="a name on each line")

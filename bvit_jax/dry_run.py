@@ -121,21 +121,23 @@ def table(figures: Mapping[str, Any]) -> str:
 
 def _memory(compiled: Any) -> dict[str, float]:
     memory = compiled.memory_analysis()
-    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    arguments -= memory.alias_size_in_bytes
     return {
-        "arguments_mb": _mb(arguments),
+        "arguments_mb": _mb(_data_bytes(memory)),
         "temporaries_mb": _mb(memory.temp_size_in_bytes),
         "program_mb": _mb(memory.generated_code_size_in_bytes),
         "total_mb": _mb(total_bytes(compiled)),
     }
 
 
+def _data_bytes(memory: Any) -> int:
+    """Returns the bytes of what goes in and comes out, a donated array once."""
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
 def total_bytes(compiled: Any) -> int:
     """Returns the bytes that a program and its data need on a device."""
     memory = compiled.memory_analysis()
-    data = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return data + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    return _data_bytes(memory) + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
 def _bound(chip: Chip, flops: float, moved: float, images: int) -> dict[str, Any]:

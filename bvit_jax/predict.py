@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from bvit_jax import models, runs
-from bvit_jax.commands import exit_status, positive
+from bvit_jax.commands import add_noema, exit_status, positive
 from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
 from bvit_jax.formats import Preprocessing
@@ -114,13 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH")
     parser.add_argument("--kind", choices=("latest", "best"), help="of a workdir (default: latest)")
-    parser.add_argument(
-        "--noema",
-        dest="ema",
-        action="store_false",
-        default=None,
-        help="of a run with a moving average, the raw weights",
-    )
+    add_noema(parser)
     parser.add_argument("--top", type=positive, default=5, help="classes to print for each image")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args(argv)

@@ -153,6 +153,7 @@ def make_train_step(
         state: TrainState, examples: Examples, teacher_variables: Variables, key: Array
     ) -> tuple[Any, Any, Metrics]:
         """Returns what ``loss_and_gradient`` does, from one microbatch at a time."""
+        params = gather(state.params)
 
         def body(carry: tuple[Any, Any], index: Array) -> tuple[tuple[Any, Any], Metrics]:
             total, batch_stats = carry
@@ -165,7 +166,6 @@ def make_train_step(
             )
             return (jax.tree.map(jnp.add, total, grads), batch_stats), metrics
 
-        params = gather(state.params)
         zeros = jax.tree.map(jnp.zeros_like, params)
         indices = jnp.arange(accumulate_steps)
         (total, batch_stats), metrics = lax.scan(body, (zeros, state.batch_stats), indices)

@@ -1,6 +1,5 @@
 """The training loop, top to bottom."""
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -193,7 +192,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
                     layers = {}
                     if health_step is not None:
                         found, signs = health_step(state, batch, key_train)
-                        state = dataclasses.replace(state, signs=signs)
+                        state = state.replace(signs=signs)
                     means = _finite(record.window, workdir)
                     if health_step is not None:
                         layers = health.per_layer(found)

@@ -37,6 +37,15 @@ def command(script: str, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / script), *flags]
 
 
+def training_flags(workdir: Path, data_dir: Path, variant: str = "") -> list[str]:
+    """Returns the flags of a run of seconds; see its configuration for the variants."""
+    return [
+        f"--config={ROOT}/tests/configs/tiny.py{variant}",
+        f"--workdir={workdir}",
+        f"--config.data.data_dir={data_dir}",
+    ]
+
+
 def environment(devices: int = 1) -> dict[str, str]:
     """Some CPU devices, whatever this process simulates, and what earlier processes compiled."""
     return {

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from .processes import (
-    ROOT,
     assert_same_runs,
     cluster_flags,
     final_state,
@@ -27,18 +26,11 @@ from .processes import (
     run_until,
     start,
     start_many,
+    training_flags,
     wait_for,
 )
 
 pytestmark = pytest.mark.slow
-
-
-def flags_of(workdir: Path, data_dir: Path, variant: str = "") -> list[str]:
-    return [
-        f"--config={ROOT}/tests/configs/tiny.py{variant}",
-        f"--workdir={workdir}",
-        f"--config.data.data_dir={data_dir}",
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +42,14 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
     """The workdir of an unbroken run: 18 steps, evaluated at 9 and 18, saved every 5."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert run("train.py", *flags_of(workdir, data_dir)).returncode == 0
+    assert run("train.py", *training_flags(workdir, data_dir)).returncode == 0
     return workdir
 
 
 @pytest.fixture
 def flags(tmp_path: Path, data_dir: Path) -> list[str]:
     """Of a run in ``tmp_path / "run"``."""
-    return flags_of(tmp_path / "run", data_dir)
+    return training_flags(tmp_path / "run", data_dir)
 
 
 def assert_continues(flags: list[str], workdir: Path, whole: Path) -> str:
@@ -138,7 +130,7 @@ def test_a_damaged_checkpoint(damage: str, data_dir: Path, tmp_path: Path, whole
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
     file.write_bytes(content[:middle] if damage == "truncated" else flipped)
-    log = assert_continues(flags_of(workdir, data_dir), workdir, whole)
+    log = assert_continues(training_flags(workdir, data_dir), workdir, whole)
     assert f"checkpoint {newest} is damaged" in log
     assert "continuing from step 15 " in log
 
@@ -160,7 +152,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk(small_disk: Path, data_dir: Path, whole: Path) -> None:
     workdir, ballast = small_disk / "run", small_disk / "ballast"
-    flags = flags_of(workdir, data_dir)
+    flags = training_flags(workdir, data_dir)
     run_until("saved step 5", *flags)
     ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
     result = run("train.py", *flags)
@@ -187,7 +179,7 @@ def test_a_directory_that_is_gone(flags: list[str], tmp_path: Path) -> None:
 def real(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
     """The workdir of an unbroken run of a real model: its sums may be reordered without flipping signs."""
     workdir = tmp_path_factory.mktemp("runs") / "real"
-    assert run("train.py", *flags_of(workdir, data_dir, ":real")).returncode == 0
+    assert run("train.py", *training_flags(workdir, data_dir, ":real")).returncode == 0
     return workdir
 
 
@@ -206,12 +198,11 @@ def assert_close(workdir: Path, whole: Path) -> None:
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2)])
-@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize(("before", "after", "fsdp"), [(1, 4, 2), (4, 2, 1)])
 def test_continues_on_other_devices(
     before: int, after: int, fsdp: int, tmp_path: Path, data_dir: Path, real: Path
 ) -> None:
-    flags = flags_of(tmp_path / "run", data_dir, ":real")
+    flags = training_flags(tmp_path / "run", data_dir, ":real")
     killed = start("train.py", *flags, devices=before)
     wait_for(killed, "saved step 10")
     killed.kill()
@@ -228,7 +219,7 @@ def test_continues_on_other_devices(
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_equal_one(count: int, tmp_path: Path, data_dir: Path, real: Path) -> None:
     results = [
-        finish(process) for process in start_many(count, *flags_of(tmp_path / "run", data_dir, ":real"))
+        finish(process) for process in start_many(count, *training_flags(tmp_path / "run", data_dir, ":real"))
     ]
     for index, result in enumerate(results):
         assert result.returncode == 0, result.stderr
@@ -239,7 +230,7 @@ def test_several_processes_equal_one(count: int, tmp_path: Path, data_dir: Path,
 
 
 def test_continues_as_two_processes(tmp_path: Path, data_dir: Path, real: Path) -> None:
-    flags = flags_of(tmp_path / "run", data_dir, ":real")
+    flags = training_flags(tmp_path / "run", data_dir, ":real")
     run_until("saved step 10", *flags)
     for result in [finish(process) for process in start_many(2, *flags)]:
         assert result.returncode == 0, result.stderr
@@ -247,7 +238,7 @@ def test_continues_as_two_processes(tmp_path: Path, data_dir: Path, real: Path) 
 
 
 def test_a_host_that_dies_and_one_that_starts_late(tmp_path: Path, data_dir: Path, real: Path) -> None:
-    flags = flags_of(tmp_path / "run", data_dir, ":real")
+    flags = training_flags(tmp_path / "run", data_dir, ":real")
     first, second = start_many(2, *flags)
     wait_for(first, "saved step 5")
     second.kill()
@@ -268,7 +259,7 @@ def test_a_host_that_dies_and_one_that_starts_late(tmp_path: Path, data_dir: Pat
 
 
 def test_sigterm_to_one_of_two(tmp_path: Path, data_dir: Path, real: Path) -> None:
-    flags = flags_of(tmp_path / "run", data_dir, ":real")
+    flags = training_flags(tmp_path / "run", data_dir, ":real")
     first, second = start_many(2, *flags)
     wait_for(first, "step 6/18")
     second.terminate()
@@ -294,7 +285,7 @@ def test_a_host_that_never_starts(there: int, flags: list[str]) -> None:
 
 def test_processes_of_different_runs(tmp_path: Path, data_dir: Path) -> None:
     own = cluster_flags(2)
-    flags = flags_of(tmp_path / "run", data_dir)
+    flags = training_flags(tmp_path / "run", data_dir)
     processes = [
         start("train.py", *flags, *own[0]),
         start("train.py", *flags, *own[1], "--config.optim.weight_decay=0.5"),
@@ -308,7 +299,7 @@ def test_processes_of_different_runs(tmp_path: Path, data_dir: Path) -> None:
 def test_hosts_that_do_not_share_the_workdir(tmp_path: Path, data_dir: Path) -> None:
     own = cluster_flags(2)
     processes = [
-        start("train.py", *flags_of(tmp_path / str(index), data_dir), *own[index]) for index in range(2)
+        start("train.py", *training_flags(tmp_path / str(index), data_dir), *own[index]) for index in range(2)
     ]
     for result in [finish(process) for process in processes]:
         assert result.returncode == 1

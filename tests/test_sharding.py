@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from bvit_jax.build import build
 from bvit_jax.errors import UserError
+from bvit_jax.models import model_config
 from bvit_jax.sharding import local_rows, make_mesh, replicate, shard_batch, state_sharding
 
 from .configs import tiny
@@ -57,7 +58,8 @@ def test_replicate_puts_the_whole_on_every_device():
 
 def small_config(fsdp):
     config = tiny.get_config()
-    config.model.width, config.model.num_heads, config.model.mlp_dim = (16, 32), (1, 2), (32, 64)
+    shape = {"image_size": 16, "patch_size": 4, "width": 32, "depth": 1, "num_heads": 2, "mlp_dim": 64}
+    config.model = model_config("extra_res", num_classes=10, **shape)
     config.mesh.fsdp = fsdp
     return config
 

@@ -28,15 +28,8 @@ from tests.processes import (
     metrics_of,
     run,
     run_until,
+    training_flags,
 )
-
-
-def training_flags(workdir: Path, data_dir: Path) -> list[str]:
-    return [
-        f"--config={ROOT}/tests/configs/tiny.py",
-        f"--workdir={workdir}",
-        f"--config.data.data_dir={data_dir}",
-    ]
 
 
 @pytest.fixture(scope="session")
