@@ -10,6 +10,7 @@ from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.formats import FORMATS
 from bvit_jax.layers import bias_init, kernel_init
+from bvit_jax.models.factory import DEITS
 from bvit_jax.positions import resize_positions
 from bvit_jax.pretrained import Pretrained
 from bvit_jax.state_dicts import StateDict, abstract_variables
@@ -51,7 +52,7 @@ def resized(pretrained: Pretrained, image_size: int) -> Pretrained:
 
 def _extra_tokens(config: ConfigDict) -> int:
     """Returns the number of tokens in front of the patches."""
-    class_token = config.name == "deit" or config.get("class_token", False)
+    class_token = config.name in DEITS or config.get("class_token", False)
     return int(class_token) + int(config.get("distillation_token", False))
 
 

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bvit_jax.quantize import sum_to
+
 OUTPUT_LIMIT = 10.0  # of the GELU's output
 UNSIGNED = -1e-5  # least minimum of a tensor that counts as having no sign
 MOMENTUM = 0.1  # share of the first batch in the zero point, which starts at 0
@@ -59,19 +61,12 @@ def _codes_backward(residuals: tuple[Array, Array, Array], gradient: Array) -> t
     x, scale, zero_point = residuals
     inside = jnp.abs(_position(x, scale, zero_point)) <= 1
     to_x = jnp.where(inside, gradient / scale, 0)
-    to_scale = _sum_to(jnp.where(inside, -to_x * (x / scale), 0), scale.shape)
-    to_zero_point = _sum_to(jnp.where(inside, 0, -gradient), zero_point.shape)
+    to_scale = sum_to(jnp.where(inside, -to_x * (x / scale), 0), scale.shape)
+    to_zero_point = sum_to(jnp.where(inside, 0, -gradient), zero_point.shape)
     return to_x, to_scale, to_zero_point
 
 
 zero_point_codes.defvjp(_codes_forward, _codes_backward)
-
-
-def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
-    """Sums over the axes along which an array of ``shape`` was broadcast."""
-    padded = (1,) * (x.ndim - len(shape)) + shape
-    axes = tuple(axis for axis, size in enumerate(padded) if size == 1)
-    return jnp.sum(x, axis=axes, keepdims=True).reshape(shape)
 
 
 @jax.custom_vjp

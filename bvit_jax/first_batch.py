@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
-from bvit_jax.models import bivit
+from bvit_jax.models.first_values import SEEN, first_batch
 from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, replicated
 from bvit_jax.step import Examples, step_keys
@@ -23,7 +23,7 @@ Start = Callable[[TrainState, Mapping[str, Array], Array], TrainState]
 def starts_from_a_batch(state: TrainState) -> bool:
     """Returns whether a model has quantisers that take their values from the first batch."""
     paths = jax.tree_util.tree_leaves_with_path(state.batch_stats)
-    return any(path[-1].key == bivit.SEEN for path, _ in paths)
+    return any(path[-1].key == SEEN for path, _ in paths)
 
 
 def make_start(
@@ -47,7 +47,7 @@ def make_start(
             examples = Examples(pictures, batch["label"], None, None)
             pictures = examples.microbatch(jnp.int32(0), accumulate_steps, mesh).pictures
             step_key = jax.random.fold_in(jax.random.fold_in(step_key, 2), 0)
-        _, variables = bivit.first_batch(model, state.variables, normalize(pictures), {"dropout": step_key})
+        _, variables = first_batch(model, state.variables, normalize(pictures), {"dropout": step_key})
         params, statistics = variables["params"], variables["batch_stats"]
         ema: Any = state.ema
         if ema is not None:

@@ -175,13 +175,16 @@ class BinaryDense(nn.Module):
 class UncentredDense(nn.Module):
     """A linear layer without bias and shift whose input and weights are binarised, as in Bi-ViT.
 
-    ``mean|W| · sign(W) · sign(x)``, the mean that of each output channel. Returns the accumulator.
+    ``mean|W| · sign(W) · sign(x)``, the mean that of each output channel; the sign of x is left out unless
+    ``act_bits`` is 1. Returns the accumulator.
     """
 
     rule: ClassVar[products.WeightRule] = products.CONV
+    sign: ClassVar[staticmethod[[Array], Array]] = staticmethod(quantize.sign)
     weight_bits: ClassVar[int] = 1
 
     features: int
+    act_bits: int = 1
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
 
@@ -189,10 +192,18 @@ class UncentredDense(nn.Module):
     def __call__(self, x: Array) -> Array:
         fan_in = x.shape[-1]
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), (fan_in, self.features))
-        watch.watch_sign(self, x)
-        config = products.ProductConfig(self.rule, True, self.dtype)
+        if self.act_bits == 1:
+            watch.watch_sign(self, x)
+        config = products.ProductConfig(self.rule, self.act_bits == 1, self.dtype, self.sign)
         no_move = jnp.zeros(fan_in, accumulator_dtype(self.dtype))
         return products.binary_product(x, no_move, kernel, config)
+
+
+class BitDense(UncentredDense):
+    """`UncentredDense` whose every sign is a bit: that of zero is 1."""
+
+    rule: ClassVar[products.WeightRule] = products.BITS
+    sign: ClassVar[staticmethod[[Array], Array]] = staticmethod(quantize.sign_bit)
 
 
 class BinaryPatchConv(nn.Module):

@@ -36,23 +36,25 @@ class WeightRule(NamedTuple):
 
 DENSE = WeightRule(quantize.dense_codes, quantize.dense_gradient, quantize.dense_window)
 CONV = WeightRule(quantize.conv_codes, quantize.conv_gradient, quantize.conv_window)
+BITS = CONV._replace(codes=quantize.weight_bit)
 
 
 class ProductConfig(NamedTuple):
-    """The static part of a product: the weights' rule, whether the input is binarised, the dtype."""
+    """The static part of a product: the weights' rule, whether and how the input is binarised, the dtype."""
 
     rule: WeightRule
     binary_input: bool
     dtype: DTypeLike
+    sign: Callable[[Array], Array] = quantize.sign  # any whose slope is `quantize.sign_slope`
 
     def operand(self, shifted: Array) -> Array:
         """Returns what is multiplied with the weights' codes, in a dtype that holds it exactly."""
-        return quantize.sign(shifted).astype(CODE_DTYPE) if self.binary_input else shifted
+        return self.sign(shifted).astype(CODE_DTYPE) if self.binary_input else shifted
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def binary_product(x: Array, move: Array, kernel: Array, config: ProductConfig) -> Array:
-    """Returns ``sign(x + move) @ W``, with W the binarised ``kernel``.
+    """Returns ``sign(x + move) @ W``, with W the binarised ``kernel`` and the sign that of ``config``.
 
     The sum ``x + move`` is taken in float32 at least, so that rounding makes no zeros before the sign.
     Gradients: `quantize.sign`'s for ``x`` and ``move``, `quantize.binarize_dense`'s or

@@ -8,9 +8,12 @@ tested):
 function              forward at the edge                 gradient at the edge
 ====================  ==================================  ===========================================
 sign                  sign(0) = 0                         2 at 0, 0 at -1 and at 1, 0 at ±inf
+sign_bit              sign(0) = sign(-0) = 1              as that of sign
 prob_codes            p/a = 0.5 -> 0 (half to even)       1 on the closed interval 0 <= p/a <= 1
 binarize_dense        a weight at its row mean -> 0       1 on the closed interval |W - mean| <= 1
 binarize_conv         sign(0) = 0                         1 on the closed interval |W| <= 1
+weight_bit            sign(0) = sign(-0) = 1              1 on the closed interval |W| <= 1
+above                 the floor itself                    only what raises the value
 ternarize             |w| at the threshold -> 0           1 on the open interval (-clip, clip)
 quantize_symmetric    half to even                        1 on the open interval (-clip, clip)
 quantize_asymmetric   half to even                        1 on the open interval (-clip, clip)
@@ -59,6 +62,19 @@ def _sign_backward(x: Array, gradient: Array) -> tuple[Array]:
 sign.defvjp(_sign_forward, _sign_backward)
 
 
+def _bits(x: Array) -> Array:
+    return jnp.sign(x) + (x == 0)  # not a comparison, of which a NaN would be a -1
+
+
+@jax.custom_vjp
+def sign_bit(x: Array) -> Array:
+    """Returns -1 or 1, what one bit can hold: `sign` with the sign of zero 1. Same gradient."""
+    return _bits(x)
+
+
+sign_bit.defvjp(lambda x: (_bits(x), x), _sign_backward)
+
+
 @jax.custom_vjp
 def prob_codes(probs: Array, scale: Array) -> Array:
     """Returns the {0, 1} codes of attention probabilities: ``clip(round(probs / scale), 0, 1)``.
@@ -69,7 +85,7 @@ def prob_codes(probs: Array, scale: Array) -> Array:
 
     Args:
       probs: probabilities, any shape.
-      scale: the learned scalar of the layer, shape (), not zero.
+      scale: learned, not zero; a scalar of the layer, or in a shape that broadcasts against ``probs``.
 
     Returns:
       Codes in the shape and dtype of ``probs``.
@@ -87,7 +103,7 @@ def _prob_codes_backward(residuals: tuple[Array, Array], gradient: Array) -> tup
     ratio = probs / scale
     inside = (ratio >= 0) & (ratio <= 1)
     residue = jnp.where(inside, jnp.round(ratio) - ratio, (ratio > 1).astype(ratio.dtype))
-    return jnp.where(inside, gradient, 0), jnp.sum(gradient * residue)
+    return jnp.where(inside, gradient, 0), sum_to(gradient * residue, scale.shape)
 
 
 prob_codes.defvjp(_prob_codes_forward, _prob_codes_backward)
@@ -100,6 +116,31 @@ def binarize_probs(probs: Array, scale: Array) -> Array:
     round(q) - q there and 1 where q > 1. ``scale`` has shape ().
     """
     return lax.stop_gradient(scale) * prob_codes(probs, scale)
+
+
+def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sums over the axes along which an array of ``shape`` was broadcast to that of ``x``."""
+    padded = (1,) * (x.ndim - len(shape)) + shape
+    axes = tuple(axis for axis, size in enumerate(padded) if size == 1)
+    return jnp.sum(x, axis=axes, keepdims=True).reshape(shape)
+
+
+@jax.custom_vjp
+def above(x: Array, floor: Array) -> Array:
+    """Returns ``max(x, floor)``, whose gradient below the floor passes only what raises ``x`` in a descent.
+
+    A plain maximum would hold a parameter that once fell below its floor there for good. ``floor`` is a
+    scalar without gradient.
+    """
+    return jnp.maximum(x, floor)
+
+
+def _above_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, floor = residuals
+    return jnp.where((x > floor) | (gradient < 0), gradient, 0), jnp.zeros_like(floor)
+
+
+above.defvjp(lambda x, floor: (above(x, floor), (x, floor)), _above_backward)
 
 
 # --- weights of one bit ------------------------------------------------------------------------
@@ -126,6 +167,18 @@ def dense_codes(kernel: Array) -> Array:
 def conv_codes(kernel: Array) -> Array:
     """Returns the ±1 codes of a convolution kernel (height, width, in, out): no centring."""
     return jnp.sign(kernel)
+
+
+@jax.custom_vjp
+def weight_bit(kernel: Array) -> Array:
+    """Returns -1 or 1 for each weight, 1 for a zero; the gradient passes where the weight is in [-1, 1]."""
+    return _bits(kernel)
+
+
+weight_bit.defvjp(
+    lambda kernel: (_bits(kernel), kernel),
+    lambda kernel, gradient: (conv_gradient(kernel, gradient),),
+)
 
 
 def dense_window(kernel: Array) -> Array:

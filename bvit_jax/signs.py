@@ -10,7 +10,6 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 
-from bvit_jax.layers import BinaryDense, BinaryPatchConv, UncentredDense
 from bvit_jax.products import WeightRule
 
 Path = tuple[str, ...]
@@ -22,6 +21,8 @@ Signs = Any
 def noted_kernels() -> Iterator[dict[Path, WeightRule]]:
     """Notes every layer with a kernel of one bit that a model calls within the context.
 
+    Such a layer has the `WeightRule` of its kernel as ``rule`` and ``weight_bits`` 1.
+
     Yields:
       The rule of each kernel by the path of its layer, to be read after ``model.init`` or ``model.apply``.
     """
@@ -29,9 +30,9 @@ def noted_kernels() -> Iterator[dict[Path, WeightRule]]:
 
     def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
-        is_layer = isinstance(module, BinaryDense | BinaryPatchConv | UncentredDense)
-        if is_layer and context.method_name == "__call__" and module.weight_bits == 1:
-            kernels[module.path] = module.rule
+        rule = getattr(module, "rule", None)
+        if isinstance(rule, WeightRule) and context.method_name == "__call__" and module.weight_bits == 1:
+            kernels[module.path] = rule
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):

@@ -1,203 +1,174 @@
-"""Bi-ViT as its released code computes it: binary DeiT and Swin with learned zero points in attention.
+"""Bi-ViT: binary DeiT and Swin whose attention has a learned scale for each head.
 
-The models are the real-valued ones with other products: every linear layer of a block is binary, and
-queries, keys, values and attention probabilities are quantised with a scale and a zero point a head.
-Both are learned, and start from the first batch of training: see `first_batch`.
+The models are the real-valued ones with other products. Every linear layer of a block is binary; queries,
+keys and values are signs times a learned scale a head; attention probabilities A are binarised to
+``α · round(clip(A / α, 0, 1))`` with a learned α a head. Every sign is a bit: that of zero is 1.
 
-Softmax probabilities are at least 0 and a zero point starts near 0, so that at first every probability
-becomes the scale, and attention is an average; only a zero point below -0.5 makes it choose. Where a sum of
-codes is exactly zero, its sign is 0: codes are added exactly and scaled afterwards, so that the result does
-not depend on rounding, as it does in the released code.
+The method is that of the paper's abstract, "a learnable scaling factor to reactivate the vanished
+gradients". Its equations were not available, so that these are this project's own; docs/bivit.md gives the
+reasons. `bvit_jax.models.bivit_release` has what the released code computes.
 
-Source: Li et al., "Bi-ViT" (AAAI 2024), in the behaviour of github.com/YanjingLi0202/Bi-ViT.
+Source: Li et al., "Bi-ViT" (AAAI 2024).
 """
 
-import math
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 
-from bvit_jax import bivit_quantize as quantize
-from bvit_jax import products, watch
-from bvit_jax.layers import LayerNorm, UncentredDense, kernel_init
+from bvit_jax import products, quantize, watch
+from bvit_jax.bivit_quantize import learned_step
+from bvit_jax.layers import BitDense, kernel_init
+from bvit_jax.models.bivit_block import BiViTBlock, Quantized
 from bvit_jax.models.deit import DeiT
+from bvit_jax.models.first_values import learned_values
 from bvit_jax.models.real_block import RealBlock, RealConfig
-from bvit_jax.models.stages import Execution
 from bvit_jax.models.swin import PatchMerging, Swin
 
-HEAD_NORM_EPSILON = 1e-5
-SEEN = "init_state"  # the flag of a quantiser that has taken its values from a batch
+# Of the scale of attention probabilities, in units of their mean.
+FIRST_SCALE = 2.0
+LEAST_SCALE = 0.1
 
 
-class Quantized(NamedTuple):
-    """A tensor as ``codes * scale``; the codes are whole numbers, the scale broadcasts against them."""
+@dataclass(frozen=True)
+class BiViTConfig(RealConfig):
+    """What the blocks of one model have in common.
 
-    codes: Array
-    scale: Array
+    Attributes:
+      act_bits: 1, or 32 for real activations, attention included: then only weights are binary.
+      learned_scale: whether attention probabilities have a learned scale; else it is 1.
+    """
 
-
-def _from_first_batch(module: nn.Module) -> bool:
-    """Returns whether this is the pass that takes learned values from the batch: see `first_batch`."""
-    return module.is_mutable_collection("params") and not module.is_initializing()
-
-
-def _first(flag: Array, value: Array, parameter: Array) -> Array:
-    """Returns the value of the first batch until the flag, shape (1,), is set; then the parameter."""
-    value = jnp.broadcast_to(value, parameter.shape).astype(parameter.dtype)
-    return jnp.where(flag[0] == 0, value, parameter)
+    act_bits: int = 1
+    learned_scale: bool = True
 
 
-class ZeroPointQuantizer(nn.Module):
-    """Quantises a tensor with a learned scale and zero point along one of its axes.
+class HeadSigns(nn.Module):
+    """Quantises a tensor to signs with a learned scale along one of its axes.
 
-    The flags ``init_state`` (the first batch has been seen) and ``signed`` (it had negative values) are
-    kept among the statistics, float (1,), as the released checkpoints hold them.
+    The scale starts from the first batch, as the mean magnitude of each slice.
     """
 
     axis: int
 
     @nn.compact
     def __call__(self, x: Array) -> Quantized:
-        size = x.shape[self.axis]
-        scale = self.param("alpha", nn.initializers.ones, (size,))
-        zero_point = self.param("zero_point", nn.initializers.zeros, (size,))
-        seen = self.variable("batch_stats", SEEN, jnp.zeros, (1,))
-        signed = self.variable("batch_stats", "signed", jnp.zeros, (1,))
-        if _from_first_batch(self):
-            first = quantize.first_values(x)
-            scale = _first(seen.value, first.scale, scale)
-            zero_point = _first(seen.value, first.zero_point, zero_point)
-            signed.value = _first(seen.value, first.signed, signed.value)
-            seen.value = jnp.ones_like(seen.value)
-            self.put_variable("params", "alpha", scale)
-            self.put_variable("params", "zero_point", zero_point)
-        shape = [1] * x.ndim
-        shape[self.axis] = size
-        scale = quantize.learned_step(scale, x.size).reshape(shape)
-        zero_point = quantize.learned_step(zero_point, x.size).reshape(shape)
-        return Quantized(quantize.zero_point_codes(x, scale, zero_point), scale)
+        watch.watch_sign(self, x)
+        others = tuple(axis for axis in range(x.ndim) if axis != self.axis)
+        mean = lax.stop_gradient(jnp.mean(jnp.abs(x), axis=others))
+        scale = learned_values(self, {"scale": 1.0}, x.shape[self.axis], lambda: {"scale": mean})["scale"]
+        scale = learned_step(scale, x.size)
+        return Quantized(quantize.sign_bit(x), jnp.expand_dims(scale, others))
 
 
-class BinaryReduction(nn.Module):
-    """The linear layer of patch merging: ``sign(W) · α``, α learned for each output, on quantised input.
+class HeadProbs(nn.Module):
+    """Binarises attention probabilities with a learned scale along one of their axes, the heads.
 
-    α starts, like that of the input, in the first batch, at twice the mean magnitude of the weights.
-    Returns the accumulator.
+    The parameter is the scale in units of the mean probability, 1 over the number of keys: then a step of
+    the optimiser, and its start at twice the mean, are as large for any number of keys. It is kept above
+    `LEAST_SCALE`: a scale of zero or less would leave a head without attention for good.
     """
 
+    axis: int
+
+    @nn.compact
+    def __call__(self, probs: Array) -> Quantized:
+        heads = probs.shape[self.axis]
+        scale = self.param("scale", nn.initializers.constant(FIRST_SCALE), (heads,))
+        scale = quantize.above(scale, jnp.asarray(LEAST_SCALE, scale.dtype))
+        scale = learned_step(scale, probs.size) / probs.shape[-1]
+        scale = jnp.expand_dims(scale, tuple(axis for axis in range(probs.ndim) if axis != self.axis))
+        # The codes' gradient rule already accounts for the scale: see quantize.prob_codes.
+        return Quantized(quantize.prob_codes(probs, scale), lax.stop_gradient(scale))
+
+
+class PaperBlock(BiViTBlock):
+    """`BiViTBlock` with a scale for each head."""
+
+    quantizer: ClassVar[Callable[..., nn.Module]] = HeadSigns
+    prob_quantizer: ClassVar[Callable[..., nn.Module]] = HeadProbs
+
+    config: BiViTConfig
+
+    def _dense(self, features: int, x: Array, name: str) -> Array:
+        c = self.config
+        return BitDense(features, c.act_bits, c.weight_init, c.dtype, name=name)(x)
+
+    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
+        if self.config.act_bits == 1:
+            return super()._attend(q, k, v, train=train)
+        q, k = self._normalize_heads(q, k)
+        q, k, v = (x.astype(self.config.dtype) for x in (q, k, v))
+        return RealBlock._attend(self, q, k, v, train=train)
+
+    def _quantize_probs(self, probs: Array) -> Quantized:
+        if self.config.learned_scale:
+            return super()._quantize_probs(probs)
+        one = jnp.ones((1,) * probs.ndim, probs.dtype)
+        return Quantized(quantize.prob_codes(probs, one), one)
+
+
+class PaperSwinBlock(PaperBlock):
+    """The block of Bi-ViT's Swin: queries and keys are not normalised."""
+
+    head_norms: ClassVar[bool] = False
+
+
+class BitReduction(nn.Module):
+    """The linear layer of patch merging: ``α · sign(W) · sign(x)``, α learned for each output.
+
+    α starts in the first batch as the mean magnitude of an output's weights. An input has no scale of its
+    own, which could not be taken out of the sum. Returns the accumulator.
+    """
+
+    rule: ClassVar[products.WeightRule] = products.BITS
+    weight_bits: ClassVar[int] = 1
+
     features: int
-    config: RealConfig
+    config: BiViTConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
         fan_in = x.shape[-1]
         kernel = self.param("kernel", kernel_init(c.weight_init, fan_in), (fan_in, self.features))
-        scale = self.param("alpha", nn.initializers.ones, (self.features,))
-        seen = self.variable("batch_stats", SEEN, jnp.zeros, (1,))
-        if _from_first_batch(self):
-            scale = _first(seen.value, quantize.first_scale(kernel), scale)
-            seen.value = jnp.ones_like(seen.value)
-            self.put_variable("params", "alpha", scale)
-        scale = quantize.learned_step(scale, kernel.size)
-        codes = quantize.zero_point_codes(kernel, scale, jnp.zeros_like(scale))
-        inputs = ZeroPointQuantizer(axis=-1, name="act")(x)
-        return products.real_product((inputs.codes * inputs.scale).astype(c.dtype), codes) * scale
+        first = {"scale": quantize.weight_scale(kernel)}
+        scale = learned_values(self, {"scale": 1.0}, self.features, lambda: first)["scale"]
+        codes = quantize.weight_bit(kernel)
+        if c.act_bits == 1:
+            watch.watch_sign(self, x)
+            y = products.code_product(quantize.sign_bit(x), codes, "bnc,cf->bnf", c.dtype)
+        else:
+            y = products.real_product(x.astype(c.dtype), codes)
+        return y * learned_step(scale, kernel.size)
 
 
-class BiViTBlock(RealBlock):
-    """The block of `RealBlock` with binary linear layers and quantised attention.
-
-    The attention probabilities that it returns are the quantised ones.
-    """
-
-    head_norms: ClassVar[bool] = True  # whether queries and keys of each head are normalised
-
-    def _dense(self, features: int, x: Array, name: str) -> Array:
-        c = self.config
-        return UncentredDense(features, c.weight_init, c.dtype, name=name)(x)
-
-    def _activate(self, x: Array) -> Array:
-        return quantize.clip_output(super()._activate(x))
-
-    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
-        c = self.config
-        if self.head_norms:
-            q = LayerNorm(HEAD_NORM_EPSILON, name="query_norm")(q)
-            k = LayerNorm(HEAD_NORM_EPSILON, name="key_norm")(k)
-        queries = ZeroPointQuantizer(axis=2, name="query_act")(q)
-        keys = ZeroPointQuantizer(axis=2, name="key_act")(k)
-        values = ZeroPointQuantizer(axis=2, name="value_act")(v)
-        scores = self._product(queries, keys, "bqhd,bkhd->bhqk") / math.sqrt(q.shape[-1])
-        probs = ZeroPointQuantizer(axis=1, name="prob_act")(self._probabilities(scores))
-        watch.watch_heads(self, probs.codes)
-        kept = probs
-        if train and c.attention_dropout > 0:
-            rate = 1 - c.attention_dropout
-            mask = jax.random.bernoulli(self.make_rng("dropout"), rate, probs.codes.shape)
-            kept = Quantized(probs.codes * mask, probs.scale / rate)
-        return self._product(kept, values, "bhqk,bkhd->bqhd"), probs.codes * probs.scale
-
-    def _product(self, a: Quantized, b: Quantized, equation: str) -> Array:
-        """Returns the product of two tensors with a scale a head, in any of the axes of ``equation``."""
-        y = products.code_product(a.codes, b.codes, equation, self.config.dtype)
-        scale = a.scale.reshape(-1) * b.scale.reshape(-1)
-        heads = equation.partition("->")[2].index("h")
-        return y * jnp.expand_dims(scale, tuple(i for i in range(4) if i != heads))
-
-
-class BiViTSwinBlock(BiViTBlock):
-    """The block of Bi-ViT's Swin: queries and keys are not normalised."""
-
-    head_norms: ClassVar[bool] = False
-
-
-class BinaryMerging(PatchMerging):
+class BitMerging(PatchMerging):
     """`PatchMerging` whose linear layer is binary."""
 
+    config: BiViTConfig
+
     def _reduce(self, x: Array) -> Array:
-        return BinaryReduction(self.features, self.config, name="reduction")(x).astype(self.config.dtype)
+        return BitReduction(self.features, self.config, name="reduction")(x).astype(self.config.dtype)
 
 
-class BiViTReleaseDeiT(DeiT):
-    """Bi-ViT's DeiT as released; the defaults are those of `DeiT`, with both tokens and heads."""
+class BiViTDeiT(DeiT):
+    """Bi-ViT's DeiT; the defaults are those of `DeiT`, with both tokens and heads."""
 
-    block_type: ClassVar[type[RealBlock]] = BiViTBlock
+    block_type: ClassVar[type[RealBlock]] = PaperBlock
 
     distillation_token: bool = True
     distillation_head: bool = True
+    block: BiViTConfig = BiViTConfig()
 
 
-class BiViTReleaseSwin(Swin):
-    """Bi-ViT's Swin as released; the defaults are those of Swin-T."""
+class BiViTSwin(Swin):
+    """Bi-ViT's Swin; the defaults are those of Swin-T."""
 
-    block_type: ClassVar[type[RealBlock]] = BiViTSwinBlock
-    merging_type: ClassVar[type[PatchMerging]] = BinaryMerging
+    block_type: ClassVar[type[RealBlock]] = PaperSwinBlock
+    merging_type: ClassVar[type[PatchMerging]] = BitMerging
 
-
-def first_batch(
-    model: nn.Module, variables: Any, images: Array, rngs: dict[str, Array] | None = None
-) -> tuple[Any, Any]:
-    """Runs the first training batch, from which the quantisers that saw none take their values.
-
-    A training step on the same images and with the same random streams then computes what the released
-    code computes in its first step, gradients included.
-
-    Args:
-      model: a model of this module, or a `BinaryMerging`.
-      variables: its ``params`` and ``batch_stats``.
-      images: what the model takes, images (batch, image_size, image_size, 3), normalised.
-      rngs: of dropout and drop-path, if the model has any.
-
-    Returns:
-      The output of the model, and the variables with scales, zero points and flags set.
-    """
-    collections = ["params", "batch_stats"]
-    if isinstance(model, PatchMerging):
-        return model.apply(variables, images, mutable=collections)
-    # In a scan over blocks no parameter can be written.
-    model = model.clone(execution=Execution())
-    return model.apply(variables, images, train=True, rngs=rngs, mutable=collections)
+    block: BiViTConfig = BiViTConfig(norm_epsilon=1e-5, weight_init="trunc_normal")

@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.layers import NormName, WeightInit
 from bvit_jax.models.binaryvit import STRIDE, BinaryViT
-from bvit_jax.models.bivit import BiViTReleaseDeiT, BiViTReleaseSwin
+from bvit_jax.models.bivit import BiViTDeiT, BiViTSwin
+from bvit_jax.models.bivit_release import BiViTReleaseDeiT, BiViTReleaseSwin
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.extra_res import ExtraRes
 from bvit_jax.models.stages import POLICIES, Execution, Remat
@@ -25,14 +26,16 @@ if TYPE_CHECKING:  # models also run where ml-collections is not installed
 
 MODELS: dict[str, type[nn.Module]] = {
     "binaryvit": BinaryViT,
+    "bivit_deit": BiViTDeiT,
     "bivit_release_deit": BiViTReleaseDeiT,
     "bivit_release_swin": BiViTReleaseSwin,
+    "bivit_swin": BiViTSwin,
     "deit": DeiT,
     "extra_res": ExtraRes,
     "swin": Swin,
 }
-DEITS = ("deit", "bivit_release_deit")  # the backbone, real-valued or binary
-SWINS = ("swin", "bivit_release_swin")
+DEITS = ("deit", "bivit_deit", "bivit_release_deit")  # the backbone, real-valued or binary
+SWINS = ("swin", "bivit_swin", "bivit_release_swin")
 MAX_SIZE = 1 << 24  # of anything: beyond it something is damaged
 _NOT_SETTINGS = {"parent", "name", "dtype", "block", "execution"}
 
@@ -139,11 +142,12 @@ def _check(name: str, s: dict[str, Any]) -> None:
             True,
             "it reads the distillation token; set distillation_token to True",
         )
+    if "act_bits" in s:
+        _require_choice("act_bits", s["act_bits"], (1, 32))
     if name in DEITS + SWINS:
         return
     _require_choice("norm", s["norm"], typing.get_args(NormName))
     _require_choice("weight_bits", s["weight_bits"], (1, 2, 3, 4, 5, 6, 7, 8, 32))
-    _require_choice("act_bits", s["act_bits"], (1, 32))
     _require(s["clip_val"] > 0, "clip_val", s["clip_val"], "expected above 0")
     group = s["batch_norm_group"]
     _require(group >= 0, "batch_norm_group", group, "expected a number of images, or 0")

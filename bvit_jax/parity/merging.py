@@ -10,7 +10,8 @@ from jax import Array
 
 from bvit_jax.errors import UserError
 from bvit_jax.formats import timm
-from bvit_jax.models.bivit import BinaryMerging, first_batch
+from bvit_jax.models.bivit_release import ReleaseMerging
+from bvit_jax.models.first_values import first_batch
 from bvit_jax.models.real_block import RealConfig
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
 from bvit_jax.state_dicts import from_state_dict, to_state_dict
@@ -31,7 +32,7 @@ def check(golden: GoldenFile) -> Iterator[Row]:
         raise UserError(f"its input is {x.shape}; expected {height}×{width} tokens, even numbers")
     grid = jnp.asarray(x.reshape(-1, height, width, x.shape[-1]))
     config = RealConfig(norm_epsilon=timm.SWIN_NORM_EPSILON, dtype=np.float64)
-    module = BinaryMerging(2 * x.shape[-1], config)
+    module = ReleaseMerging(2 * x.shape[-1], config)
     abstract = jax.eval_shape(module.init, jax.random.key(0), grid)
     variables = from_state_dict(golden.group("state"), abstract, np.float64, BIVIT_SWIN)
 
