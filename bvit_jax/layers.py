@@ -180,7 +180,7 @@ class UncentredDense(nn.Module):
     """
 
     rule: ClassVar[products.WeightRule] = products.CONV
-    sign: ClassVar[staticmethod[[Array], Array]] = staticmethod(quantize.sign)
+    sign: ClassVar["staticmethod[[Array], Array]"] = staticmethod(quantize.sign)
     weight_bits: ClassVar[int] = 1
 
     features: int
@@ -203,7 +203,7 @@ class BitDense(UncentredDense):
     """`UncentredDense` whose every sign is a bit: that of zero is 1."""
 
     rule: ClassVar[products.WeightRule] = products.BITS
-    sign: ClassVar[staticmethod[[Array], Array]] = staticmethod(quantize.sign_bit)
+    sign: ClassVar["staticmethod[[Array], Array]"] = staticmethod(quantize.sign_bit)
 
 
 class BinaryPatchConv(nn.Module):

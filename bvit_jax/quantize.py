@@ -63,7 +63,7 @@ sign.defvjp(_sign_forward, _sign_backward)
 
 
 def _bits(x: Array) -> Array:
-    return jnp.sign(x) + (x == 0)  # not a comparison, of which a NaN would be a -1
+    return jnp.where(x == 0, 1, jnp.sign(x))  # a NaN stays one
 
 
 @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""Bi-ViT as released: the first batch, exact zeros, the trees of its models, what is refused."""
+"""Bi-ViT: its quantisers against slow formulations, the first batch, bits, the vanished gradients."""
 
 import functools
 
@@ -6,189 +6,296 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.lax import stop_gradient
 
 from bvit_jax import models
 from bvit_jax.errors import UserError
-from bvit_jax.layers import UncentredDense
-from bvit_jax.models.bivit_release import ZeroPointQuantizer
+from bvit_jax.layers import BitDense
+from bvit_jax.models import bivit
 from bvit_jax.models.first_values import first_batch
+from bvit_jax.quantize import sign_slope
 from bvit_jax.signs import noted_kernels
 from bvit_jax.state_dicts import abstract_variables
 
-from .weights import tiny_config
+SIZES = {
+    "bivit_deit": {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 16},
+    "bivit_swin": {"width": 6, "depth": (2, 2), "num_heads": (1, 2), "window_size": 4},
+}
+NAMES = tuple(SIZES)
 
-NAMES = ("bivit_deit", "bivit_swin")
-BACKBONES = {"bivit_deit": "deit_heads", "bivit_swin": "swin"}
+
+def config_of(name, **settings):
+    return models.model_config(name, **SIZES[name] | {"image_size": 32, "num_classes": 4} | settings)
 
 
 @functools.cache
-def tiny(name):
+def tiny(name, **settings):
     """Returns a model, its initial variables and a batch."""
-    config = tiny_config(name, num_classes=4)
-    model = models.create_model(config)
-    images = jax.random.normal(jax.random.key(1), (2, config.image_size, config.image_size, 3))
+    model = models.create_model(config_of(name, **settings))
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     return model, jax.jit(model.init)(jax.random.key(0), images), images
 
 
 @functools.cache
-def started(name):
-    model, variables, images = tiny(name)
-    return jax.jit(functools.partial(first_batch, model))(variables, images)
+def started(name, **settings):
+    model, variables, images = tiny(name, **settings)
+    return jax.jit(functools.partial(first_batch, model))(variables, images)[1]
 
 
-def leaves_called(tree, name):
+def leaves_of(tree, *end):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [leaf for path, leaf in leaves if path[-1].key == name]
+    return [leaf for path, leaf in leaves if tuple(key.key for key in path[-len(end) :]) == end]
+
+
+def straight_through(value, x):
+    """Returns ``value`` with the gradient of ``x``."""
+    return x + stop_gradient(value - x)
+
+
+def gradient_over(parameter, size):
+    """Returns a parameter whose gradient is divided by the square root of ``size``."""
+    factor = 1 / np.sqrt(size)
+    return stop_gradient(parameter * (1 - factor)) + parameter * factor
+
+
+# --- quantisers --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("x64")
+def test_probabilities_against_a_slow_formulation():
+    rng = np.random.default_rng(0)
+    probs = jax.nn.softmax(jnp.array(rng.normal(size=(2, 3, 4, 5))))
+    v = jnp.array(rng.normal(size=(2, 3, 5, 6)))
+    parameter = jnp.array([0.6, 1.7, 3.0])
+
+    def slow(probs, parameter):
+        alpha = (gradient_over(parameter, probs.size) / 5)[:, None, None]
+        q = jnp.clip(probs / alpha, 0, 1)
+        return (alpha * straight_through(jnp.round(q), q)) @ v
+
+    def fast(probs, parameter):
+        quantized = bivit.HeadProbs(axis=1).apply({"params": {"scale": parameter}}, probs)
+        return (quantized.codes @ v) * quantized.scale
+
+    actual, pullback = jax.vjp(fast, probs, parameter)
+    expected, slow_pullback = jax.vjp(slow, probs, parameter)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    gradient = jnp.array(rng.normal(size=actual.shape))
+    for a, b in zip(pullback(gradient), slow_pullback(gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+def test_signs_against_a_slow_formulation():
+    rng = np.random.default_rng(0)
+    x, scale = jnp.array(rng.normal(size=(2, 4, 3, 5))), jnp.array([0.6, 1.7, 3.0])
+
+    def slow(x, scale):
+        scale = gradient_over(scale, x.size)[:, None]
+        inside = jnp.where(jnp.abs(x) <= 1, x, stop_gradient(jnp.sign(x)))
+        return scale * straight_through(jnp.sign(x), 2 * inside - inside * jnp.abs(inside))
+
+    def fast(x, scale):
+        variables = {"params": {"scale": scale}, "batch_stats": {"init_state": jnp.ones(1)}}
+        quantized = bivit.HeadSigns(axis=2).apply(variables, x)
+        return quantized.codes * quantized.scale
+
+    actual, pullback = jax.vjp(fast, x, scale)
+    expected, slow_pullback = jax.vjp(slow, x, scale)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    gradient = jnp.array(rng.normal(size=actual.shape))
+    for a, b in zip(pullback(gradient), slow_pullback(gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("value", [-3.0, 0.0, 1e-6])
+def test_a_scale_below_the_floor_leaves_a_head_alive(value):
+    probs = jax.nn.softmax(jax.random.normal(jax.random.key(0), (2, 1, 4, 5)))
+    module = bivit.HeadProbs(axis=1)
+
+    def total(parameter):
+        quantized = module.apply({"params": {"scale": parameter}}, probs)
+        return jnp.sum(quantized.codes * quantized.scale), quantized
+
+    gradient, quantized = jax.grad(lambda s: (-total(s)[0], total(s)[1]), has_aux=True)(jnp.array([value]))
+    np.testing.assert_allclose(quantized.scale, bivit.LEAST_SCALE / 5, rtol=1e-6)
+    assert quantized.codes.any()
+    assert gradient[0] < 0  # a descent raises it
 
 
 # --- the first batch ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_initial_values_are_not_from_a_batch(name):
-    _, variables, _ = tiny(name)
-    for leaf, value in (("alpha", 1), ("zero_point", 0)):
-        assert all((array == value).all() for array in leaves_called(variables["params"], leaf))
-    assert all(array == 0 for array in jax.tree.leaves(variables["batch_stats"]))
+def test_the_scale_of_probabilities_starts_at_twice_their_mean():
+    """Whatever the batch: the probabilities of a row sum to 1."""
+    _, _, images = tiny("bivit_swin")
+    for probs in real_model_probs(images):
+        np.testing.assert_allclose(jnp.mean(probs, axis=(0, 2, 3)), 1 / probs.shape[-1], rtol=1e-5)
+    for scale in leaves_of(started("bivit_swin")["params"], "prob_act", "scale"):
+        np.testing.assert_array_equal(scale, 2)
+
+
+def real_model_probs(images):
+    model = models.create_model(models.model_config("swin", **SIZES["bivit_swin"], image_size=32))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    return jax.jit(functools.partial(model.apply, capture=True))(variables, images).attentions
+
+
+def test_signs_start_at_the_mean_magnitude_of_each_head():
+    x = jnp.array([[[[1.0, -3.0], [0.0, 0.5]]], [[[2.0, 2.0], [-0.5, -1.0]]]])  # (2, 1, 2, 2)
+    module = bivit.HeadSigns(axis=2)
+    variables = module.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(variables["params"]["scale"], [1, 1])
+    y, updated = module.apply(variables, x, mutable=["params", "batch_stats"])
+    np.testing.assert_array_equal(updated["params"]["scale"], [2, 0.5])
+    np.testing.assert_array_equal(jnp.ravel(y.scale), [2, 0.5])
+    assert updated["batch_stats"]["init_state"] == 1
+    _, again = module.apply(updated, 7 * x, mutable=["params", "batch_stats"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, updated))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_first_batch_sets_every_quantiser(name):
+def test_the_first_batch_sets_scales_and_nothing_else(name):
     _, before, _ = tiny(name)
-    _, after = started(name)
+    after = started(name)
     assert jax.tree.structure(after) == jax.tree.structure(before)
-    assert all(flag == 1 for flag in leaves_called(after["batch_stats"], "init_state"))
-    for alpha in leaves_called(after["params"], "alpha"):
-        assert (alpha == alpha[0]).all()
-        assert 0 < alpha[0] < 10
-        assert alpha[0] != 1
-    kernels = zip(leaves_called(before["params"], "kernel"), leaves_called(after["params"], "kernel"))
+    assert all(flag == 1 for flag in leaves_of(after["batch_stats"], "init_state"))
+    for part in ("query_act", "key_act", "value_act"):
+        scales = leaves_of(after["params"], part, "scale")
+        assert scales
+        assert not any((scale == 1).any() for scale in scales)
+    kernels = zip(leaves_of(before["params"], "kernel"), leaves_of(after["params"], "kernel"), strict=True)
     assert all(np.array_equal(a, b) for a, b in kernels)
 
 
+def test_merging_starts_at_the_mean_magnitude_of_its_weights():
+    merging = started("bivit_swin")["params"]["downsample1"]["reduction"]
+    expected = jnp.mean(jnp.abs(merging["kernel"]), axis=0)
+    np.testing.assert_allclose(merging["scale"], expected, rtol=1e-6)
+
+
+# --- bits --------------------------------------------------------------------------------------
+
+
+def test_a_sum_that_cancels_is_a_one_for_the_next_layer():
+    zeros = jnp.zeros((3, 4))
+    kernel = jnp.array([[0.5, 0.0], [0.5, -0.0], [-0.5, 0.0], [-0.5, 1.0]])
+    y = BitDense(2).apply({"params": {"kernel": kernel}}, zeros)
+    np.testing.assert_allclose(y, [[0, 1]] * 3)  # mean|W| = 0.25, all four inputs and weights 1
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_after_it_sees_what_it_saw(name):
+def test_every_product_sees_bits(name, monkeypatch):
+    """All codes are -1 or 1, those of attention probabilities 0 or 1; zeros among the inputs included."""
     model, _, images = tiny(name)
-    output, variables = started(name)
-    again, updates = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(
-        variables, images
-    )
-    for a, b in zip(again.head_logits, output.head_logits, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    assert jax.tree.all(jax.tree.map(np.array_equal, updates["batch_stats"], variables["batch_stats"]))
+    seen = []
+    product = bivit.products.code_product
+
+    def watched(a, b, *settings):
+        seen.extend((a, b))
+        return product(a, b, *settings)
+
+    monkeypatch.setattr(bivit.products, "code_product", watched)
+    model.apply(started(name), images * (images > 0))
+    values = {tuple(np.unique(codes).tolist()) for codes in seen}
+    assert values == {(-1.0, 1.0), (0.0, 1.0)}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_comes_once(name):
-    model, _, images = tiny(name)
-    _, variables = started(name)
-    _, again = jax.jit(functools.partial(first_batch, model))(variables, 3 * images + 1)
-    assert jax.tree.all(jax.tree.map(np.array_equal, again, variables))
-
-
-def test_it_comes_in_a_scan_over_blocks_too():
-    _, variables, images = tiny("bivit_deit")
-    model = models.create_model(tiny_config("bivit_deit", num_classes=4), scan_blocks=True, remat="block")
-    _, expected = started("bivit_deit")
-    _, actual = first_batch(model, variables, images)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_a_quantiser_of_values_with_and_without_sign():
-    module = ZeroPointQuantizer(axis=1)
-    x = jnp.array([[1.0, 2.0, 3.0]])
-    variables = module.init(jax.random.key(0), x)
-    for batch, scale, zero_point, signed in ((x, 4.0, 0.5, 0), (-x, 4.0, 0.1, 1)):
-        _, updated = module.apply(variables, batch, mutable=["params", "batch_stats"])
-        np.testing.assert_allclose(updated["params"]["alpha"], [scale] * 3)
-        np.testing.assert_allclose(updated["params"]["zero_point"], [zero_point] * 3, rtol=1e-6)
-        assert updated["batch_stats"]["signed"] == signed
-
-
-# --- exact zeros -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_sum_that_cancels_is_zero_in_any_dtype(dtype):
-    """Half of the signs against the other half, at a scale that no dtype holds exactly."""
-    kernel = 0.1 * jnp.repeat(jnp.array([1.0, -1.0]), 192)[:, None]
-    x = jnp.abs(jax.random.normal(jax.random.key(0), (3, 384))) + 0.01
-    y = UncentredDense(1, dtype=dtype).apply({"params": {"kernel": kernel}}, x)
-    np.testing.assert_array_equal(y, 0)
-    y = UncentredDense(1, dtype=dtype).apply({"params": {"kernel": kernel}}, jnp.zeros_like(x))
-    np.testing.assert_array_equal(y, 0)  # sign(0) = 0
-
-
-# --- the trees ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_kernels_are_those_of_the_real_backbone(name):
-    """So that a student can start from the weights of its teacher."""
-    binary = abstract_variables(models.create_model(tiny_config(name)), 32)["params"]
-    real = abstract_variables(models.create_model(tiny_config(BACKBONES[name])), 32)["params"]
-    binary, real = (
-        {jax.tree_util.keystr(p): a.shape for p, a in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (binary, real)
-    )
-    shared = binary.keys() & real.keys()
-    assert {key: binary[key] for key in shared} == {key: real[key] for key in shared}
-    assert all("block" in key and key.endswith("['bias']") for key in real.keys() - shared)
-    added = ("['alpha']", "['zero_point']")
-    assert all(key.endswith(added) or "y_norm']" in key for key in binary.keys() - shared)
-
-
-@pytest.mark.parametrize(("name", "layers"), [("bivit_deit", 2 * 6), ("bivit_swin", 4 * 6)])
-def test_every_linear_layer_of_a_block_is_binary(name, layers):
+@pytest.mark.parametrize(("name", "layers"), [("bivit_deit", 2 * 6), ("bivit_swin", 4 * 6 + 1)])
+def test_which_kernels_are_binary(name, layers):
     model, variables, images = tiny(name)
     with noted_kernels() as kernels:
         jax.eval_shape(model.apply, variables, images)
     assert len(kernels) == layers
-    assert all("block" in path[0] for path in kernels)
 
 
-def test_attentions_are_quantised():
-    model, _, images = tiny("bivit_deit")
-    _, variables = started("bivit_deit")
-    output = model.apply(variables, images, capture=True)
-    for i, probs in enumerate(output.attentions):
-        # At first every probability becomes the scale: see the module.
-        np.testing.assert_array_equal(probs, variables["params"][f"block{i}"]["prob_act"]["alpha"][0])
+# --- the vanished gradients --------------------------------------------------------------------
+
+
+def gradients(**settings):
+    model, _, images = tiny("bivit_deit", **settings)
+    variables = started("bivit_deit", **settings)
+
+    def loss(params):
+        output = model.apply(variables | {"params": params}, images, capture=True)
+        return jnp.sum(jnp.square(output.logits)), output.attentions
+
+    return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+
+def test_with_a_scale_of_one_attention_is_dead_and_the_learned_scale_revives_it():
+    """No probability is above 1/2, so that no token is attended to and no value gets a gradient."""
+    fixed, attentions = gradients(patch_size=4, learned_scale=False)
+    assert not any(probs.any() for probs in attentions)
+    assert not any(kernel.any() for kernel in leaves_of(fixed, "value", "kernel"))
+    learned, attentions = gradients(patch_size=4)
+    for probs in attentions:
+        assert 0.2 < jnp.mean(probs > 0) < 0.8
+    for name in ("query", "key", "value"):
+        assert all(kernel.any() for kernel in leaves_of(learned, name, "kernel"))
+
+
+# --- real activations --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_real_activations_only_weights_are_binary(name):
+    model, variables, images = tiny(name, act_bits=32)
+    binary = tiny(name)[1]["params"]
+    paths = [{p for p, _ in jax.tree_util.tree_leaves_with_path(t)} for t in (variables["params"], binary)]
+    assert paths[0] < paths[1]
+    assert {p[-2].key for p in paths[1] - paths[0]} == {"query_act", "key_act", "value_act", "prob_act"}
+    output = jax.jit(functools.partial(model.apply, capture=True))(variables, images)
+    for probs in output.attentions:
+        np.testing.assert_allclose(jnp.sum(probs, axis=-1), 1, rtol=1e-5)
+    layer, x = BitDense(3, act_bits=32), jax.random.normal(jax.random.key(0), (5, 4))
+    kernel = jax.random.normal(jax.random.key(1), (4, 3))
+    expected = x @ (jnp.sign(kernel) * jnp.mean(jnp.abs(kernel), axis=0))
+    np.testing.assert_allclose(layer.apply({"params": {"kernel": kernel}}, x), expected, rtol=1e-5)
+
+
+# --- sizes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("settings", "count"),
+    ("settings", "added"),
     [
-        ({"name": "bivit_release_deit", "width": 192, "num_heads": 3, "mlp_dim": 768}, 5_893_424),
-        ({"name": "bivit_release_deit"}, 22_398_608),
-        ({"name": "bivit_release_swin"}, 28_256_434),
+        ({"name": "bivit_deit", "width": 192, "num_heads": 3, "mlp_dim": 768}, 12 * (4 * 3 + 4 * 64)),
+        ({"name": "bivit_swin"}, 2 * 4 * (3 + 6 + 3 * 12 + 24) + 192 + 384 + 768),
     ],
 )
-def test_sizes(settings, count):
-    """Those of the backbones without the biases of the blocks, with what the quantisers add."""
-    shapes = abstract_variables(models.create_model(models.model_config(**settings)), 224)
-    assert models.num_params(shapes["params"]) == count
+def test_sizes(settings, added):
+    """Those of the backbones without the biases of the blocks, and what the quantisers add."""
+    config = models.model_config(**settings)
+    params = abstract_variables(models.create_model(config), 224)["params"]
+    real = dict(config) | {"name": config.name.removeprefix("bivit_")}
+    backbone = {key: real[key] for key in real if key not in ("act_bits", "learned_scale")}
+    backbone = abstract_variables(models.create_model(backbone), 224)["params"]
+    biases = sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(backbone)
+        if "block" in path[0].key and path[-1].key == "bias" and "norm" not in path[-2].key
+    )
+    assert models.num_params(params) == models.num_params(backbone) - biases + added
 
 
-def test_dropout_of_the_attention():
-    model = models.create_model(tiny_config("bivit_deit", num_classes=4, attention_dropout=0.5))
-    _, variables = started("bivit_deit")
-    _, _, images = tiny("bivit_deit")
-    apply = functools.partial(model.apply, variables, images)
-    one, two = (apply(train=True, rngs={"dropout": jax.random.key(i)}).logits for i in range(2))
-    assert not np.array_equal(one, two)
-    np.testing.assert_array_equal(apply().logits, tiny("bivit_deit")[0].apply(variables, images).logits)
+def test_slope_is_that_of_the_other_binary_products():
+    x = jnp.linspace(-1.5, 1.5, 7)
+    module = bivit.HeadSigns(axis=0)
+    variables = {"params": {"scale": jnp.full(7, 3.0)}, "batch_stats": {"init_state": jnp.ones(1)}}
+    gradient = jax.grad(lambda x: jnp.sum(module.apply(variables, x).codes))(x)
+    np.testing.assert_allclose(gradient, sign_slope(x))
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("bivit_release_deit", {"distillation_token": False}, "it reads the distillation token"),
-        ("bivit_release_deit", {"width": 100}, "width is 100: expected a multiple of its 6 heads"),
-        ("bivit_release_swin", {"image_size": 100}, "stage 0 has a 25×25 token grid"),
+        ("bivit_deit", {"distillation_token": False}, "it reads the distillation token"),
+        ("bivit_deit", {"act_bits": 2}, "act_bits is 2: expected one of 1, 32"),
+        ("bivit_deit", {"learned_scale": 1}, "learned_scale is 1: expected True or False"),
+        ("bivit_swin", {"image_size": 100}, "stage 0 has a 25×25 token grid"),
     ],
 )
-def test_sizes_that_do_not_fit(name, settings, message):
+def test_settings_that_do_not_fit(name, settings, message):
     with pytest.raises(UserError, match=message):
         models.create_model(models.model_config(name, **settings))

@@ -123,7 +123,7 @@ def test_what_is_assumed_and_left_out_is_said(tmp_path, source, capsys):
 
 
 def test_arrays_that_are_never_read_are_kept_and_counted(tmp_path, capsys):
-    state, _ = pretrained.to_format(tiny_pretrained("bivit_deit"), "bivit")
+    state, _ = pretrained.to_format(tiny_pretrained("bivit_release_deit"), "bivit")
     state["blocks.1.attn.qkv.bias"] += 1
     source = tmp_path / "b.safetensors"
     source.write_bytes(tensor_files.encode_safetensors(state, {}))

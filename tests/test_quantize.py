@@ -216,6 +216,40 @@ def test_edges_of_sign(dtype):
     assert_same(gx.astype(float), [2, 2, 0, 0, 0, 0, 2, 2, 0])
 
 
+@pytest.mark.parametrize("function", [quantize.sign_bit, quantize.weight_bit])
+def test_a_bit_holds_no_zero(function):
+    x = jnp.array([-INF, -1.5, -1.0, -0.5, -0.0, 0.0, 1e-300, 0.5, 1.0, 1.5, INF, NAN])
+    y, gx = forward_and_gradients(function, np.ones(12), x)
+    assert_same(y, [-1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, NAN])
+    parabola, window = [0, 0, 0, 1, 2, 2, 2, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert_same(gx[:-1], parabola if function is quantize.sign_bit else window)
+
+
+def test_a_floor_lets_go_of_what_fell_below():
+    x = jnp.array([-1.0, 0.1, 0.2, 3.0])
+    y, up, floor = forward_and_gradients(quantize.above, np.full(4, -1.0), x, jnp.array(0.1))
+    assert_same(y, [0.1, 0.1, 0.2, 3.0])
+    assert_same(up, [-1, -1, -1, -1])  # a descent raises them
+    assert floor == 0
+    _, down, _ = forward_and_gradients(quantize.above, np.ones(4), x, jnp.array(0.1))
+    assert_same(down, [0, 0, 1, 1])
+
+
+def test_codes_with_a_scale_for_each_head_are_those_of_each_head():
+    rng = np.random.default_rng(0)
+    probs, gradient = jnp.array(rng.uniform(0, 1, (2, 3, 4, 5))), jnp.array(rng.normal(size=(2, 3, 4, 5)))
+    scales = jnp.array([0.2, 0.5, 0.9])
+    actual = forward_and_gradients(quantize.prob_codes, gradient, probs, scales[:, None, None])
+    assert actual[2].shape == (3, 1, 1)
+    for head in range(3):
+        y, gp, ga = forward_and_gradients(
+            quantize.prob_codes, gradient[:, head], probs[:, head], scales[head]
+        )
+        assert_same(actual[0][:, head], y)
+        assert_close(actual[1][:, head], gp)
+        assert_close(actual[2][head, 0, 0], ga)
+
+
 def test_edges_of_prob_codes():
     scale = jnp.array(0.25)
     ratio = np.array([0, 0.5, 1, 1.5, 2.5, -0.25, np.nextafter(0.5, 1), np.nextafter(1, 2), INF])

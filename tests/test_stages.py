@@ -40,8 +40,8 @@ TINY = {
         "patch_size": 2,
     },
 }
-TINY["bivit_release_deit"] = TINY["deit"]
-TINY["bivit_release_swin"] = TINY["swin"]
+TINY |= dict.fromkeys(("bivit_deit", "bivit_release_deit"), TINY["deit"])
+TINY |= dict.fromkeys(("bivit_swin", "bivit_release_swin"), TINY["swin"])
 SCAN, BLOCK, DOTS = {"scan_blocks": True}, {"remat": "block"}, {"remat": "dots"}
 
 
@@ -97,6 +97,8 @@ def assert_close(actual, expected, atol=1e-12):
         ("extra_res", BLOCK),
         ("binaryvit", SCAN),
         ("swin", SCAN | BLOCK),
+        ("bivit_deit", SCAN | BLOCK),
+        ("bivit_swin", DOTS),
         ("bivit_release_deit", SCAN | DOTS),
         ("bivit_release_swin", SCAN),
     ],
@@ -119,7 +121,7 @@ def test_variables_and_description_stay_the_same(name):
 def test_scanned_blocks_are_traced_once(name):
     def size_of(depth, execution):
         settings = {"depth": depth}
-        if name in ("binaryvit", "swin", "bivit_release_swin"):
+        if name == "binaryvit" or name.endswith("swin"):
             settings = {"depth": (depth,)}
         model, config = tiny(name, execution=execution, **settings)
         variables = random_variables(model, config)

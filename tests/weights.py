@@ -29,12 +29,12 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "swin",
         {"width": 6, "depth": (2, 2), "num_heads": (1, 2), "image_size": 32, "window_size": 4},
     ),
-    "bivit_deit": ("bivit_release_deit", _DEIT),
-    "bivit_deit_plain": (
+    "bivit_release_deit": ("bivit_release_deit", _DEIT),
+    "bivit_release_deit_plain": (
         "bivit_release_deit",
         _DEIT | {"distillation_token": False, "distillation_head": False},
     ),
-    "bivit_swin": (
+    "bivit_release_swin": (
         "bivit_release_swin",
         {"width": 6, "depth": (2, 2), "num_heads": (1, 2), "image_size": 32, "window_size": 4},
     ),
