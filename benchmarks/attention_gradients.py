@@ -1,0 +1,141 @@
+"""Draws what reaches queries, keys and values of a binary attention, for a scale of 1 and the learned one.
+
+    python benchmarks/attention_gradients.py --png docs/images/bivit_gradients.png
+
+bvit_jax must be importable (installed, or PYTHONPATH=.), and the current directory the repository's. The
+student of configs/bivit_digits.py starts from its teacher's weights, its scales from the first batch; then
+the loss of one batch of digits, without the ranking term, is differentiated with respect to what the linear
+layers of queries, keys and values return. For each block:
+
+- ``attended``: share of the probabilities that are binarised to 1. Only these pass a gradient on to a value.
+- ``inside``: share of the probabilities in [0, α], to which the quantiser passes a gradient.
+- ``query``, ``key``, ``value``: Euclidean norm of the gradient there, of one head of one image (mean square).
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from bvit_jax import data
+from bvit_jax.build import Run, build, open_splits
+from bvit_jax.layers import BitDense
+from bvit_jax.losses import training_loss
+from bvit_jax.models.bivit import FIRST_SCALE
+from bvit_jax.sharding import local_rows, shard_batch
+from configs import bivit_digits
+
+PARTS = ("query", "key", "value")
+Figures = dict[str, list[float]]
+
+
+def figures_of(learned_scale: bool) -> Figures:
+    """Returns the figures of every block, at the start of training."""
+    config = bivit_digits.get_config()
+    config.model.learned_scale = learned_scale
+    run = build(config, open_splits(config).num_examples)
+    rows = local_rows(run.mesh, config.batch_size).tolist()
+    batches = data.train_batches(config.data, config.model.image_size, config.batch_size, 0, 0, rows)
+    batch = shard_batch(next(iter(batches)), run.mesh)
+    key = jax.random.key(0)
+    state = run.start(run.create(key), batch, key)
+    return measure(run, state.variables, batch, config)
+
+
+def measure(run: Run, variables: Any, batch: Any, config: Any) -> Figures:
+    """Returns the figures of a model with these variables, on one batch."""
+    images = run.teacher.normalize(batch["image"])  # type: ignore[misc]
+    teacher: Any = run.teacher.model.apply(run.teacher.variables, images)  # type: ignore[union-attr]
+
+    def loss(added: Any) -> tuple[Any, Any]:
+        with nn.intercept_methods(_adding(added)):
+            output: Any = run.model.apply(variables, images, capture=True)
+        value, _ = training_loss(
+            output.head_logits,
+            batch["label"],
+            teacher.logits,
+            distillation_weight=config.loss.distillation_weight,
+            label_smoothing=config.loss.label_smoothing,
+            teacher_targets=config.loss.teacher_targets,
+        )
+        return value, (output.attentions, output.probabilities)
+
+    count, tokens = images.shape[0], (config.model.image_size // config.model.patch_size) ** 2 + 2
+    zeros = jnp.zeros((count, tokens, config.model.width))
+    blocks = [f"block{i}" for i in range(config.model.depth)]
+    gradients, (used, probs) = jax.jit(jax.grad(loss, has_aux=True))(
+        {block: dict.fromkeys(PARTS, zeros) for block in blocks}
+    )
+    heads = count * config.model.num_heads
+    figures: Figures = {
+        part: [float(jnp.linalg.norm(gradients[block][part])) / heads**0.5 for block in blocks]
+        for part in PARTS
+    }
+    scale = FIRST_SCALE / tokens if config.model.learned_scale else 1.0
+    figures["attended"] = [float(jnp.mean(a > 0)) for a in used]
+    figures["inside"] = [float(jnp.mean(p <= scale)) for p in probs]
+    return figures
+
+
+def _adding(added: Any) -> Callable[..., Any]:
+    """Returns an interceptor that adds an array to what the layer of its name returns."""
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        output = call(*args, **kwargs)
+        module = context.module
+        if isinstance(module, BitDense) and module.name in PARTS and context.method_name == "__call__":
+            return output + added[module.path[-2]][module.name]
+        return output
+
+    return intercept
+
+
+def draw(results: dict[str, Figures], path: Path) -> None:
+    """Draws shares and norms by block."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    blocks = np.arange(1, 1 + len(results["learned"]["query"]))
+    colors, styles = {"fixed": "tab:red", "learned": "tab:blue"}, {"attended": "-", "inside": ":"}
+    names = {"fixed": "α = 1", "learned": "α learned, at its start"}
+    words = {"attended": "binarised to 1", "inside": "in [0, α]"}
+    for kind, figures in results.items():
+        for share, style in styles.items():
+            label = f"{words[share]}, {names[kind]}"
+            axes[0].plot(blocks, figures[share], style, color=colors[kind], marker="o", ms=4, label=label)
+        for part, style in zip(PARTS, ("-", "--", ":"), strict=True):
+            label = f"{part}, {names[kind]}"
+            axes[1].plot(blocks, figures[part], style, color=colors[kind], marker="o", ms=4, label=label)
+    axes[0].set(xlabel="block", ylabel="share of the attention probabilities", ylim=(-0.03, 1.03))
+    axes[1].set(xlabel="block", ylabel="norm of the gradient, a head and image")
+    axes[1].set_yscale("symlog", linthresh=1e-6)
+    axes[1].set_ylim(bottom=0)
+    for axis in axes:
+        axis.set_xticks(blocks)
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Measures both, draws, and prints JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--png", type=Path)
+    options = parser.parse_args()
+    results = {"fixed": figures_of(False), "learned": figures_of(True)}
+    if options.png:
+        draw(results, options.png)
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
