@@ -154,11 +154,11 @@ def _plain(value: Any) -> Any:
 def _log(path: Path, selection: Selection, arrays: StateDict) -> None:
     values = sum(arrays[name].size for name in selection.taken)
     logger.info(
-        "starting from %s: %d arrays with %.2f M values are taken%s; %d keep their own start%s;"
+        "starting from %s: %d arrays with %s values are taken%s; %d keep their own start%s;"
         " %d of the file are left out%s",
         path,
         len(selection.taken),
-        values / 1e6,
+        f"{values:,}",
         _example(selection.taken),
         len(selection.kept),
         _example(selection.kept),
