@@ -111,7 +111,8 @@ class Run:
       teacher: see `Teacher`.
       schedule: learning rate of each step.
       state: shapes and shardings of the state.
-      create: makes the initial state of a key, where it will live.
+      create: makes the initial state of a key, where it will live; of a key and the arrays of
+        `bvit_jax.initial.load`, whole on every device, the state that starts from those.
       gather: returns parameters and statistics whole on every device.
       step: the training step, to be compiled by its first call or ahead of time.
       start: what comes before the first step, see `bvit_jax.first_batch`; None if nothing does.
@@ -212,7 +213,7 @@ def build(
         schedule=schedule,
         state=state,
         create=jax.jit(
-            lambda key: create_state(key, model, optimizer, image_size, **kept),
+            lambda key, given=None: create_state(key, model, optimizer, image_size, given, **kept),
             out_shardings=shardings,
         ),
         gather=jax.jit(lambda tree: tree, out_shardings=replicated(mesh)),

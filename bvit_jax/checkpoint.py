@@ -188,6 +188,16 @@ class Checkpoints:
         return kept
 
 
+def is_saved(directory: Path) -> bool:
+    """Returns whether a run has a complete checkpoint, as the first process sees it; writes nothing."""
+    folder = (directory / FOLDER).absolute()
+    try:
+        saved = jax.process_index() == 0 and bool(_complete_steps(folder))
+    except OSError:  # whoever opens it to write gets to know
+        saved = False
+    return bool(_from_first_process(int(saved)))
+
+
 def restore_variables(
     directory: Path, abstract: dict[str, Any], kind: Kind = "best"
 ) -> tuple[dict[str, Any], dict[str, Any], int] | None:

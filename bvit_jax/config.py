@@ -144,6 +144,9 @@ def default_config() -> ConfigDict:
     loss.teacher_targets = "soft"  # the teacher's probabilities; "hard": the class it prefers
     loss.label_smoothing = 0.1
 
+    config.init = init = ConfigDict()  # what a new run starts from; one that continues does not read it
+    init.path = ""  # "": random, or the workdir of a run, or anything that python -m bvit_jax.convert reads
+
     config.teacher = teacher = ConfigDict()
     teacher.path = ""  # anything that python -m bvit_jax.convert reads, such as DeiT-S's .pth
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import hlo, models
+from bvit_jax import hlo, initial, models
 from bvit_jax.build import Run, Teacher, abstract_batch, build, check_heads, open_splits
 from bvit_jax.chips import GIB, Chip, chip_of
 from bvit_jax.errors import UserError
@@ -30,7 +30,8 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
 
     Args:
       config: of the run. Neither its data nor its teacher need to be there: without the data the number of
-        steps is null, and without the teacher a DeiT-S takes its place.
+        steps is null, and without the teacher a DeiT-S takes its place. Weights to start from need not be
+        there either where they are the teacher's.
       topology: TPU chips to compile for, such as "v5e:4x4"; "" means the devices that are there.
 
     Returns:
@@ -55,6 +56,7 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
     target = open_topology(topology) if topology else None
     num_examples = _num_examples(config)
     run = build(config, num_examples, target.devices if target else None, _teacher(config))
+    _check_init(config, run)
     start = time.perf_counter()
     try:
         compiled = compile_step(lower(run, config, config.batch_size))
@@ -204,6 +206,15 @@ def _teacher(config: ConfigDict) -> Teacher | None:
     model = models.create_model(settings, jnp.dtype(config.compute_dtype))
     shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, size, size, 3))), jax.random.key(0))
     return Teacher(model, shapes, "", Normalization(config.data.mean, config.data.std))
+
+
+def _check_init(config: ConfigDict, run: Run) -> None:
+    """Raises `UserError` if the weights to start from do not fit, unless they are a missing teacher's."""
+    path = config.init.path
+    if path and path == config.teacher.path and not Path(path).expanduser().exists():
+        logger.warning("the weights to start from were not checked: there is no %s", path)
+    elif path:
+        initial.load(config, run.state.variables)
 
 
 # --- what does not fit -------------------------------------------------------------------------

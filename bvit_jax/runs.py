@@ -17,7 +17,7 @@ from bvit_jax.checkpoint import CHECKSUMS, FOLDER, Kind, restore_variables
 from bvit_jax.errors import UserError
 from bvit_jax.formats import FORMATS, Preprocessing, reference
 from bvit_jax.pretrained import Pretrained
-from bvit_jax.sharding import with_sharding
+from bvit_jax.sharding import make_mesh, replicated, with_sharding
 from bvit_jax.state_dicts import Variables, abstract_variables, to_state_dict
 from bvit_jax.tensor_files import sha256
 
@@ -99,7 +99,7 @@ def load_run(workdir: Path, kind: Kind, ema: bool | None = None) -> Pretrained:
     """
     config = config_lib.load(workdir / "config.json")
     preprocessing = _preprocessing(config, workdir)
-    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    whole = replicated(make_mesh())  # so that each of several processes has it
     ema = use_average(workdir, config, ema)
     variables, step = restore(workdir, config, kind, whole, ema=ema)
     variables = jax.tree.map(np.asarray, variables)

@@ -1,12 +1,14 @@
 """Everything a training run carries from step to step."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.sharding import Mesh
 from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
@@ -66,6 +68,7 @@ def create_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     image_size: int,
+    given: Mapping[str, Any] | None = None,
     *,
     ema: bool = False,
     health: bool = False,
@@ -73,10 +76,12 @@ def create_state(
     """Returns the initial state; traceable, so that it can be created where it will live.
 
     With ``ema`` a moving average is kept, which begins as the initial variables; with ``health`` the signs
-    of the binary weights, an eighth of a byte for each.
+    of the binary weights, an eighth of a byte for each. The arrays of ``given`` take the place of the random
+    ones before that: a tree of some of the model's ``params`` and ``batch_stats``.
     """
     with noted_kernels() as kernels:
         variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)))
+    variables = _overlaid(variables, given or {})
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -86,6 +91,11 @@ def create_state(
         ema={"params": params, "batch_stats": batch_stats} if ema else None,
         signs=pack_signs(params, kernels) if health else {},
     )
+
+
+def _overlaid(variables: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    flat, new = flatten_dict(variables), flatten_dict(given)
+    return unflatten_dict(flat | {path: jnp.asarray(a, flat[path].dtype) for path, a in new.items()})
 
 
 def abstract_state(

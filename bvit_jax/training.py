@@ -12,9 +12,9 @@ import jax
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, distributed, health, models, pictures, runs, usage
+from bvit_jax import data, distributed, health, initial, models, pictures, runs, usage
 from bvit_jax.build import Run, Teacher, abstract_batch, build, open_splits
-from bvit_jax.checkpoint import Checkpoints
+from bvit_jax.checkpoint import Checkpoints, is_saved
 from bvit_jax.chips import chip_of
 from bvit_jax.clock import Clock
 from bvit_jax.compilation import compile_ahead
@@ -93,6 +93,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         identity = {"teacher": run.teacher.digest, "dataset": train_split.version}
         size = str(train_split.num_examples)
         distributed.check_same({"configuration": config.to_json(), "number of images": size, **identity})
+        # Before anything is made. A run that continues has no need of them: they may be gone.
+        given = initial.NOTHING
+        if config.init.path and not is_saved(workdir):
+            given = initial.load(config, run.state.variables)
+            distributed.check_same({"weights in config.init.path": given.digest})
         is_main = jax.process_index() == 0
         logger.info(
             "%s with %.2f M parameters on %d × %s, %d steps of %d images",
@@ -112,12 +117,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         key_init, key_train = split_key(jax.random.key(config.seed))
         restored = checkpoints.restore(run.state)
         if restored is None:
-            state, record = run.create(key_init), Record()
+            state, record = run.create(key_init, replicate(given.variables, run.mesh)), Record()
         else:
             state, metadata = restored
             _check_identity(metadata["identity"], run.teacher, train_split, workdir)
             record = Record.from_json(metadata["record"])
             logger.info("continuing from step %d in %s", int(state.step), workdir)
+        del given  # its memory
         start = int(state.step)
         if start > run.total_steps:
             raise UserError(

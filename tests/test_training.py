@@ -180,7 +180,7 @@ def test_a_configuration_of_an_older_version_gets_the_settings_that_came_later(t
     config = tiny.get_config()
     config_lib.save(config, tmp_path / "config.json")
     values = json.loads((tmp_path / "config.json").read_text())
-    del values["mix"], values["data"]["repeats"]
+    del values["mix"], values["init"], values["data"]["repeats"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert config_lib.load(tmp_path / "config.json").to_dict() == config.to_dict()
 
