@@ -48,7 +48,7 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs all rows, one seed after the other, and prints a line as each row is complete."""
+    """Runs all rows, one seed after the other, and prints a line for each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/bivit_ablation"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -56,7 +56,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for the figures of every run")
     options = parser.parse_args()
     options.dir.mkdir(parents=True, exist_ok=True)
-    results = {row: summary([run_row(row, s, options.dir, options.epochs) for s in options.seeds]) for row in ROWS}
+    runs: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+    for seed in options.seeds:
+        for row, done in runs.items():
+            done.append(run_row(row, seed, options.dir, options.epochs))
+    results = {row: summary(done) for row, done in runs.items()}
     for row, figures in results.items():
         top1, loss = figures["top1"], figures["loss"]
         spread = f" ± {100 * top1['deviation']:.2f}" if top1["deviation"] is not None else ""
