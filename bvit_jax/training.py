@@ -144,9 +144,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         stack.callback(feed.close)
         shapes = abstract_batch(config.batch_size, config.model.image_size, run.mesh)
         arguments = run.state, shapes, teacher_variables, key_train
-        train_step, health_step = run.step, run.health
+        train_step, health_step, take_first_batch = run.step, run.health, run.start
         eval_step = build_eval_step(config, run.model, run.mesh)
         if start < run.total_steps and not debug_nans:
+            if run.start is not None and start == 0:
+                lowered = run.start.lower(run.state, shapes, key_train)
+                take_first_batch = _compile("what the first batch sets", lowered, interruption, start)
             train_step = _compile("the step", run.step.lower(*arguments), interruption, start)
             if run.health is not None:
                 lowered = run.health.lower(run.state, shapes, key_train)
@@ -186,8 +189,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
                     seen = run.look(batch, start, key_train)
                     if is_main:
                         writer.add_images(step, "batch", pictures.draw(seen, train_split.class_names))
-                if step == 1 and run.start is not None:
-                    state = run.start(state, batch, key_train)
+                if step == 1 and take_first_batch is not None:
+                    state = take_first_batch(state, batch, key_train)
                 profile.before(step)
                 state, metrics = train_step(state, batch, teacher_variables, key_train)
                 profile.after(step, metrics)
