@@ -24,6 +24,7 @@ from bvit_jax import bivit_quantize as quantize
 from bvit_jax import products, watch
 from bvit_jax.layers import LayerNorm, UncentredDense, kernel_init
 from bvit_jax.models.deit import DeiT
+from bvit_jax.models.head import Attention
 from bvit_jax.models.real_block import RealBlock, RealConfig
 from bvit_jax.models.stages import Execution
 from bvit_jax.models.swin import PatchMerging, Swin
@@ -109,10 +110,7 @@ class BinaryReduction(nn.Module):
 
 
 class BiViTBlock(RealBlock):
-    """The block of `RealBlock` with binary linear layers and quantised attention.
-
-    The attention probabilities that it returns are the quantised ones.
-    """
+    """The block of `RealBlock` with binary linear layers and quantised attention."""
 
     head_norms: ClassVar[bool] = True  # whether queries and keys of each head are normalised
 
@@ -123,7 +121,7 @@ class BiViTBlock(RealBlock):
     def _activate(self, x: Array) -> Array:
         return quantize.clip_output(super()._activate(x))
 
-    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
+    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
         if self.head_norms:
             q = LayerNorm(HEAD_NORM_EPSILON, name="query_norm")(q)
@@ -132,14 +130,15 @@ class BiViTBlock(RealBlock):
         keys = ZeroPointQuantizer(axis=2, name="key_act")(k)
         values = ZeroPointQuantizer(axis=2, name="value_act")(v)
         scores = self._product(queries, keys, "bqhd,bkhd->bhqk") / math.sqrt(q.shape[-1])
-        probs = ZeroPointQuantizer(axis=1, name="prob_act")(self._probabilities(scores))
-        watch.watch_heads(self, probs.codes)
-        kept = probs
+        probs = self._probabilities(scores)
+        used = ZeroPointQuantizer(axis=1, name="prob_act")(probs)
+        watch.watch_heads(self, used.codes)
+        kept = used
         if train and c.attention_dropout > 0:
             rate = 1 - c.attention_dropout
-            mask = jax.random.bernoulli(self.make_rng("dropout"), rate, probs.codes.shape)
-            kept = Quantized(probs.codes * mask, probs.scale / rate)
-        return self._product(kept, values, "bhqk,bkhd->bqhd"), probs.codes * probs.scale
+            mask = jax.random.bernoulli(self.make_rng("dropout"), rate, used.codes.shape)
+            kept = Quantized(used.codes * mask, used.scale / rate)
+        return self._product(kept, values, "bhqk,bkhd->bqhd"), Attention(probs, used.codes * used.scale)
 
     def _product(self, a: Quantized, b: Quantized, equation: str) -> Array:
         """Returns the product of two tensors with a scale a head, in any of the axes of ``equation``."""
