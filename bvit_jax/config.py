@@ -30,6 +30,7 @@ POSITIVE = (
     "eval_every_epochs",
     "log_every_steps",
     "checkpoint.keep",
+    "loss.ranking_margin",
     "mesh.fsdp",
     "data.eval_resize",
     "data.repeats",
@@ -42,6 +43,7 @@ NOT_NEGATIVE = (
     "data.max_bad_images",
     "data.num_threads",
     "data.prefetch",
+    "loss.ranking_weight",
     "mix.cutmix_alpha",
     "mix.mixup_alpha",
     "optim.weight_decay",
@@ -140,9 +142,12 @@ def default_config() -> ConfigDict:
     ema.decay = 0.0  # share of the old average in the new; 0: off
 
     config.loss = loss = ConfigDict()
-    loss.distillation_weight = 1.0  # the rest goes to the labels; 0: no teacher
+    loss.distillation_weight = 1.0  # the rest goes to the labels; 0: no teacher, except for ranking
     loss.teacher_targets = "soft"  # the teacher's probabilities; "hard": the class it prefers
     loss.label_smoothing = 0.1
+    loss.ranking_weight = 0.0  # of the order of the teacher's attention probabilities; 0: off
+    loss.ranking_margin = 0.1  # between two keys, in units of the mean probability
+    loss.ranking_layers = ()  # blocks in order of execution, from 0; (): all
 
     config.init = init = ConfigDict()  # what a new run starts from; one that continues does not read it
     init.path = ""  # "": random, or the workdir of a run, or anything that python -m bvit_jax.convert reads
@@ -185,6 +190,7 @@ def validate(config: ConfigDict) -> None:
     parse_rules(config.optim.rules)
     _check_mixing(config)
     _check_data(config)
+    _check_ranking(config)
     if "name" not in config.model:
         raise UserError("config.model has no name; build it with bvit_jax.models.model_config")
 
@@ -209,6 +215,15 @@ def _check_mixing(config: ConfigDict) -> None:
         )
     if config.batch_size % 2 and (mix.mixup_alpha or mix.cutmix_alpha or minmax):
         raise UserError(f"config.batch_size is {config.batch_size}; expected an even number, to mix pairs")
+
+
+def _check_ranking(config: ConfigDict) -> None:
+    layers = tuple(config.loss.ranking_layers)
+    if not all(type(layer) is int and layer >= 0 for layer in layers) or len(set(layers)) < len(layers):
+        raise UserError(
+            f"config.loss.ranking_layers is {config.loss.ranking_layers!r}; expected () or different whole"
+            " numbers from 0, such as (0, 5, 11)"
+        )
 
 
 def _check_data(config: ConfigDict) -> None:

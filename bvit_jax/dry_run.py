@@ -14,13 +14,21 @@ from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import hlo, initial, models
-from bvit_jax.build import Run, Teacher, abstract_batch, build, check_heads, open_splits
+from bvit_jax.build import Run, Teacher, abstract_batch, build, check_heads, needs_teacher, open_splits
 from bvit_jax.chips import GIB, Chip, chip_of
 from bvit_jax.errors import UserError
 from bvit_jax.fitting import largest_batch
 from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import replicated, with_sharding
 from bvit_jax.topology import DoesNotFit, Topology, compile_step, open_topology
+
+# The real-valued model that has the settings of a binary one.
+BACKBONES = {
+    "bivit_deit": "deit",
+    "bivit_release_deit": "deit",
+    "bivit_swin": "swin",
+    "bivit_release_swin": "swin",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +38,9 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
 
     Args:
       config: of the run. Neither its data nor its teacher need to be there: without the data the number of
-        steps is null, and without the teacher a DeiT-S takes its place. Weights to start from need not be
-        there either where they are the teacher's.
+        steps is null, and without the teacher a DeiT-S takes its place, or for a ranking loss the
+        real-valued model of the student's sizes. Weights to start from need not be there either where they
+        are the teacher's.
       topology: TPU chips to compile for, such as "v5e:4x4"; "" means the devices that are there.
 
     Returns:
@@ -194,15 +203,15 @@ def _num_examples(config: ConfigDict) -> int:
 
 
 def _teacher(config: ConfigDict) -> Teacher | None:
-    """Returns a DeiT-S without weights for a teacher that is not there, None where there is no need."""
+    """Returns a model without weights for a teacher that is not there, None where there is no need."""
     path = config.teacher.path
-    if config.loss.distillation_weight == 0 or (path and Path(path).expanduser().exists()):
+    if not needs_teacher(config) or (path and Path(path).expanduser().exists()):
         return None
     check_heads(config)
     missing = f"there is no {path}" if path else "config.teacher.path is empty"
-    logger.warning("%s: a DeiT-S in its place is what is counted", missing)
-    size, classes = config.model.image_size, config.model.num_classes
-    settings = models.model_config("deit", image_size=size, num_classes=classes)
+    name, settings = _stand_in(config)
+    logger.warning("%s: a %s in its place is what is counted", missing, name)
+    size = config.model.image_size
     model = models.create_model(settings, jnp.dtype(config.compute_dtype))
     shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, size, size, 3))), jax.random.key(0))
     return Teacher(model, shapes, "", Normalization(config.data.mean, config.data.std))
@@ -215,6 +224,21 @@ def _check_init(config: ConfigDict, run: Run) -> None:
         logger.warning("the weights to start from were not checked: there is no %s", path)
     elif path:
         initial.load(config, run.state.variables)
+
+
+def _stand_in(config: ConfigDict) -> tuple[str, ConfigDict]:
+    """Returns the name and the settings of what takes a teacher's place.
+
+    A ranking loss needs a teacher with the student's blocks and tokens: its own real-valued backbone.
+    """
+    student = config.model.to_dict()
+    backbone = BACKBONES.get(student.pop("name"))
+    if config.loss.ranking_weight and backbone:
+        known = models.model_config(backbone)
+        sizes = {key: value for key, value in student.items() if key in known}
+        return f"real-valued {backbone} of the student's sizes", models.model_config(backbone, **sizes)
+    shared = {key: student[key] for key in ("image_size", "num_classes")}
+    return "DeiT-S", models.model_config("deit", **shared)
 
 
 # --- what does not fit -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
 from bvit_jax.models.first_values import SEEN, first_batch
 from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, replicated
-from bvit_jax.step import Examples, step_keys
+from bvit_jax.step import MICROBATCHES_KEY, Examples, step_keys
 from bvit_jax.train_state import TrainState
 
 Start = Callable[[TrainState, Mapping[str, Array], Array], TrainState]
@@ -46,7 +46,7 @@ def make_start(
         if accumulate_steps > 1:
             examples = Examples(pictures, batch["label"], None, None)
             pictures = examples.microbatch(jnp.int32(0), accumulate_steps, mesh).pictures
-            step_key = jax.random.fold_in(jax.random.fold_in(step_key, 2), 0)
+            step_key = jax.random.fold_in(jax.random.fold_in(step_key, MICROBATCHES_KEY), 0)
         _, variables = first_batch(model, state.variables, normalize(pictures), {"dropout": step_key})
         params, statistics = variables["params"], variables["batch_stats"]
         ema: Any = state.ema

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from bvit_jax.losses import TeacherTargets, cross_entropy, label_targets, topk_c
 from bvit_jax.mixing import dominant_labels, mix_targets
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.normalization import Normalization
+from bvit_jax.ranking import Ranking, ranking_loss
 from bvit_jax.sharding import batch_sharded, replicated
 from bvit_jax.train_state import TrainState
 
@@ -27,13 +28,17 @@ TrainStep = Callable[[TrainState, Batch, Variables, Array], tuple[TrainState, Me
 EvalStep = Callable[[Variables, Batch], Metrics]
 
 
+# What is folded into the key of a step; the key itself is that of dropout.
+AUGMENTATION_KEY, MICROBATCHES_KEY, RANKING_KEY = 1, 2, 3
+
+
 def step_keys(key: Array, step: Array | int) -> tuple[Array, Array]:
     """Returns the keys of dropout and of augmentation in a step, from the key of the run.
 
     ``step`` counts the steps taken before it, as `TrainState.step` does.
     """
     step_key = jax.random.fold_in(key, step)
-    return step_key, jax.random.fold_in(step_key, 1)
+    return step_key, jax.random.fold_in(step_key, AUGMENTATION_KEY)
 
 
 class Examples(NamedTuple):
@@ -79,6 +84,7 @@ def make_train_step(
     teacher_targets: TeacherTargets = "soft",
     distillation_weight: float = 1.0,
     label_smoothing: float = 0.1,
+    ranking: Ranking | None = None,
     augmentation: Augmentation = NO_AUGMENTATION,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
@@ -92,6 +98,9 @@ def make_train_step(
     mode, and the norm of the gradient. The teacher sees the same augmented images, normalised as it
     was trained with, in evaluation mode, without gradient. Where images are mixed, so are the labels,
     and the top-1 asks for the label with the larger share.
+
+    With ``ranking``, which needs a teacher, the loss has `bvit_jax.ranking.ranking_loss` of the attention
+    probabilities as one more term; a ``distillation_weight`` of 0 then leaves the teacher's logits out.
 
     With ``accumulate_steps`` k above 1 the batch, augmented as a whole, passes through the models in k
     microbatches, one after the other; gradient and metrics are the means of theirs. Batch norms take the
@@ -112,11 +121,12 @@ def make_train_step(
         """Returns the gradient, the next running statistics and metrics of images that fit at once."""
         pictures, labels, partners, lam = examples
         images = normalize(pictures)
-        teacher_logits = None
+        capture: Any = {} if ranking is None else {"capture": True}
+        teacher_logits, taught = None, None
         if teacher is not None:
             seen = images if teacher_normalize is None else teacher_normalize(pictures)
-            output: ModelOutput = teacher.apply(teacher_variables, seen)  # type: ignore[assignment]
-            teacher_logits = output.logits
+            taught = cast(ModelOutput, teacher.apply(teacher_variables, seen, **capture))
+            teacher_logits = taught.logits if distillation_weight > 0 or ranking is None else None
 
         def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Array, Any]]:
             output, updates = model.apply(
@@ -125,6 +135,7 @@ def make_train_step(
                 train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": key},
+                **capture,
             )
             targets = labels
             if lam is not None:
@@ -137,6 +148,14 @@ def make_train_step(
                 distillation_weight=distillation_weight,
                 label_smoothing=label_smoothing,
             )
+            if ranking is not None and taught is not None:
+                terms["ranking_loss"] = ranking_loss(
+                    ranking.chosen(output.probabilities),
+                    ranking.chosen(taught.probabilities),
+                    jax.random.fold_in(key, RANKING_KEY),
+                    margin=ranking.margin,
+                )
+                loss += ranking.weight * terms["ranking_loss"]
             return loss, (terms, output.logits, updates.get("batch_stats", {}))
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
@@ -184,7 +203,7 @@ def make_train_step(
                 gather(state.params), state.batch_stats, examples, teacher_variables, step_key
             )
         else:
-            micro_key = jax.random.fold_in(step_key, 2)  # 1 is the augmentation's
+            micro_key = jax.random.fold_in(step_key, MICROBATCHES_KEY)
             grads, batch_stats, metrics = accumulated(state, examples, teacher_variables, micro_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)

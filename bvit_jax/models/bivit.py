@@ -25,6 +25,7 @@ from bvit_jax.layers import BitDense, kernel_init
 from bvit_jax.models.bivit_block import BiViTBlock, Quantized
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.first_values import learned_values
+from bvit_jax.models.head import Attention
 from bvit_jax.models.real_block import RealBlock, RealConfig
 from bvit_jax.models.swin import PatchMerging, Swin
 
@@ -97,7 +98,7 @@ class PaperBlock(BiViTBlock):
         c = self.config
         return BitDense(features, c.act_bits, c.weight_init, c.dtype, name=name)(x)
 
-    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
+    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         if self.config.act_bits == 1:
             return super()._attend(q, k, v, train=train)
         q, k = self._normalize_heads(q, k)

@@ -12,6 +12,7 @@ from jax import Array
 from bvit_jax import bivit_quantize as quantize
 from bvit_jax import products, watch
 from bvit_jax.layers import LayerNorm
+from bvit_jax.models.head import Attention
 from bvit_jax.models.real_block import RealBlock
 
 HEAD_NORM_EPSILON = 1e-5
@@ -28,7 +29,7 @@ class BiViTBlock(RealBlock):
     """The block of `RealBlock` with quantised attention and a clipped GELU.
 
     A subclass names the modules that quantise along an ``axis``, the heads, and return `Quantized`; and it
-    makes the linear layers binary. The attention probabilities that it returns are the quantised ones.
+    makes the linear layers binary.
     """
 
     quantizer: ClassVar[Callable[..., nn.Module]]
@@ -52,20 +53,21 @@ class BiViTBlock(RealBlock):
         q = LayerNorm(HEAD_NORM_EPSILON, name="query_norm")(q)
         return q, LayerNorm(HEAD_NORM_EPSILON, name="key_norm")(k)
 
-    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
+    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
         q, k = self._normalize_heads(q, k)
         queries, keys = self._quantize(q, "query_act"), self._quantize(k, "key_act")
         values = self._quantize(v, "value_act")
         scores = self._product(queries, keys, "bqhd,bkhd->bhqk") / math.sqrt(q.shape[-1])
-        probs = self._quantize_probs(self._probabilities(scores))
-        watch.watch_heads(self, probs.codes)
-        kept = probs
+        probs = self._probabilities(scores)
+        used = self._quantize_probs(probs)
+        watch.watch_heads(self, used.codes)
+        kept = used
         if train and c.attention_dropout > 0:
             rate = 1 - c.attention_dropout
-            mask = jax.random.bernoulli(self.make_rng("dropout"), rate, probs.codes.shape)
-            kept = Quantized(probs.codes * mask, probs.scale / rate)
-        return self._product(kept, values, "bhqk,bkhd->bqhd"), probs.codes * probs.scale
+            mask = jax.random.bernoulli(self.make_rng("dropout"), rate, used.codes.shape)
+            kept = Quantized(used.codes * mask, used.scale / rate)
+        return self._product(kept, values, "bhqk,bkhd->bqhd"), Attention(probs, used.codes * used.scale)
 
     def _product(self, a: Quantized, b: Quantized, equation: str) -> Array:
         """Returns the product of two tensors with a scale a head, in any of the axes of ``equation``."""

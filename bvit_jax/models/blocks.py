@@ -30,6 +30,7 @@ from bvit_jax.layers import (
     to_tokens,
     upsample,
 )
+from bvit_jax.models.head import Attention
 from bvit_jax.products import accumulator_dtype
 
 
@@ -93,8 +94,8 @@ class BinaryAttention(nn.Module):
     repeated back for the shortcut around the attention product.
 
     Returns:
-      Context (batch, tokens, channels) after its norm, shortcuts and RPReLU, and the (binarised)
-      attention probabilities (batch, heads, tokens, keys).
+      Context (batch, tokens, channels) after its norm, shortcuts and RPReLU, and the attention
+      probabilities (batch, heads, tokens, keys).
     """
 
     num_heads: int
@@ -102,7 +103,7 @@ class BinaryAttention(nn.Module):
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Array]:
+    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
         width = x.shape[-1]
         q = BinaryUnit(width, c, name="query")(x, x, train=train)
@@ -114,7 +115,7 @@ class BinaryAttention(nn.Module):
         v = BinaryUnit(width, c, name="value")(z, z, train=train)
 
         attend = self._attend_binary if c.act_bits == 1 else self._attend_real
-        context, probs = attend(
+        context, attention = attend(
             self._heads(q, "query_move"),
             self._heads(k, "key_move"),
             self._heads(v, "value_move"),
@@ -125,7 +126,7 @@ class BinaryAttention(nn.Module):
         if self.reduction > 1:
             k, v = upsample(k, self.reduction), upsample(v, self.reduction)
         context = RPReLU(name="rprelu")(context + q + k + v)
-        return context.astype(c.dtype), probs
+        return context.astype(c.dtype), attention
 
     def _heads(self, x: Array, move: str) -> Array:
         """Shifts (batch, tokens, channels) and splits it into (batch, tokens, heads, size)."""
@@ -133,30 +134,32 @@ class BinaryAttention(nn.Module):
         x = x.astype(accumulator_dtype(x.dtype)) + shift
         return x.reshape(*x.shape[:2], self.num_heads, -1)
 
-    def _attend_binary(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
+    def _attend_binary(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
         for name, x in (("query_move", q), ("key_move", k), ("value_move", v)):
             watch.watch_sign(self, x, name)
         scores = products.binary_scores(q, k, c.dtype) / math.sqrt(q.shape[-1])
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
-        codes = quantize.prob_codes(nn.softmax(scores), scale)
+        probs = nn.softmax(scores)
+        codes = quantize.prob_codes(probs, scale)
         watch.watch_heads(self, codes)
         # The codes' gradient rule already accounts for the scale: see quantize.prob_codes.
         scale = lax.stop_gradient(scale)
+        attention = Attention(probs, codes * scale)
         if train and c.attention_dropout > 0:
             kept = 1 - c.attention_dropout
             # What is left stays in {0, 1}, so that the product stays exact.
             codes *= jax.random.bernoulli(self.make_rng("dropout"), kept, codes.shape)
             scale /= kept
-        return products.binary_context(codes, v, c.dtype) * scale, codes * scale
+        return products.binary_context(codes, v, c.dtype) * scale, attention
 
-    def _attend_real(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
+    def _attend_real(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
         product = partial(jnp.einsum, preferred_element_type=q.dtype)
         q, k, v = (a.astype(c.dtype) for a in (q, k, v))
         probs = nn.softmax(product("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1]))
-        probs = nn.Dropout(c.attention_dropout)(probs, deterministic=not train)
-        return product("bhqk,bkhd->bqhd", probs.astype(c.dtype), v), probs
+        kept = nn.Dropout(c.attention_dropout)(probs, deterministic=not train)
+        return product("bhqk,bkhd->bqhd", kept.astype(c.dtype), v), Attention(probs, probs)
 
 
 class BinaryFeedForward(nn.Module):
@@ -190,12 +193,13 @@ class BinaryBlock(nn.Module):
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Array]:
+    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
         width = x.shape[-1]
         normed = c.make_norm("attention_norm")(x, train=train)
         normed = normed.astype(c.dtype)
-        y, probs = BinaryAttention(self.num_heads, self.reduction, c, name="attention")(normed, train=train)
+        attend = BinaryAttention(self.num_heads, self.reduction, c, name="attention")
+        y, attention = attend(normed, train=train)
         y = BinaryUnit(width, c, name="attention_output")(y, y, train=train)
         x = x + self._branch_end(y, "attention_scale", train=train)
 
@@ -207,7 +211,7 @@ class BinaryBlock(nn.Module):
             for axis, direction in ((1, "h"), (2, "w")):
                 pooled = to_tokens(average_line(to_grid(normed), size, axis))
                 x = x + LayerScale(0.0, name=f"pool_{direction}{size}")(pooled)
-        return x.astype(c.dtype), probs
+        return x.astype(c.dtype), attention
 
     def _branch_end(self, y: Array, scale_name: str, *, train: bool) -> Array:
         c = self.config

@@ -1,12 +1,26 @@
 """From tokens to what a model returns."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from flax import linen as nn
 from flax import struct
 from jax import Array
 
 from bvit_jax.layers import WeightInit, real_dense
+
+
+class Attention(NamedTuple):
+    """The attention probabilities of a block, (batch, heads, tokens, keys) each.
+
+    Attributes:
+      probs: what the softmax returns.
+      used: what the product with the values sees, before dropout: binarised where the model does that,
+        otherwise the same array.
+    """
+
+    probs: Array
+    used: Array
 
 
 @struct.dataclass
@@ -22,12 +36,15 @@ class ModelOutput:
       attentions: if asked for, the attention probabilities of every block, as the product with the
         values sees them (binarised where the model does that), each (batch, heads, tokens, keys), in
         windows (batch * windows, heads, tokens, tokens); else empty.
+      probabilities: if asked for, the same before any binarisation: what the softmax of every block
+        returns; else empty.
     """
 
     logits: Array
     head_logits: tuple[Array, ...]
     hidden_states: tuple[Array, ...] = ()
     attentions: tuple[Array, ...] = ()
+    probabilities: tuple[Array, ...] = ()
 
 
 def classify(pooled: Array, num_classes: int, weight_init: WeightInit, name: str) -> Array:
@@ -41,10 +58,16 @@ def classify(pooled: Array, num_classes: int, weight_init: WeightInit, name: str
 
 
 def model_output(
-    head_logits: tuple[Array, ...], hidden: Sequence[Array], attentions: Sequence[Array], capture: bool
+    head_logits: tuple[Array, ...], hidden: Sequence[Array], attentions: Sequence[Attention], capture: bool
 ) -> ModelOutput:
     """Returns the output of a model with the given heads, with what lies inside it if ``capture``."""
     logits = sum(head_logits[1:], head_logits[0]) / len(head_logits) if head_logits[1:] else head_logits[0]
     if not capture:
         return ModelOutput(logits, head_logits)
-    return ModelOutput(logits, head_logits, tuple(hidden), tuple(attentions))
+    return ModelOutput(
+        logits,
+        head_logits,
+        tuple(hidden),
+        attentions=tuple(attention.used for attention in attentions),
+        probabilities=tuple(attention.probs for attention in attentions),
+    )

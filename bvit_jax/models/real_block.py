@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from bvit_jax.layers import DropPath, LayerNorm, WeightInit, accumulator_dtype, normal_init, real_dense
+from bvit_jax.models.head import Attention
 from bvit_jax.models.windows import Window
 
 
@@ -37,7 +38,7 @@ class RealBlock(nn.Module):
     each relative position is added to the scores.
 
     Returns:
-      Tokens (batch, tokens, channels) and attention probabilities (batch, heads, tokens, tokens), or
+      Tokens (batch, tokens, channels) and attention probabilities, (batch, heads, tokens, tokens) or
       (batch * windows, heads, window tokens, window tokens).
     """
 
@@ -48,11 +49,11 @@ class RealBlock(nn.Module):
     window: Window | None = None
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Array]:
+    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
         y = LayerNorm(c.norm_epsilon, name="attention_norm")(x)
         y = y if self.window is None else self.window.split(y)
-        y, probs = self._attention(y, train=train)
+        y, attention = self._attention(y, train=train)
         y = y if self.window is None else self.window.join(y)
         x = x + DropPath(self.drop_path)(y, train=train)
 
@@ -60,24 +61,24 @@ class RealBlock(nn.Module):
         y = self._activate(self._dense(self.mlp_dim, y, "mlp_in"))
         y = self._dense(x.shape[-1], y, "mlp_out").astype(c.dtype)
         y = nn.Dropout(c.dropout)(y, deterministic=not train)
-        return x + DropPath(self.drop_path)(y, train=train), probs
+        return x + DropPath(self.drop_path)(y, train=train), attention
 
-    def _attention(self, x: Array, *, train: bool) -> tuple[Array, Array]:
+    def _attention(self, x: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
         batch, tokens, width = x.shape
         split = (batch, tokens, self.num_heads, -1)
         q, k, v = (self._dense(width, x, name).reshape(split) for name in ("query", "key", "value"))
-        context, probs = self._attend(q, k, v, train=train)
+        context, attention = self._attend(q, k, v, train=train)
         y = self._dense(width, context.reshape(batch, tokens, width), "attention_output").astype(c.dtype)
-        return nn.Dropout(c.dropout)(y, deterministic=not train), probs
+        return nn.Dropout(c.dropout)(y, deterministic=not train), attention
 
-    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Array]:
+    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         """Returns the context and the probabilities, of (batch, tokens, heads, size) each."""
         c = self.config
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=accumulator_dtype(c.dtype))
         probs = self._probabilities(scores / math.sqrt(q.shape[-1])).astype(c.dtype)
         kept = nn.Dropout(c.attention_dropout)(probs, deterministic=not train)
-        return jnp.einsum("bhqk,bkhd->bqhd", kept, v), probs
+        return jnp.einsum("bhqk,bkhd->bqhd", kept, v), Attention(probs, probs)
 
     def _probabilities(self, scores: Array) -> Array:
         if self.window is not None:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from bvit_jax.models.head import Attention
+
 Remat = Literal["none", "block", "dots"]
 
 # What a block keeps for its backward pass besides its input.
@@ -44,12 +46,12 @@ class StageOutput:
     Attributes:
       tokens: what the last block returns, (batch, tokens, channels).
       hidden: what each block returns.
-      attentions: the attention probabilities of each block.
+      attentions: the attention probabilities of each block, as used and before binarisation.
     """
 
     tokens: Array
     hidden: list[Array]
-    attentions: list[Array]
+    attentions: list[Attention]
 
 
 def run_blocks(
@@ -90,17 +92,17 @@ def run_blocks(
 def _loop(
     module: nn.Module, blocks: Sequence[Any], x: Array, train: bool, capture: bool, remat: Remat
 ) -> StageOutput:
-    def call(block: Any, x: Array) -> tuple[Array, Array | None]:
-        x, probs = block(x, train=train)
-        return x, probs if capture else None
+    def call(block: Any, x: Array) -> tuple[Array, Attention | None]:
+        x, attention = block(x, train=train)
+        return x, attention if capture else None
 
     run = call if remat == "none" else nn.remat(call, policy=POLICIES[remat])
     output = StageOutput(x, [], [])
     for block in blocks:
-        x, probs = run(block.clone(parent=module), x)
-        if probs is not None:
+        x, attention = run(block.clone(parent=module), x)
+        if attention is not None:
             output.hidden.append(x)
-            output.attentions.append(probs)
+            output.attentions.append(attention)
     return StageOutput(x, output.hidden, output.attentions)
 
 
@@ -128,8 +130,8 @@ def _scan(
         block = kind.clone(parent=None, drop_path=rate if drops else 0.0)
         rngs = {} if key is None else {"dropout": jax.random.fold_in(key, index)}
         result: Any = block.apply(variables, x, train=train, mutable=updates, rngs=rngs)
-        (x, probs), updated = result if updates else (result, {})
-        return x, updated.get("batch_stats", {}), (x, probs) if capture else None
+        (x, attention), updated = result if updates else (result, {})
+        return x, updated.get("batch_stats", {}), (x, attention) if capture else None
 
     if remat != "none":
         # Inside a loop nothing can be merged across the forward and the backward pass.
