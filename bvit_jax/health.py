@@ -6,7 +6,7 @@ Kinds of figures, of every layer that has them:
 ``flipped``         share of the signs of a binary kernel that differ from those at the last log
 ``active_weights``  share of the latent weights of a binary kernel that its quantiser gives a gradient
 ``active_inputs``   share of the inputs of a sign that its straight-through estimator gives a gradient
-``zeros``           share of the inputs of a sign that are exactly zero, whose sign is 0, or 1 where signs are bits
+``zeros``           share of the inputs of a sign that are exactly zero; see `bvit_jax.watch`
 ``dead_heads``      number of heads whose binarised attention probabilities are all zero over the batch
 ==================  =======================================================================================
 

@@ -24,6 +24,8 @@ def watched(module: nn.Module) -> bool:
 def watch_sign(module: nn.Module, x: Array, part: str = "") -> None:
     """Sows the shares of the input of a sign that get a gradient and that are exactly zero.
 
+    The sign of a zero is 0 in BinaryViT and in Bi-ViT as released, and 1 where every sign is a bit.
+
     Args:
       module: where the sign is.
       x: what enters it, (batch, ...).
