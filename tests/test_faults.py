@@ -164,7 +164,7 @@ def test_a_full_disk(small_disk: Path, data_dir: Path, whole: Path) -> None:
 
 
 def test_a_directory_that_is_gone(flags: list[str], tmp_path: Path) -> None:
-    process = start("train.py", *flags)
+    process = start("train.py", *flags, "--config.epochs=200")  # long enough for any machine
     wait_for(process, "saved step 5")
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     result = finish(process)
