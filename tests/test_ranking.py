@@ -20,7 +20,7 @@ from bvit_jax.train_state import create_state
 from tests.configs import one_block
 from tests.processes import ROOT
 from tests.small import NORMALIZE, assert_close, optimizer, wide
-from tests.weights import random_variables
+from tests.weights import abstract_of, random_variables
 
 KEY = jax.random.key(3)
 DEIT = {"image_size": 16, "patch_size": 4, "num_classes": 5, "width": 8, "depth": 4, "num_heads": 2}
@@ -162,7 +162,7 @@ def sides(name):
     }[name]
     heads = {"distillation_head": True} if name == "deit" else {}
     configs = model_config(student, **sizes, **heads), model_config(teacher, **sizes)
-    return [(config, random_variables(create_model(config), size=16)) for config in configs]
+    return [(config, random_variables(abstract_of(config))) for config in configs]
 
 
 def images_and_labels(number=8, size=16):

@@ -1,0 +1,216 @@
+"""Measures what ranking-aware distillation adds to a training step, and its memory by the number of keys.
+
+    python benchmarks/ranking.py --batch 8 --repeats 9
+    python benchmarks/ranking.py --set depth=4 --batch 4 --json ranking.json
+
+bvit_jax must be importable (installed, or PYTHONPATH=.). The student is Bi-ViT's DeiT-Ti; a real-valued one
+with random weights, which really runs, is the teacher in both steps. Steps without and with the ranking
+loss alternate. Beside the time, the processor time of each step is compared: on a machine that others use
+too, it is the steadier figure. The loss of one layer and its parts are also measured by themselves.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax_side import NORMALIZE, fixed_optimizer, random_batch
+from train_step import cores, cpu_model
+from workload import parse_override
+
+from bvit_jax.errors import UserError
+from bvit_jax.models import create_model
+from bvit_jax.ranking import Ranking, ranking_loss, teacher_order
+from bvit_jax.sharding import make_mesh, replicated
+from bvit_jax.step import jit_train_step, make_train_step
+from bvit_jax.train_state import create_state
+
+DEIT_TINY = {"width": 192, "depth": 12, "num_heads": 3, "mlp_dim": 768}
+BOTH_TOKENS = {"distillation_token": True, "distillation_head": True}
+KEYS = (49, 98, 197, 394)
+ROWS = 1024  # of the loss whose memory is measured
+Call = Callable[[], Any]
+
+
+def steps(overrides: dict[str, Any], batch: int) -> dict[str, Call]:
+    """Returns the compiled steps without and with ranking, each on a state of its own."""
+    mesh = make_mesh()
+    if batch % mesh.size:
+        raise UserError(f"--batch is {batch}; expected a multiple of the {mesh.size} devices")
+    settings = {**DEIT_TINY, **BOTH_TOKENS, **overrides}
+    student: Any = create_model({"name": "bivit_release_deit", **settings})
+    teacher: Any = create_model({"name": "deit", **settings})
+    optimizer, whole = fixed_optimizer(), replicated(mesh)
+    key = jax.device_put(jax.random.key(0), whole)
+    images = jnp.zeros((1, student.image_size, student.image_size, 3))
+    taught = jax.jit(lambda: teacher.init(jax.random.key(1), images), out_shardings=whole)()
+    data = random_batch(batch, student, mesh)
+
+    def compiled(ranking: Ranking | None) -> Call:
+        step = make_train_step(
+            student,
+            optimizer,
+            NORMALIZE,
+            teacher=teacher,
+            teacher_targets="hard",
+            distillation_weight=0.5,
+            ranking=ranking,
+            mesh=mesh,
+        )
+        start = jax.jit(
+            lambda: create_state(key, student, optimizer, student.image_size), out_shardings=whole
+        )
+        state = start()
+        run = jit_train_step(step, mesh).lower(state, data, taught, key).compile()
+
+        def call() -> Any:
+            nonlocal state
+            state, metrics = run(state, data, taught, key)
+            return metrics
+
+        return call
+
+    return {"plain": compiled(None), "ranked": compiled(Ranking(1.0))}
+
+
+def parts(overrides: dict[str, Any], batch: int) -> dict[str, Call]:
+    """Returns the loss of one layer, with its gradient, and what of it can be run alone."""
+    settings = {**DEIT_TINY, "image_size": 224, "patch_size": 16, **overrides}
+    keys = (settings["image_size"] // settings["patch_size"]) ** 2 + 2
+    shape = (batch, settings["num_heads"], keys, keys)
+    student, teacher = (jax.nn.softmax(jax.random.normal(jax.random.key(i), shape)) for i in range(2))
+    order = teacher_order(teacher)
+
+    def loss(student: Array, teacher: Array) -> Array:
+        return ranking_loss([student], [teacher], jax.random.key(2))
+
+    def gather(x: Array, order: Array) -> Array:
+        return jnp.take_along_axis(x, order, axis=-1, mode="promise_in_bounds")
+
+    cases: dict[str, tuple[Callable, Any]] = {
+        "loss_and_gradient": (jax.value_and_grad(loss), (student, teacher)),
+        "loss": (loss, (student, teacher)),
+        "order": (teacher_order, (teacher,)),
+        "gather": (gather, (student, order)),
+    }
+    return {
+        name: functools.partial(jax.jit(f).lower(*inputs).compile(), *inputs)
+        for name, (f, inputs) in cases.items()
+    }
+
+
+def alternate(calls: dict[str, Call], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Returns seconds and processor seconds of every round of each call."""
+    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "cpu_seconds": []} for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    for _ in range(repeats):
+        for name, call in calls.items():
+            processor, began = _processor_seconds(), time.perf_counter()
+            jax.block_until_ready(call())
+            found[name]["seconds"].append(time.perf_counter() - began)
+            found[name]["cpu_seconds"].append(_processor_seconds() - processor)
+    return found
+
+
+def temporaries() -> dict[int, int]:
+    """Returns the bytes that the loss of `ROWS` rows and its gradient need beside their arrays, by keys."""
+
+    def loss(student: Array, teacher: Array) -> Array:
+        return ranking_loss([student], [teacher], jax.random.key(0))
+
+    found = {}
+    for keys in KEYS:
+        shape = jax.ShapeDtypeStruct((1, 4, ROWS // 4, keys), jnp.float32)
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(shape, shape).compile()
+        memory: Any = compiled.memory_analysis()
+        found[keys] = memory.temp_size_in_bytes
+    return found
+
+
+def report(overrides: dict[str, Any], batch: int, repeats: int) -> dict[str, Any]:
+    """Measures everything and returns it, ready for JSON."""
+    load = os.getloadavg()[0]
+    rounds = alternate(steps(overrides, batch), repeats)
+    alone = alternate(parts(overrides, batch), repeats)
+    found: dict[str, Any] = {
+        "machine": {"cpu": cpu_model(), "cores": cores(), "load_average": load},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "batch": batch,
+        "settings": {**DEIT_TINY, **overrides},
+        "rounds": rounds,
+        "parts_of_a_layer": alone,
+        "temporary_bytes_by_keys": temporaries(),
+    }
+    for kind in ("seconds", "cpu_seconds"):
+        pairs = zip(rounds["ranked"][kind], rounds["plain"][kind], strict=True)
+        ratios = sorted(ranked / plain for ranked, plain in pairs)
+        ratio = statistics.median(ratios)
+        found[kind] = {"ratio": ratio, "range": [ratios[0], ratios[-1]], "share_of_step": 1 - 1 / ratio}
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints a report."""
+    machine = found["machine"]
+    print(f"machine     {machine['cpu']}, {machine['cores']} cores; {found['device']};", end=" ")
+    print(f"load average before the start: {machine['load_average']:.1f}")
+    print(f"versions    python {found['python']}, jax {found['jax']}")
+    for kind, name in (("seconds", "time"), ("cpu_seconds", "processor")):
+        plain, ranked = (1e3 * statistics.median(found["rounds"][step][kind]) for step in ("plain", "ranked"))
+        x = found[kind]
+        print(
+            f"{name:11} step {plain:.0f} ms, with ranking {ranked:.0f} ms: {x['ratio']:.3f} times"
+            f" ({x['range'][0]:.3f} to {x['range'][1]:.3f}), {100 * x['share_of_step']:.1f} % of the step"
+        )
+    for name, values in found["parts_of_a_layer"].items():
+        milliseconds = [1e3 * statistics.median(values[kind]) for kind in ("seconds", "cpu_seconds")]
+        print(
+            f"a layer's {name.replace('_', ' '):18} {milliseconds[0]:.2f} ms, processor {milliseconds[1]:.2f}"
+        )
+    for keys, size in found["temporary_bytes_by_keys"].items():
+        print(f"{keys:4} keys   {size / 1e6:.2f} MB of temporaries, {size / (ROWS * keys):.1f} bytes a key")
+
+
+def _processor_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def main() -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="ranking.py", description="Cost of ranking-aware distillation.")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of both models; repeatable"
+    )
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="images of a step (8)")
+    parser.add_argument("--repeats", type=int, default=9, metavar="K", help="rounds of each kind (9)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    arguments = parser.parse_args()
+    try:
+        overrides = dict(map(parse_override, arguments.set))
+        found = report(overrides, arguments.batch, arguments.repeats)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    show(found)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
