@@ -2,153 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bvit_jax import data, health, models, optim, pictures, pretrained, runs
+from bvit_jax import data, health, models, optim, pictures, runs
 from bvit_jax.augmentation import Augmentation
 from bvit_jax.erasing import Erasing
 from bvit_jax.errors import UserError
 from bvit_jax.first_batch import jit_start, make_start, starts_from_a_batch
 from bvit_jax.mixing import Mixing
 from bvit_jax.normalization import Normalization
-from bvit_jax.ranking import Ranking
 from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated
 from bvit_jax.step import TrainStep, jit_train_step, make_train_step
+from bvit_jax.teacher import Teacher, load_teacher, make_ranking
 from bvit_jax.train_state import TrainState, abstract_state, create_state
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The distillation teacher: an argument of the step, neither trained nor checkpointed.
-
-    Attributes:
-      model: None where there is no teacher.
-      variables: empty where there is none.
-      digest: SHA-256 of the weights; a run resumes only with the same teacher.
-      normalize: what its images go through, which need not be what the student's do.
-    """
-
-    model: nn.Module | None
-    variables: dict[str, Any]
-    digest: str
-    normalize: Normalization | None
-
-
-def load_teacher(config: ConfigDict) -> Teacher:
-    """Loads the teacher that ``config.teacher`` names.
-
-    Raises:
-      UserError: distillation or ranking is asked for without a teacher or the other way round; it cannot
-        be read, or has other classes or another image size than the student.
-    """
-    path, needed = config.teacher.path, needs_teacher(config)
-    if needed and not path:
-        settings = ("distillation_weight", "ranking_weight")
-        asking = [f"config.loss.{name}=0" for name in settings if config.loss[name] > 0]
-        raise UserError(
-            "config.teacher.path is empty; name the teacher's directory, or train on the labels with"
-            f" {' and '.join(asking)}"
-        )
-    if path and not needed:
-        raise UserError(
-            "config.loss.distillation_weight is 0, so that the teacher would do nothing; raise it or"
-            " config.loss.ranking_weight, or leave config.teacher.path empty"
-        )
-    check_heads(config)
-    if not path:
-        return Teacher(None, {}, "", None)
-    origin = Path(config.teacher.path).expanduser()
-    try:
-        teacher = pretrained.load(origin)
-    except UserError as error:
-        raise UserError(f"config.teacher.path: {error}") from error
-    for key in ("num_classes", "image_size"):
-        if teacher.config[key] != config.model[key]:
-            raise UserError(
-                f"the teacher in {origin} has {key} {teacher.config[key]} and the student"
-                f" {config.model[key]}; use another config.teacher.path or config.model.{key}"
-            )
-    p = teacher.preprocessing
-    model = models.create_model(
-        teacher.config, jnp.dtype(config.compute_dtype), scan_blocks=config.scan_blocks
-    )
-    return Teacher(model, teacher.arrays(), teacher.digest(), Normalization(p.mean, p.std))
-
-
-def needs_teacher(config: ConfigDict) -> bool:
-    """Returns whether a term of the loss asks for a teacher."""
-    return config.loss.distillation_weight > 0 or config.loss.ranking_weight > 0
-
-
-def check_heads(config: ConfigDict) -> None:
-    """Raises `UserError` if the model has a head for a teacher and one for labels, and trains only one."""
-    if config.model.get("distillation_head") and not 0 < config.loss.distillation_weight < 1:
-        raise UserError(
-            "config.model.distillation_head needs a teacher for one head and labels for the other; set"
-            " config.loss.distillation_weight between 0 and 1, such as 0.5"
-        )
-
-
-def make_ranking(config: ConfigDict, student: nn.Module, teacher: nn.Module | None) -> Ranking | None:
-    """Returns the ranking term that ``config.loss`` asks for, None where it asks for none.
-
-    Raises:
-      UserError: it names blocks that a model does not have, or student and teacher differ in their blocks,
-        tokens or keys.
-    """
-    loss = config.loss
-    if not loss.ranking_weight or teacher is None:
-        return None
-    sides = {"student": _attention_shapes(student), "teacher": _attention_shapes(teacher)}
-    layers = tuple(loss.ranking_layers)
-    for side, shapes in sides.items():
-        if layers and max(layers) >= len(shapes):
-            raise UserError(
-                f"config.loss.ranking_layers is {layers}, and the {side} has {len(shapes)} blocks; expected"
-                f" numbers below {len(shapes)}"
-            )
-    ours, theirs = sides.values()
-    if not layers and len(ours) != len(theirs):
-        raise UserError(
-            f"config.loss.ranking_weight is {loss.ranking_weight}, and the student has {len(ours)} blocks,"
-            f" the teacher {len(theirs)}; use another teacher, or name blocks with config.loss.ranking_layers"
-        )
-    for layer in layers or range(len(ours)):
-        (*_, tokens, keys), (*_, teacher_tokens, teacher_keys) = ours[layer], theirs[layer]
-        windows, teacher_windows = ours[layer][0], theirs[layer][0]
-        if (windows, tokens, keys) != (teacher_windows, teacher_tokens, teacher_keys):
-            raise UserError(
-                f"config.loss.ranking_weight is {loss.ranking_weight}, and block {layer} of the student has"
-                f" {_in_words(ours[layer])}, that of the teacher {_in_words(theirs[layer])}; use a teacher"
-                " with the student's tokens (image and patch size, class and distillation tokens, windows),"
-                " or"
-                " leave the block out of config.loss.ranking_layers"
-            )
-    return Ranking(loss.ranking_weight, loss.ranking_margin, layers)
-
-
-def _attention_shapes(model: Any) -> list[tuple[int, ...]]:
-    """Returns (windows, heads, tokens, keys) of each block, windows being 1 without any."""
-    images = jnp.zeros((1, model.image_size, model.image_size, 3))
-
-    def run(key: Array) -> Sequence[Array]:
-        return model.apply(model.init(key, images), images, capture=True).probabilities
-
-    return [x.shape for x in jax.eval_shape(run, jax.random.key(0))]
-
-
-def _in_words(shape: tuple[int, ...]) -> str:
-    windows, _, tokens, keys = shape
-    return f"{tokens} tokens and {keys} keys" + (f" in each of {windows} windows" if windows > 1 else "")
 
 
 def open_splits(config: ConfigDict) -> data.Split:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import data, distributed, health, initial, models, pictures, runs, usage
-from bvit_jax.build import Run, Teacher, abstract_batch, build, open_splits
+from bvit_jax.build import Run, abstract_batch, build, open_splits
 from bvit_jax.checkpoint import Checkpoints, is_saved
 from bvit_jax.chips import chip_of
 from bvit_jax.clock import Clock
@@ -26,6 +26,7 @@ from bvit_jax.interruption import Interrupted, Interruption
 from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
 from bvit_jax.profiler import Profile
 from bvit_jax.sharding import local_rows, replicate, replicated
+from bvit_jax.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

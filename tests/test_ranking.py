@@ -9,13 +9,14 @@ import pytest
 
 from bvit_jax import dry_run as dry_run_lib
 from bvit_jax import ranking
-from bvit_jax.build import build, load_teacher, make_ranking
+from bvit_jax.build import build
 from bvit_jax.config import validate
 from bvit_jax.errors import UserError
 from bvit_jax.models import create_model, model_config
 from bvit_jax.ranking import Ranking, ranking_loss
 from bvit_jax.sharding import make_mesh, replicated, shard_batch
 from bvit_jax.step import jit_train_step, make_train_step
+from bvit_jax.teacher import load_teacher, make_ranking
 from bvit_jax.train_state import create_state
 from tests.configs import one_block
 from tests.processes import ROOT
