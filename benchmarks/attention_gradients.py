@@ -15,6 +15,7 @@ layers of queries, keys and values return. For each block:
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +24,32 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bvit_jax import data
+from bvit_jax import data, initial
 from bvit_jax.build import Run, build, open_splits
 from bvit_jax.layers import BitDense
 from bvit_jax.losses import training_loss
 from bvit_jax.models.bivit import FIRST_SCALE
-from bvit_jax.sharding import local_rows, shard_batch
+from bvit_jax.sharding import replicate, shard_batch
 from configs import bivit_digits
 
 PARTS = ("query", "key", "value")
 Figures = dict[str, list[float]]
 
 
-def figures_of(learned_scale: bool) -> Figures:
+def figures_of(learned_scale: bool, teacher: str) -> Figures:
     """Returns the figures of every block, at the start of training."""
     config = bivit_digits.get_config()
     config.model.learned_scale = learned_scale
+    if teacher:
+        config.teacher.path = teacher
     run = build(config, open_splits(config).num_examples)
-    rows = local_rows(run.mesh, config.batch_size).tolist()
-    batches = data.train_batches(config.data, config.model.image_size, config.batch_size, 0, 0, rows)
-    batch = shard_batch(next(iter(batches)), run.mesh)
+    with closing(data.train_batches(config.data, config.model.image_size, config.batch_size, 0)) as batches:
+        loaded = next(batches)
+    batch = shard_batch({name: loaded[name] for name in ("image", "label")}, run.mesh)
     key = jax.random.key(0)
-    state = run.start(run.create(key), batch, key)
+    given = initial.load(config, run.state.variables)
+    state = run.create(key, replicate(given.variables, run.mesh))
+    state = run.start(state, batch, key)
     return measure(run, state.variables, batch, config)
 
 
@@ -103,25 +108,29 @@ def draw(results: dict[str, Figures], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, (shares, norms) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     blocks = np.arange(1, 1 + len(results["learned"]["query"]))
-    colors, styles = {"fixed": "tab:red", "learned": "tab:blue"}, {"attended": "-", "inside": ":"}
-    names = {"fixed": "α = 1", "learned": "α learned, at its start"}
     words = {"attended": "binarised to 1", "inside": "in [0, α]"}
-    for kind, figures in results.items():
-        for share, style in styles.items():
-            label = f"{words[share]}, {names[kind]}"
-            axes[0].plot(blocks, figures[share], style, color=colors[kind], marker="o", ms=4, label=label)
-        for part, style in zip(PARTS, ("-", "--", ":"), strict=True):
-            label = f"{part}, {names[kind]}"
-            axes[1].plot(blocks, figures[part], style, color=colors[kind], marker="o", ms=4, label=label)
-    axes[0].set(xlabel="block", ylabel="share of the attention probabilities", ylim=(-0.03, 1.03))
-    axes[1].set(xlabel="block", ylabel="norm of the gradient, a head and image")
-    axes[1].set_yscale("symlog", linthresh=1e-6)
-    axes[1].set_ylim(bottom=0)
-    for axis in axes:
-        axis.set_xticks(blocks)
-        axis.legend(fontsize=7)
+    for i, (kind, name) in enumerate({"fixed": "α = 1", "learned": "learned α, at its start"}.items()):
+        figures, color = results[kind], f"C{i}"
+        for share, style in {"inside": ":", "attended": "-"}.items():
+            label = f"{words[share]}, {name}"
+            shares.plot(blocks, figures[share], style, color=color, marker="o", ms=4, label=label)
+        values = np.array([figures[part] for part in PARTS])
+        mean = values.mean(axis=1)
+        spread = np.abs(np.stack([values.min(axis=1), values.max(axis=1)]) - mean)
+        places = np.arange(len(PARTS)) + 0.36 * (i - 0.5)
+        norms.bar(places, mean, 0.34, yerr=spread, color=color, capsize=3, label=name)
+    shares.set(xlabel="block", ylabel="share of the attention probabilities", ylim=(-0.03, 1.03))
+    shares.set_xticks(blocks)
+    shares.legend(loc="center right", bbox_to_anchor=(1, 0.64), fontsize=8)
+    norms.set(xlabel="gradient at", ylabel="norm, of one head of one image")
+    norms.set_xticks(range(len(PARTS)), PARTS)
+    norms.ticklabel_format(axis="y", scilimits=(0, 0))
+    norms.set_title("mean of the blocks, with the least and the largest", fontsize=9)
+    norms.legend(fontsize=8, loc="upper center")
+    norms.set_ylim(top=1.3 * max(max(f[part]) for f in results.values() for part in PARTS))
+    for axis in (shares, norms):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
@@ -129,9 +138,10 @@ def draw(results: dict[str, Figures], path: Path) -> None:
 def main() -> None:
     """Measures both, draws, and prints JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--png", type=Path)
+    parser.add_argument("--png", type=Path, help="where to draw it")
+    parser.add_argument("--teacher", default="", help="in place of the one that ships with the package")
     options = parser.parse_args()
-    results = {"fixed": figures_of(False), "learned": figures_of(True)}
+    results = {"fixed": figures_of(False, options.teacher), "learned": figures_of(True, options.teacher)}
     if options.png:
         draw(results, options.png)
     print(json.dumps(results, indent=2))
