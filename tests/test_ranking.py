@@ -249,6 +249,7 @@ def run(name, ranking_term, *, accumulate_steps=1, devices=1, weight=0.5, **exec
     return jax.device_get((metrics, state.params)), compiled
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64", "compile_quickly")
 def test_the_loss_is_the_sum_of_its_terms():
     plain, _ = run("deit", None)
@@ -265,6 +266,7 @@ def test_the_loss_is_the_sum_of_its_terms():
     np.testing.assert_allclose(alone[0]["ranking_loss"], ranked[0]["ranking_loss"], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64", "compile_quickly")
 @pytest.mark.parametrize("name", ["deit", "swin"])
 def test_remat_scans_and_devices_change_nothing(name):
@@ -275,6 +277,7 @@ def test_remat_scans_and_devices_change_nothing(name):
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64", "compile_quickly")
 def test_microbatches_are_ranked_by_themselves():
     (metrics, _), _ = run("deit", Ranking(1.0), accumulate_steps=2, devices=2)
