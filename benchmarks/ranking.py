@@ -6,7 +6,7 @@
 bvit_jax must be importable (installed, or PYTHONPATH=.). The student is Bi-ViT's DeiT-Ti; a real-valued one
 with random weights, which really runs, is the teacher in both steps. Steps without and with the ranking
 loss alternate. Beside the time, the processor time of each step is compared: on a machine that others use
-too, it is the steadier figure. The loss of one layer and its parts are also measured by themselves.
+too, it is the steadier figure. The loss of one layer is also measured by itself.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from workload import parse_override
 
 from bvit_jax.errors import UserError
 from bvit_jax.models import create_model
-from bvit_jax.ranking import Ranking, ranking_loss, teacher_order
+from bvit_jax.ranking import Ranking, ranking_loss
 from bvit_jax.sharding import make_mesh, replicated
 from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.train_state import create_state
@@ -84,30 +84,17 @@ def steps(overrides: dict[str, Any], batch: int) -> dict[str, Call]:
     return {"plain": compiled(None), "ranked": compiled(Ranking(1.0))}
 
 
-def parts(overrides: dict[str, Any], batch: int) -> dict[str, Call]:
-    """Returns the loss of one layer, with its gradient, and what of it can be run alone."""
+def one_layer(overrides: dict[str, Any], batch: int) -> Call:
+    """Returns the compiled loss of one layer with its gradient, by itself."""
     settings = {**DEIT_TINY, "image_size": 224, "patch_size": 16, **overrides}
     keys = (settings["image_size"] // settings["patch_size"]) ** 2 + 2
     shape = (batch, settings["num_heads"], keys, keys)
-    student, teacher = (jax.nn.softmax(jax.random.normal(jax.random.key(i), shape)) for i in range(2))
-    order = teacher_order(teacher)
+    sides = [jax.nn.softmax(jax.random.normal(jax.random.key(i), shape)) for i in range(2)]
+    return functools.partial(jax.jit(jax.value_and_grad(_loss)).lower(*sides).compile(), *sides)
 
-    def loss(student: Array, teacher: Array) -> Array:
-        return ranking_loss([student], [teacher], jax.random.key(2))
 
-    def gather(x: Array, order: Array) -> Array:
-        return jnp.take_along_axis(x, order, axis=-1, mode="promise_in_bounds")
-
-    cases: dict[str, tuple[Callable, Any]] = {
-        "loss_and_gradient": (jax.value_and_grad(loss), (student, teacher)),
-        "loss": (loss, (student, teacher)),
-        "order": (teacher_order, (teacher,)),
-        "gather": (gather, (student, order)),
-    }
-    return {
-        name: functools.partial(jax.jit(f).lower(*inputs).compile(), *inputs)
-        for name, (f, inputs) in cases.items()
-    }
+def _loss(student: Array, teacher: Array) -> Array:
+    return ranking_loss([student], [teacher], jax.random.key(2))
 
 
 def alternate(calls: dict[str, Call], repeats: int) -> dict[str, dict[str, list[float]]]:
@@ -127,13 +114,10 @@ def alternate(calls: dict[str, Call], repeats: int) -> dict[str, dict[str, list[
 def temporaries() -> dict[int, int]:
     """Returns the bytes that the loss of `ROWS` rows and its gradient need beside their arrays, by keys."""
 
-    def loss(student: Array, teacher: Array) -> Array:
-        return ranking_loss([student], [teacher], jax.random.key(0))
-
     found = {}
     for keys in KEYS:
         shape = jax.ShapeDtypeStruct((1, 4, ROWS // 4, keys), jnp.float32)
-        compiled = jax.jit(jax.value_and_grad(loss)).lower(shape, shape).compile()
+        compiled = jax.jit(jax.value_and_grad(_loss)).lower(shape, shape).compile()
         memory: Any = compiled.memory_analysis()
         found[keys] = memory.temp_size_in_bytes
     return found
@@ -143,7 +127,7 @@ def report(overrides: dict[str, Any], batch: int, repeats: int) -> dict[str, Any
     """Measures everything and returns it, ready for JSON."""
     load = os.getloadavg()[0]
     rounds = alternate(steps(overrides, batch), repeats)
-    alone = alternate(parts(overrides, batch), repeats)
+    alone = alternate({"layer": one_layer(overrides, batch)}, repeats)["layer"]
     found: dict[str, Any] = {
         "machine": {"cpu": cpu_model(), "cores": cores(), "load_average": load},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -152,7 +136,7 @@ def report(overrides: dict[str, Any], batch: int, repeats: int) -> dict[str, Any
         "batch": batch,
         "settings": {**DEIT_TINY, **overrides},
         "rounds": rounds,
-        "parts_of_a_layer": alone,
+        "layer": alone,
         "temporary_bytes_by_keys": temporaries(),
     }
     for kind in ("seconds", "cpu_seconds"):
@@ -176,11 +160,8 @@ def show(found: dict[str, Any]) -> None:
             f"{name:11} step {plain:.0f} ms, with ranking {ranked:.0f} ms: {x['ratio']:.3f} times"
             f" ({x['range'][0]:.3f} to {x['range'][1]:.3f}), {100 * x['share_of_step']:.1f} % of the step"
         )
-    for name, values in found["parts_of_a_layer"].items():
-        milliseconds = [1e3 * statistics.median(values[kind]) for kind in ("seconds", "cpu_seconds")]
-        print(
-            f"a layer's {name.replace('_', ' '):18} {milliseconds[0]:.2f} ms, processor {milliseconds[1]:.2f}"
-        )
+    own, processor = (1e3 * statistics.median(found["layer"][kind]) for kind in ("seconds", "cpu_seconds"))
+    print(f"layer       its loss and gradient by themselves {own:.1f} ms, processor {processor:.1f} ms")
     for keys, size in found["temporary_bytes_by_keys"].items():
         print(f"{keys:4} keys   {size / 1e6:.2f} MB of temporaries, {size / (ROWS * keys):.1f} bytes a key")
 

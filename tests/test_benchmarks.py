@@ -227,3 +227,16 @@ def test_reads_a_config_file(tmp_path):
     ran = run("--config", f"{config}:32", "--batch", "2", "--set", "width=7")
     assert ran.returncode == 1
     assert "config.model.width is 7: expected a multiple of its 6 heads" in ran.stderr
+
+
+@pytest.mark.slow
+def test_measures_what_ranking_costs(tmp_path):
+    file = tmp_path / "found.json"
+    arguments = ("--batch", "2", "--repeats", "2", *settings(TINY_DEIT), "--json", str(file))
+    ran = run(*arguments, script=ROOT / "benchmarks" / "ranking.py")
+    assert ran.returncode == 0, ran.stderr
+    assert "with ranking" in ran.stdout
+    found = json.loads(file.read_text())
+    assert len(found["rounds"]["ranked"]["seconds"]) == 2
+    assert found["seconds"]["ratio"] > 0
+    assert set(found["temporary_bytes_by_keys"]) == {"49", "98", "197", "394"}

@@ -78,12 +78,24 @@ def test_equals_explicit_pairs(keys, margin):
     np.testing.assert_allclose(loss_of(students, teachers), loss, rtol=1e-12)  # without a gradient
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_the_order_is_a_stable_sort(dtype):
-    values = jnp.asarray(probabilities(7, 198), jnp.bfloat16).astype(dtype).at[:, 50:60].set(0)
+@pytest.mark.parametrize("keys", [1, 2, 7, 64, 198])
+@pytest.mark.parametrize("order_of", [ranking.teacher_order, ranking._order_by_network])
+def test_the_order_is_a_stable_sort(order_of, keys):
+    values = jnp.asarray(probabilities(7, keys), jnp.bfloat16).at[:, 50:60].set(0)
     np.testing.assert_array_equal(
-        jax.jit(ranking.teacher_order)(values), np.argsort(np.asarray(values, np.float32), kind="stable")
+        jax.jit(order_of)(values), np.argsort(np.asarray(values, np.float32), kind="stable")
     )
+
+
+@pytest.mark.parametrize("batch", [1, 3, 60])
+def test_blocks_of_rows_change_nothing(batch):
+    student, teacher = (jnp.asarray(probabilities(batch, 35, 9, seed=seed), jnp.float32) for seed in (0, 1))
+    arguments = student, teacher, jnp.int32(4)
+    blocks = jax.jit(functools.partial(ranking._compare_in_blocks, margin=0.1))(*arguments)
+    whole = ranking._compare_rows(*arguments, order_of=ranking.teacher_order, margin=0.1)
+    np.testing.assert_allclose(blocks[0], whole[0], rtol=1e-5)
+    np.testing.assert_array_equal(blocks[1], whole[1])
+    np.testing.assert_array_equal(blocks[2], whole[2])
 
 
 def test_narrow_probabilities_give_a_wide_loss():
@@ -238,6 +250,7 @@ def run(name, ranking_term, *, accumulate_steps=1, devices=1, weight=0.5, **exec
     return jax.device_get((metrics, state.params)), compiled
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64", "compile_quickly")
 def test_the_loss_is_the_sum_of_its_terms():
     plain, _ = run("deit", None)
@@ -254,6 +267,7 @@ def test_the_loss_is_the_sum_of_its_terms():
     np.testing.assert_allclose(alone[0]["ranking_loss"], ranked[0]["ranking_loss"], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64", "compile_quickly")
 @pytest.mark.parametrize("name", ["deit", "swin"])
 def test_remat_scans_and_devices_change_nothing(name):
@@ -264,6 +278,7 @@ def test_remat_scans_and_devices_change_nothing(name):
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64", "compile_quickly")
 def test_microbatches_are_ranked_by_themselves():
     (metrics, _), _ = run("deit", Ranking(1.0), accumulate_steps=2, devices=2)
