@@ -49,7 +49,7 @@ def steps(overrides: dict[str, Any], batch: int) -> dict[str, Call]:
     if batch % mesh.size:
         raise UserError(f"--batch is {batch}; expected a multiple of the {mesh.size} devices")
     settings = {**DEIT_TINY, **BOTH_TOKENS, **overrides}
-    student: Any = create_model({"name": "bivit_release_deit", **settings})
+    student: Any = create_model({"name": "bivit_deit", **settings})
     teacher: Any = create_model({"name": "deit", **settings})
     optimizer, whole = fixed_optimizer(), replicated(mesh)
     key = jax.device_put(jax.random.key(0), whole)
