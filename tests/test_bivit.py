@@ -224,7 +224,10 @@ def gradients(**settings):
 
 
 def test_with_a_scale_of_one_attention_is_dead_and_the_learned_scale_revives_it():
-    """No probability is above 1/2, so that no token is attended to and no value gets a gradient."""
+    """No probability is above 1/2, so that no token is attended to and no value gets a gradient.
+
+    Queries and keys get one of the same size either way: the quantiser passes it to all of [0, α].
+    """
     fixed, attentions = gradients(patch_size=4, learned_scale=False)
     assert not any(probs.any() for probs in attentions)
     assert not any(kernel.any() for kernel in leaves_of(fixed, "value", "kernel"))
@@ -233,6 +236,9 @@ def test_with_a_scale_of_one_attention_is_dead_and_the_learned_scale_revives_it(
         assert 0.2 < jnp.mean(probs > 0) < 0.8
     for name in ("query", "key", "value"):
         assert all(kernel.any() for kernel in leaves_of(learned, name, "kernel"))
+    for name in ("query", "key"):
+        pairs = zip(leaves_of(fixed, name, "kernel"), leaves_of(learned, name, "kernel"), strict=True)
+        assert all(0.1 < jnp.linalg.norm(a) / jnp.linalg.norm(b) < 10 for a, b in pairs)
 
 
 # --- real activations --------------------------------------------------------------------------
