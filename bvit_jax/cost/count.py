@@ -27,12 +27,72 @@ FLOAT_BYTES = 4
 
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 _ELEMENTWISE = frozenset(
-    "abs acos add add_any and asin atan2 cbrt ceil clamp cos digamma div eq erf erf_inv erfc exp exp2 expm1"
-    " floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or"
-    " pow rem round rsqrt select_n sign sin sqrt square sub tan tanh xor".split()
+    (
+        "abs",
+        "acos",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "atan2",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "cos",
+        "digamma",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "or",
+        "pow",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "sign",
+        "sin",
+        "sqrt",
+        "square",
+        "sub",
+        "tan",
+        "tanh",
+        "xor",
+    )
 )
 _REDUCTIONS = frozenset(
-    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split()
+    (
+        "argmax",
+        "argmin",
+        "reduce_and",
+        "reduce_max",
+        "reduce_min",
+        "reduce_or",
+        "reduce_prod",
+        "reduce_sum",
+    )
 )
 _FREE = LAYOUT | {"iota", "random_wrap", "random_unwrap", "random_bits", "random_fold_in", "random_split"}
 
@@ -175,7 +235,12 @@ def add_up(layers: Iterable[LayerCost], path: str, kind: str) -> LayerCost:
 
 
 def cost_of(
-    model: nn.Module, image_size: int, dtype: DTypeLike = jnp.float32, trained: nn.Module | None = None
+    model: nn.Module,
+    image_size: int,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    training: bool = True,
+    trained: nn.Module | None = None,
 ) -> ModelCost:
     """Counts what a model costs for one image, by tracing it; nothing is computed and no memory taken.
 
@@ -183,17 +248,25 @@ def cost_of(
       model: takes images (batch, size, size, 3) and ``train``, and returns logits as the models here do.
       image_size: in pixels.
       dtype: of the images.
+      training: whether to trace the backward pass too, which takes most of the time; else ``saved_bytes``
+        are 0.
       trained: the model as it is trained, with rematerialisation for example; if None, ``model``.
     """
-    variables = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-        else leaf,
-        abstract_variables(model, image_size),
-    )
+    variables = jax.tree.map(_float32, abstract_variables(model, image_size))
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), dtype)
-    program = trace(lambda variables, images: model.apply(variables, images).logits, variables, images)
-    return _count(program, variables, saved_for_backward(trained or model, variables, images))
+
+    def logits(variables: Any, images: Any) -> Any:
+        output: Any = model.apply(variables, images)
+        return output.logits
+
+    program = trace(logits, variables, images)
+    saved = saved_for_backward(trained or model, variables, images) if training else {}
+    return _count(program, variables, saved)
+
+
+def _float32(leaf: Any) -> Any:
+    # Whatever the default dtype of the process is.
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def _is_fixed(name: Path) -> bool:

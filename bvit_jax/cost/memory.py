@@ -1,4 +1,4 @@
-"""The memory of activations: what a training step keeps of them, and the most that inference needs at once."""
+"""The memory of activations: what a training step keeps, and the most that inference needs at once."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,11 +11,13 @@ from bvit_jax.cost.program import Node, Path, Program, trace
 from bvit_jax.cost.values import Value, analyse
 
 # Operations whose result needs no memory of its own.
-_ALIASES = frozenset("copy copy_p expand_dims optimization_barrier reshape squeeze stop_gradient".split())
+_ALIASES = frozenset(
+    ("copy", "copy_p", "expand_dims", "optimization_barrier", "reshape", "squeeze", "stop_gradient")
+)
 
 
 def saved_for_backward(model: nn.Module, variables: Mapping[str, Any], images: Any) -> dict[Path, int]:
-    """Returns the bytes of activations that the backward pass of the logits needs, by the layer that made them.
+    """Returns the bytes of activations that the backward pass of the logits needs, by their layer.
 
     They are the residuals of JAX's own reverse-mode derivative, each array once, without the parameters,
     what follows from parameters alone, and the images themselves. A compiler may keep less.
@@ -64,12 +66,10 @@ def largest_live_set(program: Program, values: Mapping[Node, Value]) -> int:
     for node in program.outputs:
         last[owner.get(node, node)] = len(program.operations)
     live = sum(node.bytes for node in program.inputs if values[node].varies)
-    inputs = set(program.inputs)
     ends: Counter[int] = Counter()
     for node, end in last.items():
         if values[node].varies:
             ends[end] += node.bytes
-    del inputs
     most = live
     for i, operation in enumerate(program.operations):
         for node in operation.outputs:

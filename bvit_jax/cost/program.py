@@ -133,7 +133,12 @@ def _constant(value: Any, aval: Any) -> Node:
 
 
 def _inline(
-    jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Node], program: Program, layer: Path, times: int
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    inputs: Sequence[Node],
+    program: Program,
+    layer: Path,
+    times: int,
 ) -> list[Node]:
     """Appends the operations of a jaxpr to a program; returns the arrays that it returns."""
     nodes: dict[Any, Node] = dict(zip(jaxpr.invars, inputs, strict=True))

@@ -16,10 +16,39 @@ from bvit_jax.cost.program import Node, Operation, Path, Program
 
 # Operations that move or retype data, by what the elements of the result are.
 LAYOUT = frozenset(
-    "broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice dynamic_update_slice"
-    " expand_dims gather optimization_barrier pad reduce_precision reshape rev scan_carry scan_slice"
-    " scan_stack select_n slice split squeeze stop_gradient tile transpose sharding_constraint pvary"
-    " mesh_cast reshard real bitcast_convert_type unstack".split()
+    (
+        "broadcast_in_dim",
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "expand_dims",
+        "gather",
+        "optimization_barrier",
+        "pad",
+        "reduce_precision",
+        "reshape",
+        "rev",
+        "scan_carry",
+        "scan_slice",
+        "scan_stack",
+        "select_n",
+        "slice",
+        "split",
+        "squeeze",
+        "stop_gradient",
+        "tile",
+        "transpose",
+        "sharding_constraint",
+        "pvary",
+        "mesh_cast",
+        "reshard",
+        "real",
+        "bitcast_convert_type",
+        "unstack",
+    )
 )
 
 
@@ -118,8 +147,8 @@ def _range(name: str, inputs: Sequence[Value]) -> Range | None:
         return _layout_range(name, inputs)
     if name in ("round", "floor", "ceil"):
         low, high = inputs[0].low, inputs[0].high
-        outwards = (math.floor(low) if math.isfinite(low) else low, math.ceil(high) if math.isfinite(high) else high)
-        return True, *outwards
+        low = math.floor(low) if math.isfinite(low) else low
+        return True, low, math.ceil(high) if math.isfinite(high) else high
     if name in _ARITHMETIC and len(inputs) == 2:
         a, b = inputs
         if name in ("add", "sub") and (offset := _with_offset(a, b)):
