@@ -188,8 +188,8 @@ def _parameters(report: dict[str, Any]) -> str:
         "parameters\n"
         f"  {total['params']:,}: {total['binary_params']:,} binary, {total['low_bit_params']:,} of 2 to 8"
         f" bits, {total['real_params']:,} real; beside them {total['statistics']:,} running statistics\n"
-        f"  {megabytes(total['packed_bytes'])} packed, {megabytes(total['float_bytes'])} in float32; packed by"
-        f" what holds them:\n{_packed_table(report['packed_bytes_by_kind'])}"
+        f"  {megabytes(total['packed_bytes'])} packed, {megabytes(total['float_bytes'])} in float32; packed"
+        f" by what holds them:\n{_packed_table(report['packed_bytes_by_kind'])}"
     )
 
 
