@@ -1,5 +1,6 @@
 """What a model costs, against closed forms of its sizes that know nothing of the counter."""
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -90,9 +91,15 @@ def block_macs(n, c, m):
 FULL = (224, 4, 1000, (64, 128, 256, 512), (3, 4, 8, 4), (512, 1024, 1024, 2048), (8, 4, 1, 1))
 
 
+@functools.cache
+def full(name, **settings):
+    """Returns the cost of a model at full size."""
+    return measure(Subject(models.model_config(name, **settings)), training=False)
+
+
 @pytest.mark.parametrize(("some_fp", "ops"), [(False, 0.070), (True, 0.146)])
 def test_the_products_of_binaryvit(some_fp, ops):
-    cost = measure(Subject(models.model_config("binaryvit", some_fp=some_fp)), training=False)
+    cost = full("binaryvit", some_fp=some_fp)
     binary, real = pyramid_macs(*FULL, some_fp)
     assert cost.total.macs == {"binary": binary, "real": real}
     assert cost.total.ops == binary / 64 + real
@@ -104,38 +111,46 @@ def test_the_products_of_binaryvit(some_fp, ops):
 
 def test_the_products_of_react_deit():
     settings = {"class_token": True, "pool_branches": (), "layer_scale": False}
-    cost = measure(Subject(models.model_config("extra_res", **settings)), training=False)
+    cost = full("extra_res", **settings)
     assert cost.total.macs == {"binary": 12 * block_macs(197, 384, 1536), "real": 196 * 768 * 384 + 384_000}
     assert round(cost.total.ops / 1e9, 3) == 0.129
 
 
+TINY = {"width": 192, "num_heads": 3, "mlp_dim": 768}
+
+
+def compared(name, backbone, **settings):
+    """Returns the cost of a model, that of its real-valued backbone, and their comparison."""
+    config = models.model_config(name, **settings)
+    real = full(**backbone_settings(config, models.model_config(backbone)))
+    cost = full(name, **settings)
+    return cost, real, {item.convention: item for item in speedups(cost, real)}
+
+
 def test_the_products_of_bivit_and_its_speedup():
-    config = models.model_config("bivit_deit", width=192, num_heads=3, mlp_dim=768)
-    cost = measure(Subject(config), training=False)
+    cost, real, items = compared("bivit_deit", "deit", **TINY)
     blocks, embedding, heads = 12 * block_macs(198, 192, 768), 196 * 768 * 192, 2 * 192_000
     assert cost.total.macs == {"binary": blocks, "real": embedding + heads}
-    settings = backbone_settings(config, models.model_config("deit"))
-    real = cost_of(models.create_model(settings), 224, training=False)
     assert real.total.macs == {"real": blocks + embedding + heads}
-    everything, no_embedding, no_heads, neither = speedups(cost, real)
+    everything, no_embedding, no_heads, neither = items.values()
     assert everything.ratio == (blocks + embedding + heads) / (blocks / 64 + embedding + heads)
     assert everything.ratio == pytest.approx(26, abs=0.05)
     assert neither.ratio == 64
     assert no_heads.macs == blocks + embedding
     assert no_embedding.rounded_ratio == neither.rounded_ratio == 61.5  # the published one
+    # No exact quotient is it, whatever is left out.
+    assert all(abs(item.ratio - 61.5) > 1 for item in items.values())
 
 
 def test_the_published_speedup_of_bivit_swin():
-    config = models.model_config("bivit_swin")
-    cost = measure(Subject(config), training=False)
-    real = cost_of(models.create_model({"name": "swin"}), 224, training=False)
+    cost, real, items = compared("bivit_swin", "swin")
     assert real.total.macs["real"] == sum(cost.total.macs.values()) == 4_490_566_656
-    ratios = {item.convention: item.rounded_ratio for item in speedups(cost, real)}
-    assert round(ratios["without the heads"], 1) == 56.1
+    assert round(items["without the heads"].rounded_ratio, 1) == 56.1
+    assert all(abs(item.ratio - 56.1) > 1 for item in items.values())
 
 
 def test_the_packed_size_of_binaryvit():
-    total = measure(Subject(models.model_config("binaryvit")), training=False).total
+    total = full("binaryvit", some_fp=False).total
     width, depth, mlp = FULL[3], FULL[4], FULL[5]
     reduced = (3, 4, 0, 0)  # blocks with a product that reduces keys and values
     signs = sum(d * (4 * c**2 + 2 * c * m) + n * c**2 for c, d, m, n in zip(width, depth, mlp, reduced))
@@ -242,8 +257,28 @@ def test_products_belong_to_their_layers():
     assert layers["block0/attention"].kind == "BinaryAttention"
     assert layers["head"].macs == {"real": 160}
     assert layers["block0/attention/query/rprelu"].elementwise == 5 * 16 * 16  # - > · select +
-    assert layers["block0/attention_scale"].elementwise == 2 * 16 * 16
-    assert layers["block0/attention/query/norm"].elementwise == 2 * 16 * 16
+    assert layers["block0/attention_scale"].elementwise_by == {"affine before a shortcut": 2 * 16 * 16}
+    assert layers["block0/attention/query/norm"].elementwise_by == {"normalisation": 2 * 16 * 16}
+    # The mean of all tokens: a sum and a division.
+    assert layers[""].elementwise_by == {"pooling": 16 * 16 + 16}
+
+
+@pytest.mark.parametrize("name", ["deit", "swin", "bivit_deit", "bivit_swin"])
+def test_element_wise_operations_of_transformers(name):
+    kinds = count(name).total.elementwise_by
+    assert kinds["activation"] > 0
+    assert kinds["softmax"] > 0
+    assert kinds["normalisation"] > 0
+
+
+def test_scanned_blocks_cost_the_same():
+    config = small("extra_res")
+    scanned = cost_of(models.create_model(config, scan_blocks=True), config.image_size, training=False)
+    looped = count("extra_res")
+    assert scanned.total.macs == looped.total.macs
+    assert scanned.total.elementwise == looped.total.elementwise
+    assert scanned.total.binary_params == looped.total.binary_params
+    assert not scanned.uncounted
 
 
 def test_groups_keep_the_sum():

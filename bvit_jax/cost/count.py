@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from bvit_jax.cost.memory import largest_live_set, saved_for_backward
 from bvit_jax.cost.program import Node, Operation, Path, Program, trace
 from bvit_jax.cost.values import LAYOUT, Value, analyse
+from bvit_jax.layers import ACTIVATION_SCOPE, POOLING_SCOPE, SOFTMAX_SCOPE
 from bvit_jax.state_dicts import abstract_variables
 
 BINARY = "binary"
@@ -25,75 +26,28 @@ KINDS = (BINARY, BINARY_WEIGHT, BINARY_INPUT, REAL)
 BINARY_PER_OP = 64  # binary multiply-accumulates that count as one operation: a 64-bit XNOR and popcount
 FLOAT_BYTES = 4
 
+OTHER = "shortcuts, biases, shifts, signs, scales"
+CONCEPTS = {  # of element-wise operations, by a named scope or by the class of a module
+    "BatchNorm": "normalisation",
+    "LayerNorm": "normalisation",
+    "RPReLU": "activation",
+    ACTIVATION_SCOPE: "activation",
+    "LayerScale": "affine before a shortcut",
+    POOLING_SCOPE: "pooling",
+    SOFTMAX_SCOPE: "softmax",
+}
+
 _PRODUCTS = ("dot_general", "conv_general_dilated")
-_ELEMENTWISE = frozenset(
-    (
-        "abs",
-        "acos",
-        "add",
-        "add_any",
-        "and",
-        "asin",
-        "atan2",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "cos",
-        "digamma",
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "lgamma",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "pow",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sign",
-        "sin",
-        "sqrt",
-        "square",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-    )
-)
-_REDUCTIONS = frozenset(
-    (
-        "argmax",
-        "argmin",
-        "reduce_and",
-        "reduce_max",
-        "reduce_min",
-        "reduce_or",
-        "reduce_prod",
-        "reduce_sum",
-    )
-)
+_ELEMENTWISE_NAMES = """
+abs acos add add_any and asin atan2 cbrt ceil clamp cos digamma div eq erf erf_inv erfc exp exp2
+expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter
+not or pow rem round rsqrt select_n sign sin sqrt square sub tan tanh xor
+"""
+_ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
+_REDUCTION_NAMES = """
+argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
+"""
+_REDUCTIONS = frozenset(_REDUCTION_NAMES.split())
 _FREE = LAYOUT | {"iota", "random_wrap", "random_unwrap", "random_bits", "random_fold_in", "random_split"}
 
 
@@ -110,7 +64,7 @@ class LayerCost:
       scales: float32 numbers that inference needs of the binary weights beside their bits.
       statistics: running statistics, which belong to no parameter.
       macs: multiply-accumulates of products by kind, one of `KINDS`.
-      elementwise: operations on single elements that depend on the image.
+      elementwise_by: operations on single elements that depend on the image, by `CONCEPTS`.
       moved_bytes: operands and results of the products, in the dtypes that the program has.
       packed_moved_bytes: the same with one bit for every element of a binary operand.
       saved_bytes: of the arrays made here that a training step keeps for its backward pass.
@@ -125,7 +79,7 @@ class LayerCost:
     scales: int = 0
     statistics: int = 0
     macs: Counter[str] = field(default_factory=Counter)
-    elementwise: int = 0
+    elementwise_by: Counter[str] = field(default_factory=Counter)
     moved_bytes: int = 0
     packed_moved_bytes: int = 0
     saved_bytes: int = 0
@@ -149,6 +103,11 @@ class LayerCost:
     def real_macs(self) -> int:
         """The multiply-accumulates that are no XNOR: all but those of two binary operands."""
         return sum(self.macs.values()) - self.macs[BINARY]
+
+    @property
+    def elementwise(self) -> int:
+        """All element-wise operations."""
+        return sum(self.elementwise_by.values())
 
     @property
     def ops(self) -> float:
@@ -204,14 +163,6 @@ class ModelCost:
     def total(self) -> LayerCost:
         """The sum of the layers."""
         return add_up(self.layers, "total", "")
-
-    @functools.cached_property
-    def elementwise_by_kind(self) -> dict[str, int]:
-        """The element-wise operations by the class of the module that does them, most first."""
-        kinds: Counter[str] = Counter()
-        for layer in self.layers:
-            kinds[layer.kind] += layer.elementwise
-        return {kind: count for kind, count in kinds.most_common() if count}
 
     def grouped(self, depth: int) -> tuple[LayerCost, ...]:
         """Returns the layers with modules below ``depth`` added to the one above; 0 keeps all of them."""
@@ -291,9 +242,9 @@ def _count(program: Program, variables: Mapping[str, Any], saved: Mapping[Path, 
         if operation.name in _PRODUCTS:
             _add_product(layer(operation.layer), operation, values)
         elif operation.name in _ELEMENTWISE:
-            layer(operation.layer).elementwise += operation.times * result.size
+            _add_elementwise(layer(operation.layer), operation, result.size)
         elif operation.name in _REDUCTIONS:
-            layer(operation.layer).elementwise += operation.times * operation.inputs[0].size
+            _add_elementwise(layer(operation.layer), operation, operation.inputs[0].size)
         elif operation.name not in _FREE:
             key = ("/".join(operation.layer), operation.name)
             uncounted[key] += operation.times * sum(node.size for node in operation.outputs)
@@ -312,6 +263,13 @@ def _count(program: Program, variables: Mapping[str, Any], saved: Mapping[Path, 
         layer(path).saved_bytes += size
     listed = tuple(Uncounted(path, what, count) for (path, what), count in uncounted.items())
     return ModelCost(tuple(layers.values()), listed, largest_live_set(program, values))
+
+
+def _add_elementwise(layer: LayerCost, operation: Operation, elements: int) -> None:
+    concept = next((CONCEPTS[scope] for scope in reversed(operation.scopes) if scope in CONCEPTS), OTHER)
+    if concept == OTHER:
+        concept = CONCEPTS.get(layer.kind, OTHER)
+    layer.elementwise_by[concept] += operation.times * elements
 
 
 # --- products ----------------------------------------------------------------------------------

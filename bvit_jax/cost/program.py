@@ -61,6 +61,7 @@ class Operation:
     Attributes:
       name: of the primitive.
       layer: path of the module that it belongs to.
+      scopes: other named scopes that it is in, the innermost last.
       inputs, outputs: arrays.
       params: what JAX keeps of it.
       times: how often it runs, above 1 within scans.
@@ -71,6 +72,7 @@ class Operation:
     inputs: tuple[Node, ...]
     outputs: tuple[Node, ...]
     params: Mapping[str, Any]
+    scopes: Path = ()
     times: int = 1
 
 
@@ -113,7 +115,7 @@ def trace(function: Callable[..., Any], *arguments: Any) -> Program:
     closed = jax.make_jaxpr(run)(*arguments)
     names = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(arguments)]
     program.inputs = [_node(v.aval, name) for v, name in zip(closed.jaxpr.invars, names, strict=True)]
-    program.outputs = _inline(closed.jaxpr, closed.consts, program.inputs, program, (), 1)
+    program.outputs = _inline(closed.jaxpr, closed.consts, program.inputs, program, _Place(), 1)
     return program
 
 
@@ -137,7 +139,7 @@ def _inline(
     consts: Sequence[Any],
     inputs: Sequence[Node],
     program: Program,
-    layer: Path,
+    place: "_Place",
     times: int,
 ) -> list[Node]:
     """Appends the operations of a jaxpr to a program; returns the arrays that it returns."""
@@ -149,7 +151,7 @@ def _inline(
 
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        within = _layer(equation.source_info.name_stack, layer)
+        within = place.at(equation.source_info.name_stack)
         given = [read(atom) for atom in equation.invars]
         if name in _CALLS:
             called, constants = _open(params[_CALLS[name]])
@@ -158,7 +160,9 @@ def _inline(
             results = _inline_scan(equation, given, program, within, times)
         else:
             results = [_node(v.aval) for v in equation.outvars]
-            program.operations.append(Operation(name, within, tuple(given), tuple(results), params, times))
+            program.operations.append(
+                Operation(name, within.layer, tuple(given), tuple(results), params, within.scopes, times)
+            )
         nodes.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -168,7 +172,7 @@ def _open(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
 
 
 def _inline_scan(
-    equation: Any, given: Sequence[Node], program: Program, layer: Path, times: int
+    equation: Any, given: Sequence[Node], program: Program, place: "_Place", times: int
 ) -> list[Node]:
     """Appends a scan as its body, repeated, between the operations that take its data apart and join it."""
     params = equation.params
@@ -178,20 +182,32 @@ def _inline_scan(
     for i, variable in enumerate(body.invars[constants:], constants):
         node = _node(variable.aval)
         kind = "scan_carry" if i < constants + carried else "scan_slice"
-        program.operations.append(Operation(kind, layer, (given[i],), (node,), {}, times))
+        program.operations.append(Operation(kind, place.layer, (given[i],), (node,), {}, (), times))
         inputs.append(node)
-    outputs = _inline(body, consts, inputs, program, layer, times * params["length"])
+    outputs = _inline(body, consts, inputs, program, place, times * params["length"])
     results = [_node(variable.aval) for variable in equation.outvars]
     for i, (output, result) in enumerate(zip(outputs, results, strict=True)):
         kind = "scan_carry" if i < carried else "scan_stack"
-        program.operations.append(Operation(kind, layer, (output,), (result,), {}, times))
+        program.operations.append(Operation(kind, place.layer, (output,), (result,), {}, (), times))
     return results
 
 
-def _layer(stack: Any, outer: Path) -> Path:
-    for scope in reversed(stack.stack):
-        name = getattr(scope, "name", "")
-        if name.startswith(_MARK):
-            path = name[len(_MARK) :]
-            return tuple(path.split("/")) if path else ()
-    return outer
+@dataclass(frozen=True)
+class _Place:
+    """Where in the model an operation is: the module, and the named scopes inside of it."""
+
+    layer: Path = ()
+    scopes: Path = ()
+
+    def at(self, stack: Any) -> "_Place":
+        """Returns the place of an operation that is called here with a name stack of its own."""
+        layer, scopes = self.layer, list(self.scopes)
+        for scope in stack.stack:
+            name = getattr(scope, "name", "")
+            if name.startswith(_MARK):
+                path = name[len(_MARK) :]
+                outer, layer = layer, tuple(path.split("/")) if path else ()
+                scopes = scopes if layer == outer else []  # else another method of the same module
+            elif name:
+                scopes.append(name)
+        return _Place(layer, tuple(scopes))

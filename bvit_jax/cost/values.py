@@ -15,41 +15,13 @@ import numpy as np
 from bvit_jax.cost.program import Node, Operation, Path, Program
 
 # Operations that move or retype data, by what the elements of the result are.
-LAYOUT = frozenset(
-    (
-        "broadcast_in_dim",
-        "concatenate",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "expand_dims",
-        "gather",
-        "optimization_barrier",
-        "pad",
-        "reduce_precision",
-        "reshape",
-        "rev",
-        "scan_carry",
-        "scan_slice",
-        "scan_stack",
-        "select_n",
-        "slice",
-        "split",
-        "squeeze",
-        "stop_gradient",
-        "tile",
-        "transpose",
-        "sharding_constraint",
-        "pvary",
-        "mesh_cast",
-        "reshard",
-        "real",
-        "bitcast_convert_type",
-        "unstack",
-    )
-)
+_LAYOUT_NAMES = """
+broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice dynamic_update_slice
+expand_dims gather optimization_barrier pad reduce_precision reshape rev scan_carry scan_slice
+scan_stack select_n slice split squeeze stop_gradient tile transpose sharding_constraint pvary
+mesh_cast reshard real bitcast_convert_type unstack
+"""
+LAYOUT = frozenset(_LAYOUT_NAMES.split())
 
 
 @dataclass(frozen=True)

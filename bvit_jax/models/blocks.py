@@ -26,6 +26,7 @@ from bvit_jax.layers import (
     average_line,
     average_pool,
     make_norm,
+    softmax,
     to_grid,
     to_tokens,
     upsample,
@@ -139,7 +140,7 @@ class BinaryAttention(nn.Module):
             watch.watch_sign(self, x, name)
         scores = products.binary_scores(q, k, c.dtype) / math.sqrt(q.shape[-1])
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
-        codes = quantize.prob_codes(nn.softmax(scores), scale)
+        codes = quantize.prob_codes(softmax(scores), scale)
         watch.watch_heads(self, codes)
         # The codes' gradient rule already accounts for the scale: see quantize.prob_codes.
         scale = lax.stop_gradient(scale)
@@ -154,7 +155,7 @@ class BinaryAttention(nn.Module):
         c = self.config
         product = partial(jnp.einsum, preferred_element_type=q.dtype)
         q, k, v = (a.astype(c.dtype) for a in (q, k, v))
-        probs = nn.softmax(product("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1]))
+        probs = softmax(product("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1]))
         probs = nn.Dropout(c.attention_dropout)(probs, deterministic=not train)
         return product("bhqk,bkhd->bqhd", probs.astype(c.dtype), v), probs
 

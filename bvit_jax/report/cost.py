@@ -62,7 +62,7 @@ def figures(subject: Subject, depth: int = 0) -> dict[str, Any]:
 
     Returns:
       ``model``, ``image_size``, ``compute_dtype``, ``remat``; ``total`` and ``layers``, each with the
-      figures of `bvit_jax.cost.LayerCost`; ``elementwise_by_kind``; ``packed_bytes_by_kind``;
+      figures of `bvit_jax.cost.LayerCost`; ``packed_bytes_by_kind``, by the class of module;
       ``training_bytes`` and ``inference_bytes`` of activations for an image; ``uncounted``; and for a model
       with a real-valued backbone ``speedups`` (`bvit_jax.cost.speedup.Speedup`).
 
@@ -77,7 +77,6 @@ def figures(subject: Subject, depth: int = 0) -> dict[str, Any]:
         "compute_dtype": subject.compute_dtype,
         "remat": subject.remat,
         "total": _layer(cost.total),
-        "elementwise_by_kind": cost.elementwise_by_kind,
         "packed_bytes_by_kind": _packed_by_kind(cost),
         "training_bytes": cost.total.saved_bytes,
         "inference_bytes": cost.inference_bytes,
@@ -96,6 +95,7 @@ _DERIVED = (  # properties of `LayerCost`
     "params",
     "packed_bytes",
     "float_bytes",
+    "elementwise",
     "ops",
     "ops_with_elementwise",
     "macs_per_byte",
@@ -106,6 +106,7 @@ _DERIVED = (  # properties of `LayerCost`
 def _layer(layer: LayerCost) -> dict[str, Any]:
     values = dataclasses.asdict(layer)
     values["macs"] = {kind: layer.macs[kind] for kind in KINDS}
+    values["elementwise_by"] = dict(layer.elementwise_by)
     for name in _DERIVED:
         values[name] = getattr(layer, name)
     return values
@@ -201,16 +202,17 @@ def _packed_table(kinds: dict[str, dict[str, int]]) -> str:
 
 
 def _operations(report: dict[str, Any]) -> str:
-    total, kinds = report["total"], report["elementwise_by_kind"]
+    total = report["total"]
     macs = total["macs"]
-    listed = ", ".join(f"{kind} {count / 1e6:,.2f} M" for kind, count in kinds.items())
+    parts = sorted(total["elementwise_by"].items(), key=lambda item: -item[1])
+    listed = "\n".join(f"    {short(count):>12}  {concept}" for concept, count in parts)
     return (
         "operations\n"
         f"  MACs: {short(macs['binary'])} binary, {short(macs['binary_weight'])} of binary weights with real"
         f" input, {short(macs['binary_input'])} of binary input with real weights or weights of several"
         f" bits, {short(macs['real'])} real\n"
         f"  OPs, binary / 64 + all others: {short(total['ops'])}\n"
-        f"  OPs with element-wise operations: {short(total['ops_with_elementwise'])}; of them {listed}\n"
+        f"  OPs with element-wise operations: {short(total['ops_with_elementwise'])}; they are\n{listed}\n"
         f"  arithmetic intensity of the products: {total['macs_per_byte']:.1f} MACs a byte as computed,"
         f" {total['macs_per_packed_byte']:.1f} with binary operands packed"
     )
