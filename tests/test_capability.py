@@ -8,7 +8,7 @@ import pytest
 from bvit_jax import capability, models
 from bvit_jax.errors import UserError
 from bvit_jax.report.__main__ import main
-from bvit_jax.report.capability import ABLATION
+from bvit_jax.report.capability import ABLATION, all_derivations, one_as_text, summary
 
 # ml_collections loads the file of a configuration in a way that importlib calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -93,3 +93,11 @@ def test_the_command_of_a_configuration(capsys):
 def test_all_and_a_configuration_exclude_each_other(capsys):
     assert main(["capability", "--all", "--config=x.py"]) == 1
     assert "leave out --config=x.py" in capsys.readouterr().err
+
+
+def test_the_documentation_has_what_the_command_prints():
+    text = (CONFIGS.parent / "docs" / "cost.md").read_text()
+    derivations = all_derivations()
+    assert summary(derivations) in text
+    assert one_as_text(derivations[0]) in text
+    assert one_as_text(derivations[-1]) in text

@@ -1,5 +1,6 @@
 """What a model costs, against closed forms of its sizes that know nothing of the counter."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -16,7 +17,7 @@ from bvit_jax.cost.speedup import backbone_settings, speedups
 from bvit_jax.models.factory import MODELS
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.report.__main__ import main
-from bvit_jax.report.cost import Subject, measure
+from bvit_jax.report.cost import Subject, measure, speedup_table
 from bvit_jax.signs import noted_kernels
 from bvit_jax.state_dicts import abstract_variables
 
@@ -127,6 +128,12 @@ def compared(name, backbone, **settings):
     return cost, real, {item.convention: item for item in speedups(cost, real)}
 
 
+def documented(items, backbone):
+    """Returns whether a comparison is in the documentation as the command prints it."""
+    text = speedup_table([dataclasses.asdict(item) for item in items.values()], backbone)
+    return text in (REPOSITORY / "docs" / "cost.md").read_text()
+
+
 def test_the_products_of_bivit_and_its_speedup():
     cost, real, items = compared("bivit_deit", "deit", **TINY)
     blocks, embedding, heads = 12 * block_macs(198, 192, 768), 196 * 768 * 192, 2 * 192_000
@@ -140,6 +147,7 @@ def test_the_products_of_bivit_and_its_speedup():
     assert no_embedding.rounded_ratio == neither.rounded_ratio == 61.5  # the published one
     # No exact quotient is it, whatever is left out.
     assert all(abs(item.ratio - 61.5) > 1 for item in items.values())
+    assert documented(items, "deit")
 
 
 def test_the_published_speedup_of_bivit_swin():
@@ -147,6 +155,7 @@ def test_the_published_speedup_of_bivit_swin():
     assert real.total.macs["real"] == sum(cost.total.macs.values()) == 4_490_566_656
     assert round(items["without the heads"].rounded_ratio, 1) == 56.1
     assert all(abs(item.ratio - 56.1) > 1 for item in items.values())
+    assert documented(items, "swin")
 
 
 def test_the_packed_size_of_binaryvit():
@@ -448,7 +457,7 @@ def test_the_command_prints_text(capsys):
     assert main(["cost", DIGITS, "--depth=1", "--config.model.depth=(1, 1)"]) == 0
     text = capsys.readouterr().out
     assert "uncounted: nothing" in text
-    assert "OPs, binary / 64 + all others" in text
+    assert "OPs: binary / 64 + all others" in text
 
 
 def test_the_command_reads_a_checkpoint(capsys):

@@ -153,7 +153,7 @@ def _inline(
         name, params = equation.primitive.name, equation.params
         within = place.at(equation.source_info.name_stack)
         given = [read(atom) for atom in equation.invars]
-        if name in _CALLS:
+        if name in _CALLS and _CALLS[name] in params:
             called, constants = _open(params[_CALLS[name]])
             results = _inline(called, constants, given, program, within, times)
         elif name == "scan":

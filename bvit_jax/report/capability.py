@@ -47,10 +47,9 @@ def figures(derivations: list[Derivation]) -> list[dict[str, Any]]:
 
 def as_text(derivations: list[Derivation]) -> str:
     """Returns derivations as text, with a summary where there are several."""
-    parts = [_one(item) for item in derivations]
+    parts = [one_as_text(item) for item in derivations]
     if len(parts) > 1:
-        rows = [(item.name, f"{item.capability:,}", f"{item.capability:.3g}") for item in derivations]
-        parts.append(table(("network", "R", ""), rows, left=1))
+        parts.append(summary(derivations))
     parts.append(
         "The rules are reconstructed from the three published numbers: see bvit_jax/capability.py and"
         " docs/cost.md."
@@ -58,7 +57,14 @@ def as_text(derivations: list[Derivation]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _one(item: Derivation) -> str:
+def summary(derivations: list[Derivation]) -> str:
+    """Returns the results alone."""
+    rows = [(item.name, f"{item.capability:,}", f"{item.capability:.3g}") for item in derivations]
+    return table(("network", "R", ""), rows, left=1)
+
+
+def one_as_text(item: Derivation) -> str:
+    """Returns a derivation line by line."""
     rows = [(f"  {x.layer}", x.formula, f"{x.capability:,}") for x in item.lines]
     lines = [f"R({item.name}) = {item.capability:,}", table(("  after", "step", "R"), rows, left=2)]
     return "\n".join([*lines, *(f"  {note}" for note in item.notes)])

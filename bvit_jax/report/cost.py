@@ -142,7 +142,7 @@ def as_text(report: dict[str, Any]) -> str:
         _memory(report),
     ]
     if "speedups" in report:
-        parts.append(_speedups(report))
+        parts.append(speedup_table(report["speedups"], report["backbone"]))
     parts.append(_uncounted(report["uncounted"]))
     return "\n\n".join(parts) + "\n"
 
@@ -201,21 +201,30 @@ def _packed_table(kinds: dict[str, dict[str, int]]) -> str:
     return table(head, rows, left=1)
 
 
+_MAC_KINDS = {
+    "binary": "binary",
+    "binary_weight": "binary weights, real input",
+    "binary_input": "binary input, real weights or weights of several bits",
+    "real": "real",
+}
+
+
 def _operations(report: dict[str, Any]) -> str:
     total = report["total"]
-    macs = total["macs"]
-    parts = sorted(total["elementwise_by"].items(), key=lambda item: -item[1])
-    listed = "\n".join(f"    {short(count):>12}  {concept}" for concept, count in parts)
+    macs = {text: total["macs"][kind] for kind, text in _MAC_KINDS.items()}
     return (
-        "operations\n"
-        f"  MACs: {short(macs['binary'])} binary, {short(macs['binary_weight'])} of binary weights with real"
-        f" input, {short(macs['binary_input'])} of binary input with real weights or weights of several"
-        f" bits, {short(macs['real'])} real\n"
-        f"  OPs, binary / 64 + all others: {short(total['ops'])}\n"
-        f"  OPs with element-wise operations: {short(total['ops_with_elementwise'])}; they are\n{listed}\n"
-        f"  arithmetic intensity of the products: {total['macs_per_byte']:.1f} MACs a byte as computed,"
-        f" {total['macs_per_packed_byte']:.1f} with binary operands packed"
+        f"multiply-accumulates (MACs)\n{_counts(macs)}\n"
+        f"  {short(total['ops'])} OPs: binary / 64 + all others\n"
+        f"  {total['macs_per_byte']:.1f} MACs a byte of operands and results as computed,"
+        f" {total['macs_per_packed_byte']:.1f} with binary operands packed\n\n"
+        f"element-wise operations\n{_counts(total['elementwise_by'])}\n"
+        f"  {short(total['ops_with_elementwise'])} OPs with them"
     )
+
+
+def _counts(counts: dict[str, int]) -> str:
+    largest = sorted(counts.items(), key=lambda item: -item[1])
+    return "\n".join(f"  {short(count):>12}  {what}" for what, count in largest if count)
 
 
 def _memory(report: dict[str, Any]) -> str:
@@ -226,10 +235,16 @@ def _memory(report: dict[str, Any]) -> str:
     )
 
 
-def _speedups(report: dict[str, Any]) -> str:
+def speedup_table(items: list[dict[str, Any]], backbone: str) -> str:
+    """Returns the comparison with the real-valued backbone as text.
+
+    Args:
+      items: the fields of each `bvit_jax.cost.speedup.Speedup`.
+      backbone: its name.
+    """
     head = ("  counted", "MACs of the real one", "OPs", "quotient", "of both rounded to 0.01 G")
     rows = []
-    for item in report["speedups"]:
+    for item in items:
         rounded = item["rounded_ratio"]
         rows.append(
             (
@@ -240,9 +255,8 @@ def _speedups(report: dict[str, Any]) -> str:
                 "-" if rounded is None else f"{rounded:.2f}",
             )
         )
-    return f"speed-up over the real-valued {report['backbone']} of the same sizes\n" + table(
-        head, rows, left=1
-    )
+    title = f"speed-up over the real-valued {backbone} of the same sizes"
+    return f"{title}\n{table(head, rows, left=1)}"
 
 
 def _uncounted(items: list[dict[str, Any]]) -> str:

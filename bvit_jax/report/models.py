@@ -35,7 +35,7 @@ class Row:
 
 NONE = "-"
 _TINY = {"width": 192, "num_heads": 3, "mlp_dim": 768}
-_OWN = "its own equations: docs/bivit.md"
+_OWN = "there is no other implementation of the paper's method to compare with: docs/bivit.md"
 _DISTILLED = {"distillation_token": True, "distillation_head": True}
 ROWS = (
     Row(
@@ -86,8 +86,8 @@ ROWS = (
         "float64 parity: one stage with shifted windows, and patch merging alone",
         ("bivit_release_swin", {}),
     ),
-    Row("BinaryViT for digits", "digits.py", NONE, "trained here"),
-    Row("DeiT for digits", "deit_digits.py", NONE, "trained here"),
+    Row("BinaryViT for digits", "digits.py", NONE, "trained here: 97.5 % of the held-out digits"),
+    Row("DeiT for digits", "deit_digits.py", NONE, "trained here: 97.5 % of the held-out digits"),
 )
 
 
