@@ -12,6 +12,8 @@ from flax import linen as nn
 from jax import lax
 
 from bvit_jax import commands, models
+from bvit_jax import config as config_lib
+from bvit_jax.checkpoint import FOLDER
 from bvit_jax.cost import cost_of
 from bvit_jax.cost.speedup import backbone_settings, speedups
 from bvit_jax.models.factory import MODELS
@@ -466,6 +468,16 @@ def test_the_command_reads_a_checkpoint(capsys):
     assert json.loads(capsys.readouterr().out)["total"]["params"] == 208_970
 
 
+def test_the_command_reads_the_configuration_of_a_run(tmp_path, capsys):
+    config = commands.parse_config([DIGITS, "--config.remat=block"])
+    config_lib.save(config, tmp_path / "config.json")
+    (tmp_path / FOLDER).mkdir()
+    assert main(["cost", f"--checkpoint={tmp_path}", "--json", "--depth=1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["total"]["params"] == 574_990
+    assert report["remat"] == "block"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -473,6 +485,7 @@ def test_the_command_reads_a_checkpoint(capsys):
         (["--config=nowhere.py"], "cannot load nowhere.py"),
         ([], "--config is missing"),
         ([DIGITS, "--checkpoint=here"], "leave out --config"),
+        (["--checkpoint=nowhere"], "nowhere"),
         ([DIGITS, "--depth=-1"], "--depth is -1"),
         ([DIGITS, "extra"], "unexpected argument 'extra'"),
         ([DIGITS, "--config.model.reduction=(3, 1)"], "config.model.reduction[0] is 3"),
