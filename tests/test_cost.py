@@ -409,6 +409,66 @@ def test_what_is_not_counted_is_listed():
     }
 
 
+class Recurrent(nn.Module):
+    """A scan whose state begins with zeros: its products depend on the images all the same."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        kernel = self.param("kernel", nn.initializers.ones, (6, 6))
+
+        def step(state, row):
+            signs = jnp.where(kernel > 0, 1.0, -1.0)
+            return jnp.sign(state) @ signs + row, None
+
+        state = lax.scan(step, jnp.zeros((1, 6)), images.reshape(2, 1, 6))[0]
+        return ModelOutput(state, (state,))
+
+
+def test_a_scan_whose_state_is_constant_at_first():
+    total = cost_of(Recurrent(), 2, training=False).total
+    assert total.macs == {"binary": 2 * 36}
+    assert total.binary_params == 36
+
+
+def test_what_a_scan_keeps_is_that_of_all_rounds():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            x = nn.Dense(8, use_bias=False, name="dense")(images.reshape(1, -1))
+            x = Rounds(name="rounds")(x)
+            return ModelOutput(x, (x,))
+
+    saved = {layer.path: layer.saved_bytes for layer in cost_of(Model(), 2).layers}
+    assert saved["rounds"] >= 4 * 5 * (8 + 8)  # the inputs of the products, and what the tanh keeps
+
+
+class Offsets(nn.Module):
+    """Codes with a learned whole offset are one bit, what is made of several of them is not."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        zero_point = jnp.round(self.param("zero_point", nn.initializers.ones, (12,)))
+        x = jnp.sign(images.reshape(1, -1)) - zero_point
+        signs = jnp.sign(self.param("kernel", nn.initializers.ones, (12, 4)))
+        y = x @ signs + (x * x) @ signs + (x + jnp.sign(images.reshape(1, -1))) @ signs
+        return ModelOutput(y, (y,))
+
+
+def test_codes_with_an_offset():
+    assert cost_of(Offsets(), 2, training=False).total.macs == {"binary": 48, "binary_weight": 96}
+
+
+def test_pooling_of_a_user():
+    class Pool(nn.Module):
+        def __call__(self, images, train=False):
+            x = nn.avg_pool(images, (2, 2), strides=(2, 2)).reshape(1, -1)
+            return ModelOutput(x, (x,))
+
+    cost = cost_of(Pool(), 4, training=False)
+    assert not cost.uncounted
+    assert cost.total.elementwise == 12 * 4 + 12  # sums and divisions
+
+
 class Signs(nn.Module):
     """A user's own binary layers: what is binary follows from what is computed."""
 

@@ -48,7 +48,8 @@ _REDUCTION_NAMES = """
 argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
 """
 _REDUCTIONS = frozenset(_REDUCTION_NAMES.split())
-_FREE = LAYOUT | {"iota", "random_wrap", "random_unwrap", "random_bits", "random_fold_in", "random_split"}
+_WINDOWS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+_FREE = LAYOUT | {"bitcast_convert_type", "iota"}
 
 
 @dataclass
@@ -245,6 +246,9 @@ def _count(program: Program, variables: Mapping[str, Any], saved: Mapping[Path, 
             _add_elementwise(layer(operation.layer), operation, result.size)
         elif operation.name in _REDUCTIONS:
             _add_elementwise(layer(operation.layer), operation, operation.inputs[0].size)
+        elif operation.name in _WINDOWS:
+            window = math.prod(operation.params["window_dimensions"])
+            _add_elementwise(layer(operation.layer), operation, window * result.size)
         elif operation.name not in _FREE:
             key = ("/".join(operation.layer), operation.name)
             uncounted[key] += operation.times * sum(node.size for node in operation.outputs)

@@ -17,6 +17,7 @@ from jax.extend import core
 Path = tuple[str, ...]
 
 _MARK = "@"  # begins the named scope of a module; linen's own scopes do not say the whole path
+CARRIED_WITH = "carried_with"  # key of the arrays that what a loop carries may come to depend on
 _CALLS = {  # by the parameter that holds the program that is called
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -181,8 +182,10 @@ def _inline_scan(
     inputs = list(given[:constants])
     for i, variable in enumerate(body.invars[constants:], constants):
         node = _node(variable.aval)
-        kind = "scan_carry" if i < constants + carried else "scan_slice"
-        program.operations.append(Operation(kind, place.layer, (given[i],), (node,), {}, (), times))
+        is_carried = i < constants + carried
+        kind = "scan_carry" if is_carried else "scan_slice"
+        more = {CARRIED_WITH: tuple(given)} if is_carried else {}
+        program.operations.append(Operation(kind, place.layer, (given[i],), (node,), more, (), times))
         inputs.append(node)
     outputs = _inline(body, consts, inputs, program, place, times * params["length"])
     results = [_node(variable.aval) for variable in equation.outvars]

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bvit_jax.cost.program import Node, Operation, Path, Program
+from bvit_jax.cost.program import CARRIED_WITH, Node, Operation, Path, Program
 
 # Operations that move or retype data, by what the elements of the result are.
 _LAYOUT_NAMES = """
 broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice dynamic_update_slice
 expand_dims gather optimization_barrier pad reduce_precision reshape rev scan_carry scan_slice
 scan_stack select_n slice split squeeze stop_gradient tile transpose sharding_constraint pvary
-mesh_cast reshard real bitcast_convert_type unstack
+mesh_cast reshard real unstack
 """
 LAYOUT = frozenset(_LAYOUT_NAMES.split())
 
@@ -35,6 +35,8 @@ class Value:
       sources: the parameters and statistics that it comes from.
       raw: the parameter or statistic that it is, unchanged but for its layout and dtype; else None.
       distinct: how many elements are not copies of others by broadcasting.
+      moved: whether a whole number that is known before the images is to be added to all that is said of
+        the range: codes with an offset are still codes.
     """
 
     varies: bool
@@ -44,6 +46,7 @@ class Value:
     sources: frozenset[Path] = frozenset()
     raw: Path | None = None
     distinct: int = 1
+    moved: bool = False
 
     @property
     def one_bit(self) -> bool:
@@ -66,11 +69,13 @@ def analyse(program: Program, fixed: Callable[[Path], bool]) -> dict[Node, Value
         values[node] = Value(not is_fixed, sources=sources, raw=node.name if is_fixed else None)
         values[node] = replace(values[node], distinct=node.size, whole=_whole_dtype(node))
     for operation in program.operations:
-        inputs = [values.get(node) or _of_constant(node) for node in operation.inputs]
-        for node, given in zip(operation.inputs, inputs):
-            values[node] = given
+        for node in (*operation.inputs, *operation.params.get(CARRIED_WITH, ())):
+            values.setdefault(node, _of_constant(node))
+        inputs = [values[node] for node in operation.inputs]
         for node in operation.outputs:
             values[node] = _result(operation, node, inputs)
+            if any(values[other].varies for other in operation.params.get(CARRIED_WITH, ())):
+                values[node] = replace(values[node], varies=True)
     for node in program.outputs:
         values.setdefault(node, _of_constant(node))
     return values
@@ -90,8 +95,8 @@ def _result(operation: Operation, node: Node, inputs: Sequence[Value]) -> Value:
     sources = frozenset[Path]().union(*(value.sources for value in inputs))
     varies = any(value.varies for value in inputs)
     known = _range(operation.name, inputs)
-    if np.dtype(node.dtype) == np.bool_ if isinstance(node.dtype, np.dtype) else False:
-        known = known or (True, 0.0, 1.0)
+    if known is None and node.dtype == np.bool_:
+        known = True, 0.0, 1.0
     whole, low, high = known or (_whole_dtype(node), -math.inf, math.inf)
     first = inputs[0] if inputs else None
     is_layout = operation.name in LAYOUT and first is not None
@@ -102,8 +107,12 @@ def _result(operation: Operation, node: Node, inputs: Sequence[Value]) -> Value:
         distinct = max((value.distinct for value in inputs), default=node.size)
     elif operation.name not in LAYOUT and inputs:
         distinct = min(node.size, max(math.prod(v.distinct for v in inputs), 1))
-    raw = first.raw if is_layout and first is not None and len(inputs) == 1 else None
-    return Value(varies, whole, low, high, sources, raw, distinct)
+    keeps = is_layout and operation.name != "scan_carry"
+    raw = first.raw if keeps and first is not None and len(inputs) == 1 else None
+    moved = known is not None and (
+        any(value.moved for value in inputs) or (operation.name in ("add", "sub") and _is_offset(inputs))
+    )
+    return Value(varies, whole, low, high, sources, raw, distinct, moved)
 
 
 Range = tuple[bool, float, float]
@@ -115,6 +124,10 @@ def _range(name: str, inputs: Sequence[Value]) -> Range | None:
         return True, -1.0, 1.0
     if name == "scan_carry":  # what later rounds of the loop carry is not followed
         return None
+    if name in ("add", "sub") and _is_offset(inputs):
+        return True, -1.0, 1.0
+    if any(value.moved for value in inputs) and (name not in LAYOUT or name == "select_n"):
+        return None  # the true range is not known
     if name in LAYOUT:
         return _layout_range(name, inputs)
     if name in ("round", "floor", "ceil"):
@@ -123,8 +136,6 @@ def _range(name: str, inputs: Sequence[Value]) -> Range | None:
         return True, low, math.ceil(high) if math.isfinite(high) else high
     if name in _ARITHMETIC and len(inputs) == 2:
         a, b = inputs
-        if name in ("add", "sub") and (offset := _with_offset(a, b)):
-            return offset
         return (a.whole and b.whole, *_ARITHMETIC[name](a, b))
     if name == "neg":
         return inputs[0].whole, -inputs[0].high, -inputs[0].low
@@ -149,15 +160,16 @@ def _layout_range(name: str, inputs: Sequence[Value]) -> Range:
     return all(v.whole for v in used), min(v.low for v in used), max(v.high for v in used)
 
 
-def _with_offset(a: Value, b: Value) -> Range | None:
-    """Returns the range of codes moved by a learned whole number, which are still one bit an element.
+def _is_offset(inputs: Sequence[Value]) -> bool:
+    """Returns whether a sum is that of codes and a whole number that is known before the images are.
 
-    The offset is known before the images are, so that its part of a product is a correction of the sum.
+    Its part of a product is then a correction of the sum that is known too.
     """
-    for code, offset in ((a, b), (b, a)):
-        if code.varies and code.one_bit and offset.whole and not offset.varies:
-            return True, -1.0, 1.0
-    return None
+    a, b = inputs
+    return any(
+        code.varies and code.one_bit and offset.whole and not offset.varies
+        for code, offset in ((a, b), (b, a))
+    )
 
 
 def _product(a: float, b: float) -> float:
