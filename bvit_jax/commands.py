@@ -133,9 +133,31 @@ def required(flag: str, value: str | None) -> str:
 
 def loaded_config(value: Any) -> ConfigDict:
     """Returns the value of a config flag; raises `UserError` if its file could not be loaded."""
+    return _loaded(value, flags.FLAGS)
+
+
+def parse_config(arguments: Sequence[str]) -> ConfigDict:
+    """Returns the configuration that ``--config=FILE[:ARGUMENT]`` and ``--config.KEY=VALUE`` describe.
+
+    It is for commands whose other arguments are argparse's; the flags mean what they do for train.py.
+
+    Raises:
+      UserError: there is no such file, key or value, or another argument.
+    """
+    values, argv = flags.FlagValues(), ["", *arguments]
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment.", lock_config=True, flag_values=values, sys_argv=argv
+    )
+    no_arguments(_parsed(values, argv))
+    if values["config"].value is None:
+        raise UserError("--config is missing; pass --config=FILE, a file of configs/")
+    return _loaded(values["config"].value, values)
+
+
+def _loaded(value: Any, values: flags.FlagValues) -> ConfigDict:
     if isinstance(value, ConfigDict):
         return value
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    path = config_flags.get_config_filename(values["config"])
     raise UserError(f"--config: cannot load {path}; expected a file of configs/")
 
 
@@ -149,16 +171,23 @@ def _parse(default_config: Path | None, argv: list[str]) -> list[str]:
     if default_config is not None and not given:
         argv = [argv[0], f"--config={default_config}", *argv[1:]]
     try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _fail(f"{error}; see --help")
-    except UserError as error:  # raised by the configuration file
+        return _parsed(flags.FLAGS, argv)
+    except UserError as error:
         _fail(str(error))
+
+
+def _parsed(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Parses flags, among them one of a configuration; every mistake in them becomes a `UserError`."""
+    try:
+        return values(argv)
+    except flags.Error as error:
+        raise UserError(f"{error}; see --help") from error
     except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         # What ml_collections raises for a wrong key, value or path of --config.
         message = str(error.args[0] if error.args else error)
         kind = "unknown key " if isinstance(error, KeyError | AttributeError) else ""
-        _fail(f"--config: {kind}" + message.replace("\\n", ". ").replace("\\", "").replace("'", ""))
+        message = message.replace("\\n", ". ").replace("\\", "").replace("'", "")
+        raise UserError(f"--config: {kind}{message}") from error
 
 
 def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:

@@ -24,6 +24,11 @@ from bvit_jax.products import accumulator_dtype
 NormName = Literal["batch_norm", "layer_norm"]
 WeightInit = Literal["torch", "trunc_normal"]
 
+# Scopes by which `bvit_jax.cost` tells what the operations of a layer are.
+ACTIVATION_SCOPE = "activation"
+POOLING_SCOPE = "pooling"
+SOFTMAX_SCOPE = "softmax"
+
 
 def torch_uniform(fan_in: int) -> Initializer:
     """Returns PyTorch's default initialiser of a linear or convolution layer with ``fan_in`` inputs.
@@ -313,6 +318,12 @@ def extract_patches(x: Array, size: int) -> Array:
     return x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
 
 
+@jax.named_scope(SOFTMAX_SCOPE)
+def softmax(scores: Array) -> Array:
+    """Returns the softmax along the last axis."""
+    return nn.softmax(scores)
+
+
 def to_grid(x: Array) -> Array:
     """Lays (batch, tokens, channels) out as the square (batch, side, side, channels)."""
     side = math.isqrt(x.shape[1])
@@ -324,6 +335,7 @@ def to_tokens(x: Array) -> Array:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
+@jax.named_scope(POOLING_SCOPE)
 def average_pool(x: Array, size: int) -> Array:
     """Averages each ``size``×``size`` square of a square token grid, stride ``size``."""
     batch, tokens, channels = x.shape
@@ -339,6 +351,7 @@ def upsample(x: Array, factor: int) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@jax.named_scope(POOLING_SCOPE)
 def average_line(x: Array, size: int, axis: int) -> Array:
     """Averages ``size`` neighbours along one axis, stride 1, the zero padding counted in the mean."""
     reach = size // 2
@@ -358,6 +371,7 @@ average_line.defvjp(
 )
 
 
+@jax.named_scope(POOLING_SCOPE)
 def average_channels(x: Array, size: int, *, train: bool) -> Array:
     """Averages each ``size`` neighbouring channels: (..., channels) to (..., channels / size)."""
     if train:

@@ -75,7 +75,11 @@ def config_of(data_dir: Path, teacher: Path) -> config_lib.ConfigDict:
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [("deit_heads", "bivit_release_deit"), ("deit", "bivit_release_deit_plain"), ("swin", "bivit_release_swin")],
+    [
+        ("deit_heads", "bivit_release_deit"),
+        ("deit", "bivit_release_deit_plain"),
+        ("swin", "bivit_release_swin"),
+    ],
 )
 def test_a_binary_model_takes_the_kernels_of_its_real_one(source: str, target: str) -> None:
     arrays = flat(tiny_pretrained(source).variables)

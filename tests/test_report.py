@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bvit_jax.report import main
+from bvit_jax.report.__main__ import main
 
 
 def test_curves_of_two_runs(tmp_path: Path) -> None:

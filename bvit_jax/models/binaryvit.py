@@ -22,7 +22,7 @@ from bvit_jax.layers import (
 )
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
-from bvit_jax.models.head import ModelOutput, classify, model_output
+from bvit_jax.models.head import ModelOutput, average_tokens, classify, model_output
 from bvit_jax.models.stages import Execution, run_blocks
 
 STRIDE = 2  # between stages
@@ -107,5 +107,5 @@ class BinaryViT(nn.Module):
             hidden += output.hidden
             attentions += output.attentions
         x = c.make_norm("norm")(x, train=train)
-        logits = classify(jnp.mean(x, axis=1), self.num_classes, c.weight_init, "head")
+        logits = classify(average_tokens(x), self.num_classes, c.weight_init, "head")
         return model_output((logits,), hidden, attentions, capture)

@@ -26,6 +26,7 @@ from bvit_jax.layers import (
     average_line,
     average_pool,
     make_norm,
+    softmax,
     to_grid,
     to_tokens,
     upsample,
@@ -140,7 +141,7 @@ class BinaryAttention(nn.Module):
             watch.watch_sign(self, x, name)
         scores = products.binary_scores(q, k, c.dtype) / math.sqrt(q.shape[-1])
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
-        probs = nn.softmax(scores)
+        probs = softmax(scores)
         codes = quantize.prob_codes(probs, scale)
         watch.watch_heads(self, codes)
         # The codes' gradient rule already accounts for the scale: see quantize.prob_codes.
@@ -157,7 +158,7 @@ class BinaryAttention(nn.Module):
         c = self.config
         product = partial(jnp.einsum, preferred_element_type=q.dtype)
         q, k, v = (a.astype(c.dtype) for a in (q, k, v))
-        probs = nn.softmax(product("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1]))
+        probs = softmax(product("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1]))
         kept = nn.Dropout(c.attention_dropout)(probs, deterministic=not train)
         return product("bhqk,bkhd->bqhd", kept.astype(c.dtype), v), Attention(probs, probs)
 

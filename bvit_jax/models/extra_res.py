@@ -4,14 +4,13 @@ Source: BinaryViT (CVPRW 2023), section 3 and table of ablations, in the behavio
 ``modeling_vit_extra_res.py`` of github.com/Phuoc-Hoan-Le/BinaryViT.
 """
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
 from bvit_jax.layers import drop_path_rates
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
-from bvit_jax.models.head import ModelOutput, classify, model_output
+from bvit_jax.models.head import ModelOutput, average_tokens, classify, model_output
 from bvit_jax.models.stages import Execution, run_blocks
 
 
@@ -54,6 +53,6 @@ class ExtraRes(nn.Module):
         stage = run_blocks(self, blocks, x, train=train, capture=capture, execution=self.execution)
         hidden = [x, *stage.hidden]
         x = c.make_norm("norm")(stage.tokens, train=train)
-        pooled = x[:, 0] if self.class_token else jnp.mean(x, axis=1)
+        pooled = x[:, 0] if self.class_token else average_tokens(x)
         logits = classify(pooled, self.num_classes, c.weight_init, "head")
         return model_output((logits,), hidden, stage.attentions, capture)

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from bvit_jax.layers import WeightInit, real_dense
+from bvit_jax.layers import POOLING_SCOPE, WeightInit, real_dense
 
 
 class Attention(NamedTuple):
@@ -45,6 +47,12 @@ class ModelOutput:
     hidden_states: tuple[Array, ...] = ()
     attentions: tuple[Array, ...] = ()
     probabilities: tuple[Array, ...] = ()
+
+
+@jax.named_scope(POOLING_SCOPE)
+def average_tokens(x: Array) -> Array:
+    """Returns the mean over the tokens of (batch, tokens, channels)."""
+    return jnp.mean(x, axis=1)
 
 
 def classify(pooled: Array, num_classes: int, weight_init: WeightInit, name: str) -> Array:

@@ -3,12 +3,22 @@
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from bvit_jax.layers import DropPath, LayerNorm, WeightInit, accumulator_dtype, normal_init, real_dense
+from bvit_jax.layers import (
+    ACTIVATION_SCOPE,
+    DropPath,
+    LayerNorm,
+    WeightInit,
+    accumulator_dtype,
+    normal_init,
+    real_dense,
+    softmax,
+)
 from bvit_jax.models.head import Attention
 from bvit_jax.models.windows import Window
 
@@ -58,7 +68,9 @@ class RealBlock(nn.Module):
         x = x + DropPath(self.drop_path)(y, train=train)
 
         y = LayerNorm(c.norm_epsilon, name="mlp_norm")(x)
-        y = self._activate(self._dense(self.mlp_dim, y, "mlp_in"))
+        y = self._dense(self.mlp_dim, y, "mlp_in")
+        with jax.named_scope(ACTIVATION_SCOPE):
+            y = self._activate(y)
         y = self._dense(x.shape[-1], y, "mlp_out").astype(c.dtype)
         y = nn.Dropout(c.dropout)(y, deterministic=not train)
         return x + DropPath(self.drop_path)(y, train=train), attention
@@ -85,7 +97,7 @@ class RealBlock(nn.Module):
             shape = (self.window.num_offsets, self.num_heads)
             table = self.param("position_bias", normal_init, shape)
             scores = self.window.add_bias(scores, table)
-        return nn.softmax(scores)
+        return softmax(scores)
 
     def _activate(self, x: Array) -> Array:
         return nn.gelu(x, approximate=False)

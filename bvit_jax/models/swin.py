@@ -13,7 +13,7 @@ from jax import Array
 
 from bvit_jax.layers import LayerNorm, drop_path_rates, kernel_init, to_grid, to_tokens
 from bvit_jax.models.embedding import ImageEmbedding
-from bvit_jax.models.head import ModelOutput, classify, model_output
+from bvit_jax.models.head import ModelOutput, average_tokens, classify, model_output
 from bvit_jax.models.real_block import RealBlock, RealConfig
 from bvit_jax.models.stages import Execution, run_blocks
 from bvit_jax.models.windows import Window
@@ -105,7 +105,7 @@ class Swin(nn.Module):
             hidden += output.hidden
             attentions += output.attentions
         x = LayerNorm(c.norm_epsilon, name="norm")(x)
-        logits = classify(jnp.mean(x, axis=1), self.num_classes, c.weight_init, "head")
+        logits = classify(average_tokens(x), self.num_classes, c.weight_init, "head")
         return model_output((logits,), hidden, attentions, capture)
 
 

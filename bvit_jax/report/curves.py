@@ -1,8 +1,6 @@
-"""Pictures of training runs: ``python -m bvit_jax.report curves WORKDIR... --output FILE.png``."""
+"""Pictures of training runs."""
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,23 +63,3 @@ def plot_curves(workdirs: Sequence[Path], output: Path) -> None:
         raise UserError(f"cannot write {output}: {error}; name a .png file") from error
     finally:
         pyplot.close(figure)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bvit_jax.report", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    curves = commands.add_parser("curves", help="draw the training curves of runs")
-    curves.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR")
-    curves.add_argument("--output", type=Path, default=Path("curves.png"))
-    arguments = parser.parse_args(argv)
-    try:
-        plot_curves(arguments.workdirs, arguments.output)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,216 @@
+"""A model's program as one flat list of operations, each with the layer that it belongs to.
+
+The program is JAX's own trace (jaxpr) of the model: calls of functions, such as those with a gradient of
+their own, are looked into; a scan is its body, repeated. The layer of an operation is the path of the
+innermost linen module whose method was running.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.extend import core
+
+Path = tuple[str, ...]
+
+_MARK = "@"  # begins the named scope of a module; linen's own scopes do not say the whole path
+CARRIED_WITH = "carried_with"  # key of the arrays that what a loop carries may come to depend on
+_CALLS = {  # by the parameter that holds the program that is called
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "checkpoint": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+
+
+@dataclass(eq=False)
+class Node:
+    """An array of the program, known by identity.
+
+    Attributes:
+      shape, dtype: of the array.
+      name: of an input, its path in the arguments; else None.
+      value: of a constant, where it is one number; else None.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    name: Path | None = None
+    value: float | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory, in its dtype."""
+        return self.size * int(self.dtype.itemsize)
+
+
+@dataclass(eq=False)
+class Operation:
+    """One primitive operation.
+
+    Attributes:
+      name: of the primitive.
+      layer: path of the module that it belongs to.
+      scopes: other named scopes that it is in, the innermost last.
+      inputs, outputs: arrays.
+      params: what JAX keeps of it.
+      times: how often it runs, above 1 within scans.
+    """
+
+    name: str
+    layer: Path
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    params: Mapping[str, Any]
+    scopes: Path = ()
+    times: int = 1
+
+
+@dataclass
+class Program:
+    """What a function computes.
+
+    Attributes:
+      inputs: in the order of the flattened arguments.
+      operations: in the order of the trace.
+      outputs: in the order of the flattened results.
+      modules: of every linen module that ran, by path: the module itself, unbound.
+    """
+
+    inputs: list[Node] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    outputs: list[Node] = field(default_factory=list)
+    modules: dict[Path, nn.Module] = field(default_factory=dict)
+
+
+def trace(function: Callable[..., Any], *arguments: Any) -> Program:
+    """Traces a function of arrays; nothing is computed.
+
+    Args:
+      function: it may call linen modules.
+      arguments: trees of arrays or of their shapes.
+    """
+    program = Program()
+
+    def scoped(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        program.modules[module.path] = module
+        with jax.named_scope(_MARK + "/".join(module.path)):
+            return call(*args, **kwargs)
+
+    def run(*arguments: Any) -> Any:
+        with nn.intercept_methods(scoped):
+            return function(*arguments)
+
+    closed = jax.make_jaxpr(run)(*arguments)
+    names = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(arguments)]
+    program.inputs = [_node(v.aval, name) for v, name in zip(closed.jaxpr.invars, names, strict=True)]
+    program.outputs = _inline(closed.jaxpr, closed.consts, program.inputs, program, _Place(), 1)
+    return program
+
+
+def _path(keys: Sequence[Any]) -> Path:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def _node(aval: Any, name: Path | None = None) -> Node:
+    return Node(tuple(aval.shape), aval.dtype, name)
+
+
+def _constant(value: Any, aval: Any) -> Node:
+    node = _node(aval)
+    if node.size == 1 and isinstance(node.dtype, np.dtype) and node.dtype.kind in "biuf":
+        node.value = float(np.asarray(value).reshape(()))
+    return node
+
+
+def _inline(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    inputs: Sequence[Node],
+    program: Program,
+    place: "_Place",
+    times: int,
+) -> list[Node]:
+    """Appends the operations of a jaxpr to a program; returns the arrays that it returns."""
+    nodes: dict[Any, Node] = dict(zip(jaxpr.invars, inputs, strict=True))
+    nodes.update((v, _constant(c, v.aval)) for v, c in zip(jaxpr.constvars, consts, strict=True))
+
+    def read(atom: Any) -> Node:
+        return _constant(atom.val, atom.aval) if isinstance(atom, core.Literal) else nodes[atom]
+
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        within = place.at(equation.source_info.name_stack)
+        given = [read(atom) for atom in equation.invars]
+        if name in _CALLS and _CALLS[name] in params:
+            called, constants = _open(params[_CALLS[name]])
+            results = _inline(called, constants, given, program, within, times)
+        elif name == "scan":
+            results = _inline_scan(equation, given, program, within, times)
+        else:
+            results = [_node(v.aval) for v in equation.outvars]
+            program.operations.append(
+                Operation(name, within.layer, tuple(given), tuple(results), params, within.scopes, times)
+            )
+        nodes.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _open(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
+
+
+def _inline_scan(
+    equation: Any, given: Sequence[Node], program: Program, place: "_Place", times: int
+) -> list[Node]:
+    """Appends a scan as its body, repeated, between the operations that take its data apart and join it."""
+    params = equation.params
+    body, consts = _open(params["jaxpr"])
+    constants, carried = params["num_consts"], params["num_carry"]
+    inputs = list(given[:constants])
+    for i, variable in enumerate(body.invars[constants:], constants):
+        node = _node(variable.aval)
+        is_carried = i < constants + carried
+        kind = "scan_carry" if is_carried else "scan_slice"
+        more = {CARRIED_WITH: tuple(given)} if is_carried else {}
+        program.operations.append(Operation(kind, place.layer, (given[i],), (node,), more, (), times))
+        inputs.append(node)
+    outputs = _inline(body, consts, inputs, program, place, times * params["length"])
+    results = [_node(variable.aval) for variable in equation.outvars]
+    for i, (output, result) in enumerate(zip(outputs, results, strict=True)):
+        kind = "scan_carry" if i < carried else "scan_stack"
+        program.operations.append(Operation(kind, place.layer, (output,), (result,), {}, (), times))
+    return results
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in the model an operation is: the module, and the named scopes inside of it."""
+
+    layer: Path = ()
+    scopes: Path = ()
+
+    def at(self, stack: Any) -> "_Place":
+        """Returns the place of an operation that is called here with a name stack of its own."""
+        layer, scopes = self.layer, list(self.scopes)
+        for scope in stack.stack:
+            name = getattr(scope, "name", "")
+            if name.startswith(_MARK):
+                path = name[len(_MARK) :]
+                outer, layer = layer, tuple(path.split("/")) if path else ()
+                scopes = scopes if layer == outer else []  # else another method of the same module
+            elif name:
+                scopes.append(name)
+        return _Place(layer, tuple(scopes))

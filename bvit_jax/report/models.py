@@ -1,0 +1,127 @@
+"""The table of the models in README.md: what each is, what it costs, what was published and verified."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bvit_jax import commands, models
+from bvit_jax.report.cost import Subject, measure
+from bvit_jax.report.text import markdown
+
+BEGIN, END = "<!-- models: python -m bvit_jax.report table -->", "<!-- end of models -->"
+HEAD = ("model", "parameters", "packed", "OPs", "published top-1", "configuration", "verified here")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the table.
+
+    Attributes:
+      title: what it is called.
+      config: its file in ``configs/`` with an argument; or "" if it has none.
+      published: top-1 on ImageNet and where it is from.
+      verified: what this project checked.
+      model: its name and the settings that are not the defaults; if not given, those of the file.
+    """
+
+    title: str
+    config: str
+    published: str
+    verified: str
+    model: tuple[str, dict[str, Any]] = ("", {})
+
+
+NONE = "-"
+_TINY = {"width": 192, "num_heads": 3, "mlp_dim": 768}
+_OWN = "there is no other implementation of the paper's method to compare with: docs/bivit.md"
+_DISTILLED = {"distillation_token": True, "distillation_head": True}
+ROWS = (
+    Row(
+        "BinaryViT",
+        "binaryvit_small.py",
+        "67.7 (as later papers quote it)",
+        "float64 parity, at full size too: logits 1e-15, all 1,361 gradients 2e-12; with AdamW steps; W1A32"
+        " and W4A1",
+    ),
+    Row("BinaryViT, real patch embeddings", "binaryvit_small.py:some_fp", NONE, "float64 parity"),
+    Row("ReActNet-DeiT-S", "react_deit_small.py:cls", NONE, "float64 parity"),
+    Row("+ average pooling", "react_deit_small.py:avg_pool", NONE, "float64 parity"),
+    Row(
+        "+ pooling branches",
+        "react_deit_small.py:multi_branch",
+        NONE,
+        "float64 parity, with LayerScale, at full width",
+    ),
+    Row("+ LayerScale", "react_deit_small.py:ls", NONE, "float64 parity, with AdamW steps"),
+    Row(
+        "DeiT-S, real",
+        "deit_small.py",
+        "79.9 (DeiT)",
+        "float64 parity; transformers' ViT, float64",
+    ),
+    Row(
+        "DeiT-S with distillation",
+        "",
+        "81.2 (DeiT)",
+        "float64 parity; transformers' DeiT, one head and two",
+        ("deit", _DISTILLED),
+    ),
+    Row("Swin-T, real", "", "81.3 (Swin)", "float64 parity; transformers' Swin", ("swin", {})),
+    Row("Bi-ViT, DeiT-Ti", "bivit_deit.py", "28.7 (Bi-ViT)", _OWN, ("bivit_deit", _TINY)),
+    Row("Bi-ViT, DeiT-S", "bivit_deit.py:small", "40.9 (Bi-ViT)", _OWN, ("bivit_deit", {})),
+    Row("Bi-ViT, Swin-T", "bivit_swin.py", "55.5 (Bi-ViT)", _OWN, ("bivit_swin", {})),
+    Row(
+        "Bi-ViT as released, DeiT-S",
+        "",
+        NONE,
+        "float64 parity on small models, first batch and gradients included",
+        ("bivit_release_deit", {}),
+    ),
+    Row(
+        "Bi-ViT as released, Swin-T",
+        "",
+        NONE,
+        "float64 parity: one stage with shifted windows, and patch merging alone",
+        ("bivit_release_swin", {}),
+    ),
+    Row("BinaryViT for digits", "digits.py", NONE, "trained here: 97.5 % of the held-out digits"),
+    Row("DeiT for digits", "deit_digits.py", NONE, "trained here: 97.5 % of the held-out digits"),
+)
+
+
+def as_markdown(configs: Path = Path("configs")) -> str:
+    """Returns the table, between the marks that it has in README.md.
+
+    Args:
+      configs: the directory of the experiments.
+
+    Raises:
+      UserError: an experiment is not there.
+    """
+    rows = [_cells(row, configs) for row in ROWS]
+    return f"{BEGIN}\n{markdown(HEAD, rows)}\n{END}"
+
+
+def _cells(row: Row, configs: Path) -> tuple[str, ...]:
+    settings = _settings(row, configs)
+    total = measure(Subject(settings), training=False).total
+    name, given = row.model
+    arguments = ", ".join([f'"{name}"', *(f"{key}={value}" for key, value in given.items())])
+    return (
+        row.title,
+        f"{total.params:,}",
+        f"{total.packed_bytes / 1e6:.2f} MB",
+        f"{total.ops / 1e9:.4f} G",
+        row.published,
+        f"`{row.config}`" if row.config else f"`model_config({arguments})`",
+        row.verified,
+    )
+
+
+def _settings(row: Row, configs: Path) -> ConfigDict:
+    if not row.model[0]:
+        return commands.parse_config([f"--config={configs / row.config}"]).model
+    name, settings = row.model
+    return models.model_config(name, **settings)
