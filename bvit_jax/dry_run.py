@@ -24,13 +24,6 @@ from bvit_jax.teacher import Teacher, check_heads, needs_teacher
 from bvit_jax.topology import DoesNotFit, Topology, compile_step, open_topology
 
 # The real-valued model that has the settings of a binary one.
-BACKBONES = {
-    "bivit_deit": "deit",
-    "bivit_release_deit": "deit",
-    "bivit_swin": "swin",
-    "bivit_release_swin": "swin",
-}
-
 logger = logging.getLogger(__name__)
 
 
@@ -232,13 +225,10 @@ def _stand_in(config: ConfigDict) -> tuple[str, ConfigDict]:
 
     A ranking loss needs a teacher with the student's blocks and tokens: its own real-valued backbone.
     """
-    student = config.model.to_dict()
-    backbone = BACKBONES.get(student.pop("name"))
+    backbone = models.real_backbone(config.model)
     if config.loss.ranking_weight and backbone:
-        known = models.model_config(backbone)
-        sizes = {key: value for key, value in student.items() if key in known}
-        return f"real-valued {backbone} of the student's sizes", models.model_config(backbone, **sizes)
-    shared = {key: student[key] for key in ("image_size", "num_classes")}
+        return f"real-valued {backbone.name} of the student's sizes", backbone
+    shared = {key: config.model[key] for key in ("image_size", "num_classes")}
     return "DeiT-S", models.model_config("deit", **shared)
 
 

@@ -15,7 +15,7 @@ from bvit_jax import commands, models
 from bvit_jax import config as config_lib
 from bvit_jax.checkpoint import FOLDER
 from bvit_jax.cost import cost_of
-from bvit_jax.cost.speedup import backbone_settings, speedups
+from bvit_jax.cost.speedup import speedups
 from bvit_jax.models.factory import MODELS
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.report.__main__ import main
@@ -125,7 +125,9 @@ TINY = {"width": 192, "num_heads": 3, "mlp_dim": 768}
 def compared(name, backbone, **settings):
     """Returns the cost of a model, that of its real-valued backbone, and their comparison."""
     config = models.model_config(name, **settings)
-    real = full(**backbone_settings(config, models.model_config(backbone)))
+    settings_of_real = models.real_backbone(config)
+    assert settings_of_real.name == backbone
+    real = full(**settings_of_real)
     cost = full(name, **settings)
     return cost, real, {item.convention: item for item in speedups(cost, real)}
 
@@ -206,6 +208,11 @@ CONFIGS = (
     "binaryvit_small.py:some_fp",
     "deit_digits.py",
     "deit_digits.py:distilled",
+    "bivit_deit.py",
+    "bivit_deit.py:small",
+    "bivit_digits.py",
+    "bivit_swin.py",
+    "bivit_swin.py:small",
     "deit_small.py",
     "digits.py",
     "imagenet_mini.py",

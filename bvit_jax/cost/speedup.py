@@ -5,9 +5,7 @@ quotient of exact counts; it is that of the two counts rounded to 0.01 G without
 over 0.02 G. Its 56.1 (Swin-T) is 4.49 G over 0.08 G, with the patch embedding and without the head.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from bvit_jax.cost.count import LayerCost, ModelCost, add_up
 
@@ -18,12 +16,6 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {  # what is left out
     "without the patch embedding": (EMBEDDING,),
     "without the heads": HEADS,
     "without patch embedding and heads": (EMBEDDING, *HEADS),
-}
-BACKBONES = {
-    "bivit_deit": "deit",
-    "bivit_release_deit": "deit",
-    "bivit_swin": "swin",
-    "bivit_release_swin": "swin",
 }
 PRECISION = 1e7  # of published counts: 0.01 G
 
@@ -45,16 +37,6 @@ class Speedup:
     ops: float
     ratio: float
     rounded_ratio: float | None
-
-
-def backbone_settings(settings: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of the real-valued backbone of a model.
-
-    Args:
-      settings: of the model, with its name.
-      backbone: the default settings of its backbone, with its name.
-    """
-    return {key: settings.get(key, value) if key != "name" else value for key, value in backbone.items()}
 
 
 def speedups(model: ModelCost, backbone: ModelCost) -> tuple[Speedup, ...]:

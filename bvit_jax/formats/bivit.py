@@ -16,13 +16,13 @@ from bvit_jax.errors import UserError
 from bvit_jax.formats import timm
 from bvit_jax.formats.base import Preprocessing, RawCheckpoint, Understood, check_epsilon
 from bvit_jax.formats.swin_constants import window_constants
+from bvit_jax.models.factory import BACKBONES
 from bvit_jax.torch_names import BIVIT_DEIT, BIVIT_SWIN, Naming
 
 NAME = "bivit"
 SWIN, DEIT = "bivit_release_swin", "bivit_release_deit"
 MODELS = (DEIT, SWIN)
 
-_BACKBONES = {DEIT: "deit", SWIN: "swin"}
 _DEIT_SCALE = "blocks.0.attn.q_act.alpha"
 _SWIN_SCALE = "layers.0.blocks.0.attn.q_act.alpha"
 
@@ -73,4 +73,4 @@ def constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dic
 
 
 def _backbone(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: config[key] for key in config} | {"name": _BACKBONES[config["name"]]}
+    return {key: config[key] for key in config} | {"name": BACKBONES[config["name"]]}

@@ -34,6 +34,12 @@ MODELS: dict[str, type[nn.Module]] = {
     "extra_res": ExtraRes,
     "swin": Swin,
 }
+BACKBONES = {  # the real-valued model whose layers a binary one has
+    "bivit_deit": "deit",
+    "bivit_release_deit": "deit",
+    "bivit_release_swin": "swin",
+    "bivit_swin": "swin",
+}
 DEITS = ("deit", "bivit_deit", "bivit_release_deit")  # the backbone, real-valued or binary
 SWINS = ("swin", "bivit_swin", "bivit_release_swin")
 MAX_SIZE = 1 << 24  # of anything: beyond it something is damaged
@@ -72,6 +78,18 @@ def model_config(name: str, **settings: Any) -> "ConfigDict":
     from ml_collections import ConfigDict
 
     return ConfigDict({"name": name, **_complete(name, settings)})
+
+
+def real_backbone(config: "Mapping[str, Any]") -> "ConfigDict | None":
+    """Returns the complete configuration of the real-valued model of the same sizes, None if there is none.
+
+    Args:
+      config: complete configuration of a model.
+    """
+    name = BACKBONES.get(config["name"])
+    if name is None:
+        return None
+    return model_config(name, **{key: config[key] for key in _defaults(name) if key in config})
 
 
 def create_model(

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from bvit_jax import config as config_lib
 from bvit_jax import models, pretrained, runs
 from bvit_jax.cost import KINDS, LayerCost, ModelCost, cost_of
-from bvit_jax.cost.speedup import BACKBONES, backbone_settings, speedups
+from bvit_jax.cost.speedup import speedups
 from bvit_jax.report.text import megabytes, short, table
 
 
@@ -82,10 +82,10 @@ def figures(subject: Subject, depth: int = 0) -> dict[str, Any]:
         "inference_bytes": cost.inference_bytes,
         "uncounted": [dataclasses.asdict(item) for item in cost.uncounted],
     }
-    if name in BACKBONES:
-        settings = backbone_settings(subject.model, models.model_config(BACKBONES[name]))
-        real = measure(Subject(ConfigDict(settings), subject.compute_dtype), training=False)
-        report["backbone"] = BACKBONES[name]
+    backbone = models.real_backbone(subject.model)
+    if backbone is not None:
+        real = measure(Subject(backbone, subject.compute_dtype), training=False)
+        report["backbone"] = backbone.name
         report["speedups"] = [dataclasses.asdict(item) for item in speedups(cost, real)]
     report["layers"] = [_layer(layer) for layer in cost.grouped(depth)]
     return report

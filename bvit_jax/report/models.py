@@ -34,7 +34,6 @@ class Row:
 
 
 NONE = "-"
-_TINY = {"width": 192, "num_heads": 3, "mlp_dim": 768}
 _OWN = "there is no other implementation of the paper's method to compare with: docs/bivit.md"
 _DISTILLED = {"distillation_token": True, "distillation_head": True}
 ROWS = (
@@ -69,9 +68,9 @@ ROWS = (
         ("deit", _DISTILLED),
     ),
     Row("Swin-T, real", "", "81.3 (Swin)", "float64 parity; transformers' Swin", ("swin", {})),
-    Row("Bi-ViT, DeiT-Ti", "bivit_deit.py", "28.7 (Bi-ViT)", _OWN, ("bivit_deit", _TINY)),
-    Row("Bi-ViT, DeiT-S", "bivit_deit.py:small", "40.9 (Bi-ViT)", _OWN, ("bivit_deit", {})),
-    Row("Bi-ViT, Swin-T", "bivit_swin.py", "55.5 (Bi-ViT)", _OWN, ("bivit_swin", {})),
+    Row("Bi-ViT, DeiT-Ti", "bivit_deit.py", "28.7 (Bi-ViT)", _OWN),
+    Row("Bi-ViT, DeiT-S", "bivit_deit.py:small", "40.9 (Bi-ViT)", _OWN),
+    Row("Bi-ViT, Swin-T", "bivit_swin.py", "55.5 (Bi-ViT)", _OWN),
     Row(
         "Bi-ViT as released, DeiT-S",
         "",
