@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from bvit_jax import curves
+from bvit_jax import curves, network_report
 from bvit_jax.errors import UserError
 
 
@@ -12,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bvit_jax.report", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     curves.add_parser(commands)
+    network_report.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
