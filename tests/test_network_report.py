@@ -196,6 +196,14 @@ def test_attention_is_drawn(name, pyplot):
     assert maps[-1].images[1].get_extent() == maps[-1].images[0].get_extent()  # laid over the image
 
 
+@pytest.mark.parametrize(("value", "limits"), [(0, (0, 1)), (0.25, (0, 0.25)), (-0.5, (-0.5, 1))])
+def test_attention_that_is_the_same_everywhere(pyplot, value, limits):
+    """A dead attention is drawn as nothing, an average as all."""
+    figure, axis = pyplot.subplots()
+    draw._overlay(figure, axis, np.zeros((8, 8, 3), np.uint8), np.full((4, 4), value))
+    assert axis.images[1].get_clim() == limits
+
+
 def test_filters_are_drawn(pyplot):
     kernel = np.zeros((4, 4, 3, 9), np.float32)
     kernel[:2, :, 0, 3] = 1  # red above, no filter is finer
