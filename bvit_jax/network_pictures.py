@@ -226,7 +226,7 @@ def _overlay(figure: Any, axis: Any, image: np.ndarray, values: np.ndarray) -> N
     drawn = axis.imshow(values, cmap="inferno", alpha=0.7, extent=(0, size, size, 0), interpolation="nearest")
     low, high = float(values.min()), float(values.max())
     if low == high:  # all or nothing, not the middle of the scale
-        drawn.set_clim(min(low, 0.0), max(high, 0.0) or 1.0)
+        drawn.set_clim(min(low, 0.0), max(high, 0.0) if low else 1.0)
     bar = figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.03)
     bar.ax.tick_params(labelsize=7)
     bar.ax.locator_params(nbins=4)

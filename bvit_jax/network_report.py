@@ -20,7 +20,7 @@ from bvit_jax import html_page, models, runs
 from bvit_jax import network_figures as figures
 from bvit_jax import network_pictures as draw
 from bvit_jax.commands import add_noema
-from bvit_jax.curves import load_pyplot, read_metrics
+from bvit_jax.curves import Lines, load_pyplot, read_metrics
 from bvit_jax.errors import UserError
 from bvit_jax.models.factory import SWINS
 from bvit_jax.network_figures import Block, LatentWeights, Seen
@@ -57,7 +57,7 @@ class Sample:
 
 
 def save_report(
-    model: Pretrained, samples: Sequence[Sample], directory: Path, *, origin: str, lines: Any = None
+    model: Pretrained, samples: Sequence[Sample], directory: Path, *, origin: str, lines: Lines | None = None
 ) -> Path:
     """Draws a model into a directory, which is made if it is missing, over an earlier report.
 
@@ -132,13 +132,13 @@ def _check_finite(model: Pretrained, origin: str) -> None:
 # --- what there is of a model ------------------------------------------------------------------
 
 
-def describe(model: Pretrained, samples: Sequence[Sample], seen: Seen, lines: Any) -> list[Picture]:
+def describe(model: Pretrained, samples: Sequence[Sample], seen: Seen, lines: Lines | None) -> list[Picture]:
     """Returns the sections of the page, drawn or not."""
     params, blocks = model.arrays()["params"], figures.blocks_of(model.config)
     weights = figures.latent_weights(model)
     return [
         _describe_samples(model, samples, seen),
-        _describe_filters(params, samples),
+        _describe_filters(model, params, samples),
         *_describe_weights(model, weights),
         _describe_flips(weights, lines),
         _describe_balance(model, seen, len(samples)),
@@ -162,8 +162,9 @@ def _describe_samples(model: Pretrained, samples: Sequence[Sample], seen: Seen) 
     )
 
 
-def _describe_filters(params: Any, samples: Sequence[Sample]) -> Picture:
+def _describe_filters(model: Pretrained, params: Any, samples: Sequence[Sample]) -> Picture:
     grey = all((sample.pixels == sample.pixels[..., :1]).all() for sample in samples)
+    grey = grey and len(set(model.preprocessing.std)) == 1
     text = (
         "The kernels of the patch embedding as colours, from smooth to fine: sorted by the mean spatial"
         " frequency of their energy. Mid-grey is 0. All filters have the same scale, so that weak ones are"
@@ -207,7 +208,7 @@ def _describe_weights(model: Pretrained, weights: Sequence[LatentWeights]) -> li
     ]
 
 
-def _describe_flips(weights: Sequence[LatentWeights], lines: Any) -> Picture:
+def _describe_flips(weights: Sequence[LatentWeights], lines: Lines | None) -> Picture:
     title = "Sign flips over training"
     if not weights:
         return Picture(title, "this model has no weights of one bit.")
@@ -215,7 +216,10 @@ def _describe_flips(weights: Sequence[LatentWeights], lines: Any) -> Picture:
         return Picture(title, "it needs the workdir of a training run, whose metrics tell of them.")
     steps, layers, rates = figures.flip_rates(lines)
     if not np.isfinite(rates).any():
-        reason = "the run has not logged its health: config.health is off, or its first epoch has not ended."
+        reason = (
+            "the metrics of the run do not tell of them: config.health is off, its first epoch has not ended,"
+            " or metrics.jsonl cannot be read."
+        )
         return Picture(title, reason)
     return Picture(
         title,
@@ -363,8 +367,17 @@ def _run(arguments: argparse.Namespace) -> None:
     checkpoint = arguments.checkpoint
     model = runs.load_model(checkpoint, kind=arguments.kind, ema=arguments.ema)
     samples = [Sample(path.name, load_image(path, model.preprocessing)) for path in paths]
-    lines = read_metrics(checkpoint)[0] if runs.is_run(checkpoint) else None
+    lines = _metrics(checkpoint) if runs.is_run(checkpoint) else None
     page = save_report(
         model, samples or default_samples(model), arguments.output, origin=str(checkpoint), lines=lines
     )
     sys.stdout.write(f"{page}\n")
+
+
+def _metrics(workdir: Path) -> Lines:
+    """Returns what a run has logged; where it cannot be read the network is drawn all the same."""
+    try:
+        return read_metrics(workdir)[0]
+    except UserError as error:
+        sys.stderr.write(f"flips are not drawn: {error}\n")
+        return []

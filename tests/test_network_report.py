@@ -196,7 +196,7 @@ def test_attention_is_drawn(name, pyplot):
     assert maps[-1].images[1].get_extent() == maps[-1].images[0].get_extent()  # laid over the image
 
 
-@pytest.mark.parametrize(("value", "limits"), [(0, (0, 1)), (0.25, (0, 0.25)), (-0.5, (-0.5, 1))])
+@pytest.mark.parametrize(("value", "limits"), [(0, (0, 1)), (0.25, (0, 0.25)), (-0.5, (-0.5, 0))])
 def test_attention_that_is_the_same_everywhere(pyplot, value, limits):
     """A dead attention is drawn as nothing, an average as all."""
     figure, axis = pyplot.subplots()
@@ -314,8 +314,13 @@ def test_weights_that_are_not_finite(tmp_path, capsys):
 
 def test_a_run_without_health(run, tmp_path, pyplot):
     for lines in ([{"step": 1, "loss": 1.0}], [{"step": 1, "health": {"flipped": {"a": None}}}]):
-        assert "has not logged its health" in sections("binaryvit", lines)["Sign flips over training"].text
+        assert "do not tell of them" in sections("binaryvit", lines)["Sign flips over training"].text
     assert sections("binaryvit", LINES)["Sign flips over training"].name == "flips"
+
+
+def test_metrics_that_cannot_be_read_are_no_error(tmp_path, capsys):
+    assert network_report._metrics(tmp_path) == []
+    assert capsys.readouterr().err.startswith("flips are not drawn: cannot read")
 
 
 def test_the_run_is_read_as_it_was_trained(run):
