@@ -198,7 +198,7 @@ class UncentredDense(nn.Module):
         fan_in = x.shape[-1]
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), (fan_in, self.features))
         if self.act_bits == 1:
-            watch.watch_sign(self, x)
+            watch.watch_sign(self, x, "", self.sign)
         config = products.ProductConfig(self.rule, self.act_bits == 1, self.dtype, self.sign)
         no_move = jnp.zeros(fan_in, accumulator_dtype(self.dtype))
         return products.binary_product(x, no_move, kernel, config)

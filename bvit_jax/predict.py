@@ -69,7 +69,6 @@ def load_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     Raises:
       UserError: the file is missing, damaged, or no image.
     """
-    p = preprocessing
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)  # as it was held: phones turn the picture only in name
@@ -81,6 +80,12 @@ def load_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}; expected an image such as JPEG or PNG") from error
+    return prepared(image, preprocessing)
+
+
+def prepared(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Returns an RGB image as a model's input before normalisation, uint8 (size, size, 3)."""
+    p = preprocessing
     if p.square:
         resized = image.resize((p.resize, p.resize), transforms.INTERPOLATIONS[p.interpolation])
         return np.asarray(transforms.centre_crop(resized, p.crop))

@@ -27,14 +27,18 @@ def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 class WeightRule(NamedTuple):
-    """How weights are binarised, what gradient they get, and to which of them the sign passes one."""
+    """How weights are binarised, what gradient they get, and to which of them the sign passes one.
+
+    ``centred`` returns what the sign is taken of.
+    """
 
     codes: Callable[[Array], Array]
     gradient: Callable[[Array, Array], Array]
     window: Callable[[Array], Array]
+    centred: Callable[[Array], Array] = lambda kernel: kernel
 
 
-DENSE = WeightRule(quantize.dense_codes, quantize.dense_gradient, quantize.dense_window)
+DENSE = WeightRule(quantize.dense_codes, quantize.dense_gradient, quantize.dense_window, quantize.centred)
 CONV = WeightRule(quantize.conv_codes, quantize.conv_gradient, quantize.conv_window)
 BITS = CONV._replace(codes=quantize.weight_bit)
 

@@ -155,13 +155,14 @@ def weight_scale(kernel: Array) -> Array:
     return lax.stop_gradient(jnp.mean(jnp.abs(kernel), axis=_row_axes(kernel)))
 
 
-def _centre(kernel: Array) -> Array:
+def centred(kernel: Array) -> Array:
+    """Returns a kernel without the mean of each output channel."""
     return kernel - jnp.mean(kernel, axis=_row_axes(kernel), keepdims=True)
 
 
 def dense_codes(kernel: Array) -> Array:
     """Returns the ±1 codes of a linear kernel (in, out): the sign of the row-centred weights."""
-    return jnp.sign(_centre(kernel))
+    return jnp.sign(centred(kernel))
 
 
 def conv_codes(kernel: Array) -> Array:
@@ -183,7 +184,7 @@ weight_bit.defvjp(
 
 def dense_window(kernel: Array) -> Array:
     """Returns to which weights of a linear kernel (in, out) the sign passes a gradient, bool."""
-    return jnp.abs(_centre(kernel)) <= 1
+    return jnp.abs(centred(kernel)) <= 1
 
 
 def conv_window(kernel: Array) -> Array:
@@ -193,7 +194,7 @@ def conv_window(kernel: Array) -> Array:
 
 def dense_gradient(kernel: Array, gradient: Array) -> Array:
     """Returns the gradient of a linear kernel, from that of its binarised weights."""
-    return _centre(jnp.where(dense_window(kernel), gradient, 0))
+    return centred(jnp.where(dense_window(kernel), gradient, 0))
 
 
 def conv_gradient(kernel: Array, gradient: Array) -> Array:

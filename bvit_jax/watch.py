@@ -1,9 +1,11 @@
-"""What layers tell of themselves while the health of a network is measured, and at no other time.
+"""What layers tell of themselves while a network is examined, and at no other time.
 
-Figures are sown into the linen collection ``health``, which only `bvit_jax.health` makes mutable. Where
-it is not, nothing is traced, so that a training step is the same program with and without these calls.
+Figures are sown into the linen collections ``health``, which only `bvit_jax.health` makes mutable, and
+``balance``, which only `bvit_jax.report.network_figures` does. Where neither is, nothing is traced, so that a
+training step is the same program with and without these calls.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,16 +15,18 @@ from jax import Array
 from bvit_jax import quantize
 
 COLLECTION = "health"
+BALANCE = "balance"
 
 
 def watched(module: nn.Module) -> bool:
-    """Returns whether the health of the network is being measured."""
-    # In init, linen makes every collection mutable; the variables of a model have no figures.
-    return module.is_mutable_collection(COLLECTION) and not module.is_initializing()
+    """Returns whether the network is being examined."""
+    return _wanted(module, COLLECTION) or _wanted(module, BALANCE)
 
 
-def watch_sign(module: nn.Module, x: Array, part: str = "") -> None:
-    """Sows the shares of the input of a sign that get a gradient and that are exactly zero.
+def watch_sign(
+    module: nn.Module, x: Array, part: str = "", sign: Callable[[Array], Array] = quantize.sign
+) -> None:
+    """Sows the shares of the input of a sign that get a gradient and that are exactly zero, and its balance.
 
     The sign of a zero is 0 in BinaryViT and in Bi-ViT as released, and 1 where every sign is a bit.
 
@@ -30,10 +34,28 @@ def watch_sign(module: nn.Module, x: Array, part: str = "") -> None:
       module: where the sign is.
       x: what enters it, (batch, ...).
       part: distinguishes several signs in one module.
+      sign: the sign.
     """
     if watched(module):
-        _sow(module, "active_inputs", part, share(quantize.sign_slope(x) > 0))
-        _sow(module, "zeros", part, share(x == 0))
+        _sow(module, COLLECTION, "active_inputs", part, share(quantize.sign_slope(x) > 0))
+        _sow(module, COLLECTION, "zeros", part, share(x == 0))
+    if _wanted(module, BALANCE):
+        watch_balance(module, sign(x), part)
+
+
+def watch_balance(module: nn.Module, signs: Array, part: str = "", axis: int | None = None) -> None:
+    """Sows the share of +1 among signs, by channel.
+
+    Args:
+      module: where the signs are.
+      signs: -1, 0 or 1: (batch, tokens, channels), or the channels split over heads.
+      part: distinguishes several signs in one module.
+      axis: of what is kept apart, in place of the channels.
+    """
+    if _wanted(module, BALANCE):
+        others = (0, 1) if axis is None else tuple(i for i in range(signs.ndim) if i != axis % signs.ndim)
+        shares = jnp.mean(signs > 0, axis=others, dtype=jnp.float32)
+        _sow(module, BALANCE, "positive", part, shares.reshape(-1))
 
 
 def watch_heads(module: nn.Module, codes: Array) -> None:
@@ -45,7 +67,7 @@ def watch_heads(module: nn.Module, codes: Array) -> None:
     """
     if watched(module):
         dead = ~jnp.any(codes != 0, axis=(0, 2, 3))
-        _sow(module, "dead_heads", "", jnp.sum(dead, dtype=jnp.float32))
+        _sow(module, COLLECTION, "dead_heads", "", jnp.sum(dead, dtype=jnp.float32))
 
 
 def share(mask: Array) -> Array:
@@ -55,8 +77,13 @@ def share(mask: Array) -> Array:
     return jnp.mean(counts.astype(jnp.float32)) / (mask.size // mask.shape[0])
 
 
-def _sow(module: nn.Module, kind: str, part: str, value: Array) -> None:
-    module.sow(COLLECTION, kind, {part: value}, init_fn=dict, reduce_fn=_merge)
+def _wanted(module: nn.Module, collection: str) -> bool:
+    # In init, linen makes every collection mutable; the variables of a model have no figures.
+    return module.is_mutable_collection(collection) and not module.is_initializing()
+
+
+def _sow(module: nn.Module, collection: str, kind: str, part: str, value: Array) -> None:
+    module.sow(collection, kind, {part: value}, init_fn=dict, reduce_fn=_merge)
 
 
 def _merge(earlier: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:

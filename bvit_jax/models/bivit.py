@@ -57,7 +57,7 @@ class HeadSigns(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Quantized:
-        watch.watch_sign(self, x)
+        watch.watch_sign(self, x, "", quantize.sign_bit)
         others = tuple(axis for axis in range(x.ndim) if axis != self.axis)
         mean = lax.stop_gradient(jnp.mean(jnp.abs(x), axis=others))
         scale = learned_values(self, {"scale": 1.0}, x.shape[self.axis], lambda: {"scale": mean})["scale"]
@@ -140,7 +140,7 @@ class BitReduction(nn.Module):
         scale = learned_values(self, {"scale": 1.0}, self.features, lambda: first)["scale"]
         codes = quantize.weight_bit(kernel)
         if c.act_bits == 1:
-            watch.watch_sign(self, x)
+            watch.watch_sign(self, x, "", quantize.sign_bit)
             y = products.code_product(quantize.sign_bit(x), codes, "bnc,cf->bnf", c.dtype)
         else:
             y = products.real_product(x.astype(c.dtype), codes)

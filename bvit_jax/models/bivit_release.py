@@ -20,7 +20,7 @@ from flax import linen as nn
 from jax import Array
 
 from bvit_jax import bivit_quantize as quantize
-from bvit_jax import products
+from bvit_jax import products, watch
 from bvit_jax.layers import UncentredDense, kernel_init
 from bvit_jax.models.bivit_block import BiViTBlock, Quantized
 from bvit_jax.models.deit import DeiT
@@ -55,7 +55,10 @@ class ZeroPointQuantizer(nn.Module):
         shape[self.axis] = size
         scale = quantize.learned_step(values["alpha"], x.size).reshape(shape)
         zero_point = quantize.learned_step(values["zero_point"], x.size).reshape(shape)
-        return Quantized(quantize.zero_point_codes(x, scale, zero_point), scale)
+        codes = quantize.zero_point_codes(x, scale, zero_point)
+        if watch.watched(self):  # codes are signs minus the rounded zero point
+            watch.watch_balance(self, codes + jnp.round(zero_point), "", self.axis)
+        return Quantized(codes, scale)
 
 
 class BinaryReduction(nn.Module):

@@ -1,14 +1,14 @@
-"""The command: ``python -m bvit_jax.report {curves,cost,capability,table} ...``"""
+"""Reports on runs, networks and what they cost: ``python -m bvit_jax.report COMMAND --help``."""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bvit_jax import commands
 from bvit_jax.errors import UserError
+from bvit_jax.report import curves, network
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,26 +17,27 @@ def main(argv: list[str] | None = None) -> int:
     arguments, config_flags = parser.parse_known_args(argv)
     if config_flags and not arguments.takes_config:
         parser.error(f"unrecognized arguments: {' '.join(config_flags)}")
-    return commands.exit_status(lambda: arguments.action(arguments, config_flags))
+    arguments.config_flags = config_flags
+    return commands.exit_status(lambda: arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bvit_jax.report", description=__doc__, allow_abbrev=False
     )
+    parser.set_defaults(takes_config=False)
     subparsers = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, action: Any, text: str, takes_config: bool = False) -> argparse.ArgumentParser:
+    def add(name: str, run: Any, text: str, takes_config: bool = False) -> argparse.ArgumentParser:
         more = " --config=FILE[:ARGUMENT] and --config.KEY=VALUE are those of train.py."
         command = subparsers.add_parser(
             name, help=text, description=text + more * takes_config, allow_abbrev=False
         )
-        command.set_defaults(action=action, takes_config=takes_config)
+        command.set_defaults(run=run, takes_config=takes_config)
         return command
 
-    curves = add("curves", _curves, "draw the training curves of runs")
-    curves.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR")
-    curves.add_argument("--output", type=Path, default=Path("curves.png"))
+    curves.add_parser(subparsers)
+    network.add_parser(subparsers)
 
     cost = add("cost", _cost, "what a model costs: parameters, operations, memory.", takes_config=True)
     cost.add_argument("--checkpoint", type=Path, help="a run or a checkpoint, in place of --config")
@@ -53,15 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _curves(arguments: argparse.Namespace, _: Sequence[str]) -> None:
-    from bvit_jax.report.curves import plot_curves
-
-    plot_curves(arguments.workdirs, arguments.output)
-
-
-def _cost(arguments: argparse.Namespace, config_flags: Sequence[str]) -> None:
+def _cost(arguments: argparse.Namespace) -> None:
     from bvit_jax.report import cost
 
+    config_flags = arguments.config_flags
     if arguments.checkpoint is not None and config_flags:
         raise UserError(
             f"--checkpoint={arguments.checkpoint} describes its model; leave out {config_flags[0]}"
@@ -76,9 +72,10 @@ def _cost(arguments: argparse.Namespace, config_flags: Sequence[str]) -> None:
     sys.stdout.write(json.dumps(report, indent=2) + "\n" if arguments.json else cost.as_text(report))
 
 
-def _capability(arguments: argparse.Namespace, config_flags: Sequence[str]) -> None:
+def _capability(arguments: argparse.Namespace) -> None:
     from bvit_jax.report import capability
 
+    config_flags = arguments.config_flags
     if arguments.all and config_flags:
         raise UserError(f"--all takes no configuration; leave out {config_flags[0]}")
     if arguments.all:
@@ -91,7 +88,7 @@ def _capability(arguments: argparse.Namespace, config_flags: Sequence[str]) -> N
         sys.stdout.write(capability.as_text(derivations))
 
 
-def _table(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+def _table(_: argparse.Namespace) -> None:
     from bvit_jax.report import models
 
     sys.stdout.write(models.as_markdown() + "\n")

@@ -1,0 +1,384 @@
+"""A report on a trained network: PNG files, and a page that shows and explains them.
+
+The figures are computed by `network_figures` and drawn by `network_pictures`, beside this module. What a model
+does not have is said on the page.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from bvit_jax import models, runs
+from bvit_jax.commands import add_noema
+from bvit_jax.errors import UserError
+from bvit_jax.models.factory import SWINS
+from bvit_jax.predict import load_image, prepared
+from bvit_jax.pretrained import Pretrained
+from bvit_jax.report import html_page
+from bvit_jax.report import network_figures as figures
+from bvit_jax.report import network_pictures as draw
+from bvit_jax.report.curves import Lines, load_pyplot, read_metrics
+from bvit_jax.report.network_figures import Block, LatentWeights, Seen
+from bvit_jax.torch_names import path_name
+
+DPI = 100
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One section of the page.
+
+    Attributes:
+      title: of the section.
+      text: what is to be seen, or why nothing is.
+      name: of the file without its suffix, empty without a picture.
+      draw: returns the matplotlib figure, given pyplot.
+    """
+
+    title: str
+    text: str
+    name: str = ""
+    draw: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image that a model is shown: its name, and uint8 (size, size, 3)."""
+
+    name: str
+    pixels: np.ndarray
+
+
+def save_report(
+    model: Pretrained, samples: Sequence[Sample], directory: Path, *, origin: str, lines: Lines | None = None
+) -> Path:
+    """Draws a model into a directory, which is made if it is missing, over an earlier report.
+
+    Args:
+      model: any of `bvit_jax.models.factory.MODELS`, with its weights.
+      samples: at least one; attention is drawn on the first.
+      directory: for the PNG files and ``index.html``.
+      origin: where the model is from, for the page.
+      lines: of the metrics of its run, if it is from one.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      UserError: weights are not finite, matplotlib is not installed, or a file cannot be written.
+    """
+    _check_finite(model, origin)
+    pyplot = load_pyplot()
+    seen = figures.look(model, np.stack([sample.pixels for sample in samples]))
+    pictures = describe(model, samples, seen, lines)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            if picture.draw is not None:
+                figure = picture.draw(pyplot)
+                figure.savefig(directory / f"{picture.name}.png", dpi=DPI)
+                pyplot.close(figure)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
+    page = directory / "index.html"
+    html_page.save(index_html(model, pictures, origin), page)
+    return page
+
+
+def index_html(model: Pretrained, pictures: Sequence[Picture], origin: str) -> str:
+    """Returns the page that shows the pictures, which lie beside it."""
+    body = [_facts(model, origin)]
+    for picture in pictures:
+        body.append(f"<h2>{escape(picture.title)}</h2>\n")
+        if picture.draw is None:
+            body.append(f'<p class="note">Not drawn: {escape(picture.text)}</p>\n')
+            continue
+        image = f'<img src="{picture.name}.png" alt="{escape(picture.title)}">'
+        body.append(f"<figure>{image}\n<figcaption>{escape(picture.text)}</figcaption></figure>\n")
+    return html_page.page(f"The network of {origin}", "".join(body))
+
+
+def _facts(model: Pretrained, origin: str) -> str:
+    config = model.config
+    settings = ", ".join(f"{key} {config[key]}" for key in ("width", "depth", "num_heads", "patch_size"))
+    rows = [
+        ["read from", origin],
+        [
+            "weights",
+            " ← ".join(f"{e['file']} ({e.get('weights', e['format'])})" for e in reversed(model.history)),
+        ],
+        ["model", f"{config.name}: {settings}, {config.image_size}×{config.image_size} pixels"],
+        ["parameters", f"{models.num_params(model.variables['params']):,}"],
+    ]
+    return html_page.table(["", ""], [row for row in rows if row[1]])
+
+
+def _check_finite(model: Pretrained, origin: str) -> None:
+    for path, array in jax.tree_util.tree_leaves_with_path(model.variables):
+        if not np.isfinite(np.asarray(array, np.float32)).all():
+            raise UserError(
+                f"the weights of {origin} are not finite, first {path_name(path)}; choose a checkpoint from"
+                " before the run diverged"
+            )
+
+
+# --- what there is of a model ------------------------------------------------------------------
+
+
+def describe(model: Pretrained, samples: Sequence[Sample], seen: Seen, lines: Lines | None) -> list[Picture]:
+    """Returns the sections of the page, drawn or not."""
+    params, blocks = model.arrays()["params"], figures.blocks_of(model.config)
+    weights = figures.latent_weights(model)
+    return [
+        _describe_samples(model, samples, seen),
+        _describe_filters(model, params, samples),
+        *_describe_weights(model, weights),
+        _describe_flips(weights, lines),
+        _describe_balance(model, seen, len(samples)),
+        _describe_attention(samples[0], blocks, seen),
+        _describe_branches(params, blocks),
+        _describe_positions(model, params, blocks),
+    ]
+
+
+def _describe_samples(model: Pretrained, samples: Sequence[Sample], seen: Seen) -> Picture:
+    titles = [
+        f"{sample.name}\n→ {model.class_names[int(np.argmax(row))]}, {100 * row.max():.1f} %"
+        for sample, row in zip(samples, seen.probabilities, strict=True)
+    ]
+    return Picture(
+        "Images",
+        "What the model is shown, prepared as the checkpoint says, and after the arrow the likeliest class"
+        " with its probability.",
+        "images",
+        lambda pyplot: draw.samples(pyplot, [sample.pixels for sample in samples], titles),
+    )
+
+
+def _describe_filters(model: Pretrained, params: Any, samples: Sequence[Sample]) -> Picture:
+    grey = all((sample.pixels == sample.pixels[..., :1]).all() for sample in samples)
+    grey = grey and len(set(model.preprocessing.std)) == 1
+    text = (
+        "The kernels of the patch embedding as colours, from smooth to fine: sorted by the mean spatial"
+        " frequency of their energy. Mid-grey is 0. All filters have the same scale, so that weak ones are"
+        " grey; full brightness is the 99.5th percentile of the magnitudes."
+    )
+    if grey:
+        text += (
+            " Of grey images, as these are, a filter sees only the mean of its colours, so that training"
+            " shapes nothing else: it is drawn beside them and sorts both."
+        )
+    kernel = params["embedding"]["patches"]["kernel"]
+    return Picture("First-layer filters", text, "filters", lambda pyplot: draw.filters(pyplot, kernel, grey))
+
+
+def _describe_weights(model: Pretrained, weights: Sequence[LatentWeights]) -> list[Picture]:
+    if not weights:
+        bits = model.config.get("weight_bits", 32)
+        reason = f"the weights of this model have {bits} bits; only those of one bit are signs of others."
+        return [Picture("Latent weights", reason)]
+    release = model.config.name == "bivit_release_swin"
+    return [
+        Picture(
+            "Latent weights",
+            "Histograms of what each layer takes the sign of: its weights, in linear layers of BinaryViT less"
+            " the mean of their output channel. The shaded range is [-1, 1], outside of which a weight gets"
+            " no gradient; the percentage is the share inside. Where no edge is to be seen, it lies beyond"
+            " the frame. All frames have the same width; the first and last bar hold what is beyond."
+            + " Patch merging, where each output has a window of its own, is not here."
+            * release,
+            "weights",
+            lambda pyplot: draw.histograms(pyplot, weights),
+        ),
+        Picture(
+            "How far latent weights are from the edge of the window",
+            "Magnitudes of the same weights: the line spans the 1st to the 99th percentile, the thick part"
+            " the middle half, the dot is the median and the cross the largest. Beyond 1, the red line, there"
+            " is no gradient; near 0 a small step flips the sign. On the right the share inside.",
+            "weight_magnitudes",
+            lambda pyplot: draw.magnitudes(pyplot, weights),
+        ),
+    ]
+
+
+def _describe_flips(weights: Sequence[LatentWeights], lines: Lines | None) -> Picture:
+    title = "Sign flips over training"
+    if not weights:
+        return Picture(title, "this model has no weights of one bit.")
+    if lines is None:
+        return Picture(title, "it needs the workdir of a training run, whose metrics tell of them.")
+    steps, layers, rates = figures.flip_rates(lines)
+    if not np.isfinite(rates).any():
+        reason = (
+            "the metrics of the run do not tell of them: config.health is off, its first epoch has not ended,"
+            " or metrics.jsonl cannot be read."
+        )
+        return Picture(title, reason)
+    return Picture(
+        title,
+        "Share of each layer's signs that differ from those at the log before, one interval of"
+        " log_every_steps earlier. Above, the mean over the layers, and the range from the least to the"
+        " largest. Grey: no sign flipped, or no value.",
+        "flips",
+        lambda pyplot: draw.flips(pyplot, steps, layers, rates),
+    )
+
+
+def _describe_balance(model: Pretrained, seen: Seen, count: int) -> Picture:
+    title = "Sign balance of activations"
+    if not seen.balance:
+        return Picture(title, "this model takes no signs of activations.")
+    images = "one image" if count == 1 else f"{count} images"
+    heads = " (in attention, of the heads)" * model.config.name.startswith("bivit_release")
+    return Picture(
+        title,
+        f"Share of +1 among the signs that each product sees, over all tokens of {images}. The dot is the"
+        f" mean, the line spans the 5th to the 95th percentile of the channels{heads}. On the right the share"
+        " of channels whose sign is always the same here, so that they do not tell tokens apart. A sign that"
+        " is 0 does not count as +1.",
+        "balance",
+        lambda pyplot: draw.balance(pyplot, seen.balance),
+    )
+
+
+def _describe_attention(sample: Sample, blocks: Sequence[Block], seen: Seen) -> Picture:
+    binary = not all(np.array_equal(a, b) for a, b in zip(seen.softmax, seen.used, strict=True))
+    if binary:
+        forms = "as the softmax returns it, and as used: binarised, what the product with the values sees"
+    else:
+        forms = "as the softmax returns it, which this model does not binarise"
+    apart = "; what goes to class and distillation tokens is not in them" * bool(blocks[0].extra_tokens)
+    windows = " There is none outside of a token's window." * (blocks[0].window is not None)
+    return Picture(
+        "Attention",
+        f"Where tokens look on {sample.name}, in the first and the last block of each stage: {forms}. Maps"
+        f" are means over the heads{apart}. The square marks the central token, which asks. Each map has its"
+        f" own scale.{windows}" + " Under each block the share of what is used that is not 0." * binary,
+        "attention",
+        lambda pyplot: draw.attention(pyplot, sample.pixels, blocks, seen, binary),
+    )
+
+
+def _describe_branches(params: Any, blocks: Sequence[Block]) -> Picture:
+    title = "Weights of the pooling branches"
+    scales = figures.branch_scales(params, blocks)
+    if not any(name.startswith("pool_") for name in scales):
+        return Picture(title, "this model has no pooling branches.")
+    return Picture(
+        title,
+        "The factors of LayerScale, one a channel, that each block gives its branches. Above, their mean"
+        " magnitude: pool_h3 averages three rows, pool_w5 five columns; attention_scale and mlp_scale end the"
+        " two main branches, where the model has them. Below, the median of each pooling branch and the range"
+        " from the 5th to the 95th percentile. Pooling branches start at 0, main ones at 0.1.",
+        "branches",
+        lambda pyplot: draw.branches(pyplot, scales),
+    )
+
+
+def _describe_positions(model: Pretrained, params: Any, blocks: Sequence[Block]) -> Picture:
+    if model.config.name in SWINS:
+        return Picture(
+            "Relative position biases",
+            "This model has no position embeddings. This is what it adds to the score of a key, by where the"
+            " key lies relative to the query, which is in the middle: in the first and the last block of each"
+            f" stage, the first {draw.MAX_TILES} heads at most.",
+            "positions",
+            lambda pyplot: draw.biases(pyplot, params, blocks),
+        )
+    embeddings = figures.position_embeddings(params, model.config)
+    return Picture(
+        "Position embeddings",
+        "Cosine similarity of the embedding of one position with those of all. Each tile is the whole grid of"
+        " a stage, as one position sees it, and lies where that position does in the image.",
+        "positions",
+        lambda pyplot: draw.positions(pyplot, embeddings),
+    )
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def default_samples(model: Pretrained) -> list[Sample]:
+    """Returns images that are installed: one of each digit for a model of digits, else a portrait.
+
+    The digits are held-out ones of scikit-learn, the portrait is matplotlib's of Grace Hopper.
+    """
+    if model.class_names == tuple(map(str, range(10))):
+        return _digits(model)
+    from matplotlib import cbook
+
+    path = Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    return [Sample("matplotlib's portrait of Grace Hopper", load_image(path, model.preprocessing))]
+
+
+def _digits(model: Pretrained) -> list[Sample]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    samples = []
+    for digit in range(10):
+        held_out = next(i for i in range(0, len(bunch.target), 5) if bunch.target[i] == digit)
+        pixels = np.round(bunch.images[held_out] * (255 / 16)).astype(np.uint8)
+        image = Image.fromarray(pixels).convert("RGB")
+        samples.append(Sample(f"digit {digit}", prepared(image, model.preprocessing)))
+    return samples
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``network`` to the commands of `bvit_jax.report`."""
+    parser = commands.add_parser(
+        "network",
+        help="draw the weights, signs and attention of a model",
+        description="Draws filters, weights, signs, attention and positions of a model, with a page of them.",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="PATH", help="a workdir, or what convert reads"
+    )
+    parser.add_argument("--kind", choices=("latest", "best"), help="of a workdir (default: latest)")
+    add_noema(parser)
+    parser.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="images to show it (default: ten digits for a model of digits, else a portrait)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("network"), metavar="DIR", help="default: network"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    load_pyplot()
+    paths = arguments.image or []
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"--image: no file {missing[0]}; expected an image")
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise UserError(f"--output: {arguments.output} is a file; name a directory")
+    checkpoint = arguments.checkpoint
+    model = runs.load_model(checkpoint, kind=arguments.kind, ema=arguments.ema)
+    samples = [Sample(path.name, load_image(path, model.preprocessing)) for path in paths]
+    lines = _metrics(checkpoint) if runs.is_run(checkpoint) else None
+    page = save_report(
+        model, samples or default_samples(model), arguments.output, origin=str(checkpoint), lines=lines
+    )
+    sys.stdout.write(f"{page}\n")
+
+
+def _metrics(workdir: Path) -> Lines:
+    """Returns what a run has logged; where it cannot be read the network is drawn all the same."""
+    try:
+        return read_metrics(workdir)[0]
+    except UserError as error:
+        sys.stderr.write(f"flips are not drawn: {error}\n")
+        return []
