@@ -16,15 +16,21 @@ from typing import Any
 from bvit_jax.training import train_and_evaluate
 from configs import bivit_digits
 
-# Of each row: whether attention has the learned scale, and the weight of the ranking loss.
-ROWS = {"baseline": (False, 0.0), "+ scale": (True, 0.0), "+ ranking": (False, 1.0), "both": (True, 1.0)}
+# Of each row: whether attention has the learned scale, and whether the loss has the ranking term.
+ROWS = {
+    "baseline": (False, False),
+    "+ scale": (True, False),
+    "+ ranking": (False, True),
+    "both": (True, True),
+}
 KEPT = ("top1", "loss")
 
 
-def run_row(row: str, seed: int, directory: Path, epochs: int) -> dict[str, float]:
+def run_row(row: str, seed: int, directory: Path, epochs: int, weight: float) -> dict[str, float]:
     """Trains one row with one seed and returns the figures of its last evaluation."""
     config = bivit_digits.get_config()
-    config.model.learned_scale, config.loss.ranking_weight = ROWS[row]
+    config.model.learned_scale, ranks = ROWS[row]
+    config.loss.ranking_weight = weight if ranks else 0.0
     config.seed = seed
     config.epochs = epochs
     config.eval_every_epochs = epochs
@@ -53,13 +59,15 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path("runs/bivit_ablation"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--ranking_weight", type=float, default=1.0)
     parser.add_argument("--json", type=Path, help="a file for the figures of every run")
     options = parser.parse_args()
     options.dir.mkdir(parents=True, exist_ok=True)
-    runs: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+    runs: dict[str, list[dict[str, float]]] = {row: [] for row in options.rows}
     for seed in options.seeds:
         for row, done in runs.items():
-            done.append(run_row(row, seed, options.dir, options.epochs))
+            done.append(run_row(row, seed, options.dir, options.epochs, options.ranking_weight))
     results = {row: summary(done) for row, done in runs.items()}
     for row, figures in results.items():
         top1, loss = figures["top1"], figures["loss"]

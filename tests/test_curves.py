@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bvit_jax.report import curves_page, main
+from bvit_jax.report import curves_page
+from bvit_jax.report.__main__ import main
 from bvit_jax.report.curves import Curve, Run, curves, distinct_labels, isolated, panels, read_runs, series
 from bvit_jax.report.curves_page import curves_html, differing_settings, final_figures, thinned, ticks
 

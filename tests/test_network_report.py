@@ -14,9 +14,10 @@ from bvit_jax import config as config_lib
 from bvit_jax import models, pretrained, runs
 from bvit_jax.formats import deit_preprocessing
 from bvit_jax.pretrained import Pretrained
-from bvit_jax.report import main, network_figures
 from bvit_jax.report import network as network_report
+from bvit_jax.report import network_figures
 from bvit_jax.report import network_pictures as draw
+from bvit_jax.report.__main__ import main
 from bvit_jax.report.curves import load_pyplot
 from bvit_jax.report.network import Sample, describe
 from configs import digits

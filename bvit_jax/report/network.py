@@ -1,6 +1,6 @@
 """A report on a trained network: PNG files, and a page that shows and explains them.
 
-The figures are computed by `network_figures` and drawn by `network_pictures`, beside this module. What a model
+The figures are computed by `network_figures` and drawn by `network_pictures`, its neighbours. What a model
 does not have is said on the page.
 """
 
