@@ -4,7 +4,7 @@ Command: python train.py --config=configs/deit_digits.py[:distilled] --workdir=r
   Without an argument: a DeiT with a class token, trained on the labels. With ``distilled``: one with a
   distillation token and a second head too, which learns from the first.
 Data: scikit-learn's 1,797 digits, prepared on first use; 360 are held out.
-Expected: 97.5 % top-1 on the held-out digits after 2,200 steps.
+Expected: 97.5 to 97.8 % top-1 on the held-out digits after 2,200 steps, distilled 96.9 %.
 Hardware and cost: 13 minutes on two cores of an AMD EPYC that other programs used too.
 """
 
