@@ -30,6 +30,7 @@ POSITIVE = (
     "eval_every_epochs",
     "log_every_steps",
     "checkpoint.keep",
+    "loss.ranking_every",
     "loss.ranking_margin",
     "mesh.fsdp",
     "data.eval_resize",
@@ -148,6 +149,7 @@ def default_config() -> ConfigDict:
     loss.ranking_weight = 0.0  # of the order of the teacher's attention probabilities; 0: off
     loss.ranking_margin = 0.1  # between two keys, in units of the mean probability
     loss.ranking_layers = ()  # blocks in order of execution, from 0; (): all
+    loss.ranking_every = 2  # of so many images one is ranked
 
     config.init = init = ConfigDict()  # what a new run starts from; one that continues does not read it
     init.path = ""  # "": random, or the workdir of a run, or anything that python -m bvit_jax.convert reads
@@ -218,7 +220,13 @@ def _check_mixing(config: ConfigDict) -> None:
 
 
 def _check_ranking(config: ConfigDict) -> None:
-    layers = tuple(config.loss.ranking_layers)
+    layers, every = tuple(config.loss.ranking_layers), config.loss.ranking_every
+    images = config.batch_size // config.accumulate_steps
+    if config.loss.ranking_weight and (type(every) is not int or images % every):
+        raise UserError(
+            f"config.loss.ranking_every is {every}; expected a whole number that divides the {images} images"
+            " of a microbatch, config.batch_size / config.accumulate_steps, such as 1"
+        )
     if not all(type(layer) is int and layer >= 0 for layer in layers) or len(set(layers)) < len(layers):
         raise UserError(
             f"config.loss.ranking_layers is {config.loss.ranking_layers!r}; expected () or different whole"

@@ -33,15 +33,31 @@ class Ranking:
       weight: of the term in the loss.
       margin: see `ranking_loss`.
       layers: blocks that are ranked, in order of execution; () means all.
+      every: of so many consecutive images one is ranked. Images come in random order, so that the gradient
+        has the same mean.
     """
 
     weight: float
     margin: float = 0.1
     layers: tuple[int, ...] = ()
+    every: int = 1
 
-    def chosen(self, probabilities: Sequence[Array]) -> list[Array]:
-        """Returns the probabilities of the layers that are ranked."""
-        return [probabilities[i] for i in self.layers] if self.layers else list(probabilities)
+    def chosen(self, probabilities: Sequence[Array], images: int) -> list[Array]:
+        """Returns what is ranked: of some layers, the probabilities of some of the images.
+
+        Args:
+          probabilities: of each block, (images, heads, queries, keys), or (images * windows, ...).
+          images: number of them, a multiple of ``every``.
+        """
+        layers = [probabilities[i] for i in self.layers] if self.layers else probabilities
+        return [self._some_images(x, images) for x in layers]
+
+    def _some_images(self, x: Array, images: int) -> Array:
+        if self.every == 1:
+            return x
+        # Neighbours are on one device: nothing moves where a device has a multiple of them.
+        groups = x.reshape(images // self.every, self.every, x.shape[0] // images, *x.shape[1:])
+        return groups[:, 0].reshape(-1, *x.shape[1:])
 
 
 def ranking_loss(

@@ -150,8 +150,8 @@ def make_train_step(
             )
             if ranking is not None and taught is not None:
                 terms["ranking_loss"] = ranking_loss(
-                    ranking.chosen(output.probabilities),
-                    ranking.chosen(taught.probabilities),
+                    ranking.chosen(output.probabilities, labels.shape[0]),
+                    ranking.chosen(taught.probabilities, labels.shape[0]),
                     jax.random.fold_in(key, RANKING_KEY),
                     margin=ranking.margin,
                 )

@@ -123,7 +123,7 @@ def make_ranking(config: ConfigDict, student: nn.Module, teacher: nn.Module | No
                 " with the student's tokens (image and patch size, class and distillation tokens, windows),"
                 " or leave the block out of config.loss.ranking_layers"
             )
-    return Ranking(loss.ranking_weight, loss.ranking_margin, layers)
+    return Ranking(loss.ranking_weight, loss.ranking_margin, layers, loss.ranking_every)
 
 
 def _attention_shapes(model: Any) -> list[tuple[int, ...]]:

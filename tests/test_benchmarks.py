@@ -237,6 +237,6 @@ def test_measures_what_ranking_costs(tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert "with ranking" in ran.stdout
     found = json.loads(file.read_text())
-    assert len(found["rounds"]["ranked"]["seconds"]) == 2
-    assert found["seconds"]["ratio"] > 0
+    assert len(found["rounds"]["every second image"]["seconds"]) == 2
+    assert found["seconds"]["every image"]["ratio"] > 0
     assert set(found["temporary_bytes_by_keys"]) == {"49", "98", "197", "394"}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import models
+from bvit_jax import models, products
 from bvit_jax.errors import UserError
 from bvit_jax.state_dicts import abstract_variables, to_state_dict
 
@@ -260,15 +260,30 @@ def test_rates_change_training_and_not_evaluation(name, rate):
     np.testing.assert_allclose(evaluated, without, rtol=1e-5, atol=1e-5)
 
 
-def test_dropped_attention_stays_binary():
+def test_dropped_attention_stays_binary(monkeypatch):
     model, config = tiny("extra_res", attention_dropout=0.5)
     variables, images = random_variables(model, config), images_for(config)
-    apply = partial(model.apply, train=True, capture=True, mutable=["batch_stats"])
-    output, _ = jax.jit(apply)(variables, images, rngs={"dropout": jax.random.key(0)})
+    multiplied, product = [], products.binary_context
+
+    def context(codes, v, dtype):
+        multiplied.append(codes)
+        return product(codes, v, dtype)
+
+    monkeypatch.setattr(products, "binary_context", context)
+    output, _ = model.apply(
+        variables,
+        images,
+        train=True,
+        capture=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": jax.random.key(0)},
+    )
     scale = variables["params"]["block0"]["attention"]["prob_scale"]
-    ratio = np.asarray(output.attentions[0]) / scale
-    assert np.any(ratio)
-    np.testing.assert_allclose(ratio[ratio != 0], 1 / (1 - 0.5), rtol=1e-6)
+    before = np.asarray(output.attentions[0]) / scale  # what is returned is not dropped
+    codes = np.asarray(multiplied[0])
+    assert set(np.unique(before)) == set(np.unique(codes)) == {0, 1}
+    assert (codes <= before).all()
+    assert 0.3 < codes.sum() / before.sum() < 0.7
 
 
 # --- what a model returns ----------------------------------------------------------------------
@@ -578,7 +593,7 @@ def test_names_of_models_and_settings_are_suggested():
         models.model_config("deit", widht=8)
     with pytest.raises(UserError, match=r"config\.model\.weight_bits is not a setting of deit"):
         models.create_model({"name": "deit", "weight_bits": 1})
-    with pytest.raises(UserError, match="known: binaryvit, bivit_release_deit"):
+    with pytest.raises(UserError, match="known: binaryvit, bivit_deit, bivit_release_deit"):
         models.model_config("resnet")
 
 

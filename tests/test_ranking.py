@@ -152,6 +152,19 @@ def test_different_numbers_of_heads_are_averaged():
     np.testing.assert_allclose(gradient, np.repeat(slopes[:, None], 3, axis=1) / 3, rtol=1e-12, atol=1e-15)
 
 
+def test_some_of_the_images_are_ranked():
+    images = np.arange(6)[:, None, None, None] * np.ones((6, 2, 3, 3))
+    windows = (
+        np.arange(6).repeat(4)[:, None, None, None] * np.ones((24, 2, 3, 3))
+        + np.arange(24)[:, None, None, None] / 100
+    )
+    for every, kept in ((1, range(6)), (2, (0, 2, 4)), (3, (0, 3))):
+        chosen = Ranking(1.0, every=every, layers=(0, 1)).chosen([images, windows, images], 6)
+        assert len(chosen) == 2
+        np.testing.assert_array_equal(chosen[0], images[list(kept)])
+        np.testing.assert_array_equal(chosen[1], np.concatenate([windows[4 * i : 4 * i + 4] for i in kept]))
+
+
 def test_memory_grows_with_the_number_of_keys():
     def bytes_a_key(keys):
         shape = jax.ShapeDtypeStruct((1, 4, 64, keys), jnp.float32)
@@ -305,6 +318,7 @@ def config_of(name="bivit_release_deit", **loss):
     [
         ("ranking_weight", -1.0, "config.loss.ranking_weight is -1.0; expected a number of at least 0"),
         ("ranking_margin", 0.0, "config.loss.ranking_margin is 0.0; expected a number above 0"),
+        ("ranking_every", 5, "config.loss.ranking_every is 5; expected a whole number that divides the"),
         ("ranking_layers", (0, 0), "config.loss.ranking_layers is (0, 0); expected () or different"),
         ("ranking_layers", (-1,), "config.loss.ranking_layers is (-1,); expected () or different"),
     ],

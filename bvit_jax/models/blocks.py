@@ -150,8 +150,8 @@ class BinaryAttention(nn.Module):
         if train and c.attention_dropout > 0:
             kept = 1 - c.attention_dropout
             # What is left stays in {0, 1}, so that the product stays exact.
-            codes *= jax.random.bernoulli(self.make_rng("dropout"), kept, codes.shape)
-            scale /= kept
+            codes = codes * jax.random.bernoulli(self.make_rng("dropout"), kept, codes.shape)
+            scale = scale / kept  # not in place: outside of jit it may be the caller's own array
         return products.binary_context(codes, v, c.dtype) * scale, attention
 
     def _attend_real(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
