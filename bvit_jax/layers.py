@@ -118,9 +118,8 @@ class BatchNorm(nn.Module):
         if not self.is_initializing():
             count = x.size // x.shape[-1] // (groups or 1)
             unbiased = var * (count / max(count - 1, 1))
-            # Not in place: outside of jit they may be the caller's own arrays.
-            running_mean.value = running_mean.value + self.momentum * (mean - running_mean.value)
-            running_var.value = running_var.value + self.momentum * (unbiased - running_var.value)
+            running_mean.value += self.momentum * (mean - running_mean.value)
+            running_var.value += self.momentum * (unbiased - running_var.value)
         return y
 
     def _groups(self, images: int) -> int:
