@@ -19,7 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from bvit_jax import compilation, distributed
+from bvit_jax import allocator, compilation, distributed
 from bvit_jax.errors import UserError
 from bvit_jax.interruption import SIGNAL, Interrupted
 
@@ -65,6 +65,8 @@ def start_jax() -> None:
         values.coordinator, values.num_processes, values.process_id, values.startup_timeout
     )
     distributed.start(cluster, values.distributed)
+    if jax.default_backend() == "cpu":
+        allocator.keep_freed_memory()
     compilation.use_cache()
     if jax.process_index() > 0:
         logging.getLogger("bvit_jax").setLevel(logging.WARNING)

@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.teacher_targets": ("soft", "hard"),
     "mix.mode": ("batch", "pair", "elem"),
     "optim.schedule": ("cosine", "cosine_by_epoch"),
+    "packed": ("auto", "on", "off"),
     "remat": ("none", "block", "dots"),
 }
 POSITIVE = (
@@ -81,6 +82,7 @@ def default_config() -> ConfigDict:
         "none"  # what a backward pass computes again: "block" all of a block, "dots" not its products
     )
     config.scan_blocks = False  # whether the identical blocks of a stage are compiled once, as a loop
+    config.packed = "auto"  # whether signs are packed into bits, for one CPU: see docs/benchmarks.md
     config.epochs = 300
     config.eval_every_epochs = 1
     config.log_every_steps = 100

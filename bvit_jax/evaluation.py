@@ -120,7 +120,8 @@ def build_eval_step(config: ConfigDict, model: Any, mesh: Mesh) -> Any:
     """Returns the compiled evaluation step of a run."""
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     normalize = Normalization(config.data.mean, config.data.std)
-    step = make_eval_step(model, normalize, images_at_once=default_images_at_once(mesh))
+    at_once = default_images_at_once(mesh, runs.packs(config, mesh))
+    step = make_eval_step(model, normalize, images_at_once=at_once)
     return jit_eval_step(step, mesh)
 
 
@@ -148,7 +149,7 @@ def evaluate_workdir(
         (config[node] if node else config)[name] = value
     config_lib.validate(config)
     mesh = make_mesh()
-    model = runs.create_model(config)
+    model = runs.create_model(config, mesh)
     ema = runs.use_average(workdir, config, ema)
     variables, step = runs.restore(workdir, config, kind, replicated(mesh), ema=ema)
     batches = eval_batches(config, mesh)

@@ -6,7 +6,7 @@ activations in memory casts them back.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +23,8 @@ from bvit_jax.products import accumulator_dtype
 
 NormName = Literal["batch_norm", "layer_norm"]
 WeightInit = Literal["torch", "trunc_normal"]
+
+MOMENTUM = 0.1  # share of a new batch in the running statistics of a batch norm
 
 # Scopes by which `bvit_jax.cost` tells what the operations of a layer are.
 ACTIVATION_SCOPE = "activation"
@@ -95,7 +97,6 @@ class BatchNorm(nn.Module):
     """
 
     epsilon: float = 1e-5
-    momentum: float = 0.1  # share of the new batch in the running statistics
     group: int = 0  # images; 0: the whole batch
 
     @nn.compact
@@ -116,10 +117,10 @@ class BatchNorm(nn.Module):
         else:
             y, mean, var = fused.batch_norm(x, scale, bias, self.epsilon)
         if not self.is_initializing():
+            running = {"mean": running_mean.value, "var": running_var.value}
             count = x.size // x.shape[-1] // (groups or 1)
-            unbiased = var * (count / max(count - 1, 1))
-            running_mean.value += self.momentum * (mean - running_mean.value)
-            running_var.value += self.momentum * (unbiased - running_var.value)
+            running = advance_statistics(running, mean, var, count)
+            running_mean.value, running_var.value = running["mean"], running["var"]
         return y
 
     def _groups(self, images: int) -> int:
@@ -130,6 +131,19 @@ class BatchNorm(nn.Module):
                 " that pass through the model at once, config.batch_size / config.accumulate_steps"
             )
         return images // self.group if self.group else 0
+
+
+def advance_statistics(running: Mapping[str, Array], mean: Array, var: Array, count: int) -> dict[str, Array]:
+    """Returns the running statistics of a batch norm after another batch.
+
+    Args:
+      running: ``mean`` and ``var``, the latter unbiased, each (channels,).
+      mean, var: of the batch, the latter biased.
+      count: values of a channel in the batch.
+    """
+    unbiased = var * (count / max(count - 1, 1))
+    new = {"mean": mean, "var": unbiased}
+    return {name: old + MOMENTUM * (new[name] - old) for name, old in running.items()}
 
 
 class LayerNorm(nn.LayerNorm):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
@@ -19,19 +20,38 @@ from bvit_jax.formats import FORMATS, Preprocessing, reference
 from bvit_jax.pretrained import Pretrained
 from bvit_jax.sharding import make_mesh, replicated, with_sharding
 from bvit_jax.state_dicts import Variables, abstract_variables, to_state_dict
+from bvit_jax.step import default_packed
 from bvit_jax.tensor_files import sha256
 
 CLASSES_FILE = "classes.json"
 
 
-def create_model(config: ConfigDict) -> nn.Module:
-    """Returns the model of a run, computing and running as its configuration says."""
+def create_model(config: ConfigDict, mesh: Mesh) -> nn.Module:
+    """Returns the model of a run, computing and running as its configuration says on these devices.
+
+    Raises:
+      UserError: settings do not fit together or the devices.
+    """
     return models.create_model(
         config.model,
         jnp.dtype(config.compute_dtype),
         remat=config.remat,
         scan_blocks=config.scan_blocks,
+        packed=packs(config, mesh),
     )
+
+
+def packs(config: ConfigDict, mesh: Mesh) -> bool:
+    """Returns whether the model of a run packs signs into bits, as ``config.packed`` says or by default.
+
+    Raises:
+      UserError: it is asked for on several devices.
+    """
+    if config.packed == "on" and mesh.size > 1:
+        raise UserError(
+            f"config.packed is on, which is for one device, and there are {mesh.size}; set it to auto"
+        )
+    return default_packed(mesh) if config.packed == "auto" else config.packed == "on"
 
 
 def load_model(

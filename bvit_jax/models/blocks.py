@@ -5,8 +5,10 @@ of github.com/Phuoc-Hoan-Le/BinaryViT. Tokens are (batch, tokens, channels) thro
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from flax import linen as nn
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from bvit_jax import products, quantize, watch
+from bvit_jax import packed_feed_forward, products, quantize, watch
 from bvit_jax.layers import (
     BinaryDense,
     DropPath,
@@ -22,6 +24,7 @@ from bvit_jax.layers import (
     NormName,
     RPReLU,
     WeightInit,
+    advance_statistics,
     average_channels,
     average_line,
     average_pool,
@@ -49,6 +52,8 @@ class BlockConfig:
       dropout, attention_dropout: rates.
       weight_init: initialiser of the weight matrices.
       dtype: compute dtype; activations are kept in it.
+      packed: whether the feed-forward branches are computed by `bvit_jax.packed_feed_forward` where it
+        does the same; how it runs, not what it is.
     """
 
     weight_bits: int = 1
@@ -63,6 +68,7 @@ class BlockConfig:
     attention_dropout: float = 0.0
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
+    packed: bool = False
 
     def quantizer(self) -> dict:
         """Returns the keyword arguments of a quantised product."""
@@ -171,6 +177,8 @@ class BinaryFeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
+        if self._packs(x, train):
+            return self._packed(x, train)
         width = x.shape[-1]
         expansion = self.mlp_dim // width
         u = BinaryUnit(self.mlp_dim, self.config, name="expand")(
@@ -178,6 +186,39 @@ class BinaryFeedForward(nn.Module):
         )
         shortcut = average_channels(u.astype(accumulator_dtype(u.dtype)), expansion, train=train)
         return BinaryUnit(width, self.config, name="contract")(u, shortcut, train=train)
+
+    def _packs(self, x: Array, train: bool) -> bool:
+        """Returns whether the packed computation is wanted, the same as the plain one, and faster."""
+        c = self.config
+        if not c.packed or self.is_initializing() or watch.watched(self):
+            return False
+        binary = c.weight_bits == c.act_bits == 1 and c.norm == "batch_norm"
+        unrounded = x.dtype == c.dtype == accumulator_dtype(c.dtype)
+        if not train:
+            return binary and unrounded
+        # What the statistics cost does not depend on the number of tokens.
+        pays = x.shape[0] * x.shape[1] >= self.mlp_dim
+        return binary and unrounded and pays and not c.batch_norm_group
+
+    def _packed(self, x: Array, train: bool) -> Array:
+        """Does what the units do, with the variables that they have made."""
+        names, epsilon = ("expand", "contract"), self.config.norm_epsilon
+        units = [packed_unit(self.variables["params"][name]) for name in names]
+        running = [self.variables["batch_stats"][name]["norm"] for name in names]
+        tokens = x.reshape(-1, x.shape[-1])
+        if not train:
+            moments = [packed_feed_forward.Moments(**norm) for norm in running]
+            return packed_feed_forward.inference(tokens, units, moments, epsilon).reshape(x.shape)
+        y, *moments = packed_feed_forward.feed_forward(tokens, *units, epsilon)
+        for name, norm, batch in zip(names, running, moments, strict=True):
+            norm = advance_statistics(norm, batch.mean, batch.var, tokens.shape[0])
+            self.put_variable("batch_stats", name, {"norm": norm})
+        return y.reshape(x.shape)
+
+
+def packed_unit(params: Mapping[str, Any]) -> packed_feed_forward.Unit:
+    """Returns the parameters of a `BinaryUnit` as `bvit_jax.packed_feed_forward` takes them."""
+    return packed_feed_forward.Unit(**params["dense"], **params["norm"], **params["rprelu"])
 
 
 class BinaryBlock(nn.Module):

@@ -43,7 +43,7 @@ BACKBONES = {  # the real-valued model whose layers a binary one has
 DEITS = ("deit", "bivit_deit", "bivit_release_deit")  # the backbone, real-valued or binary
 SWINS = ("swin", "bivit_swin", "bivit_release_swin")
 MAX_SIZE = 1 << 24  # of anything: beyond it something is damaged
-_NOT_SETTINGS = {"parent", "name", "dtype", "block", "execution"}
+_NOT_SETTINGS = {"parent", "name", "dtype", "packed", "block", "execution"}
 
 
 def _defaults(name: str) -> dict[str, Any]:
@@ -98,14 +98,16 @@ def create_model(
     *,
     remat: Remat = "none",
     scan_blocks: bool = False,
+    packed: bool = False,
 ) -> nn.Module:
     """Returns the model that ``config`` describes, computing in ``dtype``.
 
     Args:
       config: ``name`` and any settings of the model, as `model_config` returns them.
       dtype: dtype of the activations; parameters are float32 whatever it is.
-      remat, scan_blocks: how it runs, which is no part of its description; see
-        `bvit_jax.models.stages.Execution`.
+      remat, scan_blocks, packed: how it runs, which is no part of its description; see
+        `bvit_jax.models.stages.Execution` and, for ``packed``, `bvit_jax.models.blocks.BlockConfig`. Models
+        without the blocks of the latter have nothing to pack.
 
     Raises:
       UserError: a setting is unknown or out of range, or sizes do not divide; the message names the
@@ -117,6 +119,8 @@ def create_model(
     _check(name, settings)
     block = _default_block(name)
     shared = {key: settings.pop(key) for key in vars(block) if key in settings}
+    if hasattr(block, "packed"):
+        shared["packed"] = packed
     return MODELS[name](
         **settings,
         block=dataclasses.replace(block, **shared, dtype=dtype),

@@ -1,0 +1,215 @@
+"""Packed signs and the feed-forward branch computed with them, against the plain computation."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from bvit_jax import allocator, config, models, packed, packed_feed_forward, runs
+from bvit_jax.errors import UserError
+from bvit_jax.models.blocks import BinaryFeedForward, BlockConfig
+from bvit_jax.sharding import make_mesh
+
+TINY = models.model_config(
+    "binaryvit",
+    image_size=32,
+    patch_size=4,
+    num_classes=5,
+    width=(8,),
+    depth=(2,),
+    num_heads=(1,),
+    mlp_dim=(32,),
+    reduction=(2,),
+)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64():
+        yield
+
+
+def values(*shape: int, seed: int = 0, zeros: bool = False) -> Array:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape)
+    return jnp.asarray(np.where(rng.random(shape) < 0.1, 0, x) if zeros else x)
+
+
+def close(a: object, b: object, tolerance: float = 1e-12) -> None:
+    """Compares trees, each array to a share of its largest value."""
+
+    def compare(a: Array, b: Array) -> None:
+        largest = max(np.abs(b).max(), 1e-2)  # some gradients are zero but for rounding
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest)
+
+    jax.tree.map(compare, a, b)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("channels", [1, 8, 32, 45, 64, 200])
+def test_product_is_that_of_the_signs(channels: int, zeros: bool) -> None:
+    a, b = (values(channels, n, seed=n, zeros=zeros) for n in (7, 11))
+    expected = np.sign(a).T @ np.sign(b)
+    y = packed.product(packed.pack(a), packed.pack(b))
+    assert y.dtype == jnp.int32
+    np.testing.assert_array_equal(y, expected)
+    doubled = packed.product(packed.pack(a), packed.pack(b), lambda y: 2.0 * y)
+    np.testing.assert_array_equal(doubled, 2 * expected)
+
+
+def test_packed_bits() -> None:
+    bits = packed.pack(jnp.asarray([[1.0], [-2.0], [0.0], [-0.0], [jnp.inf], [-jnp.inf]]))
+    assert bits.negative.dtype == jnp.uint32
+    assert bits.negative.tolist() == [[0b100010]]
+    assert bits.nonzero.tolist() == [[0b110011]]
+
+
+def feed_forward(mlp_dim: int, pack: bool) -> BinaryFeedForward:
+    return BinaryFeedForward(mlp_dim, BlockConfig(dtype=jnp.float64, packed=pack))
+
+
+def trained(module: BinaryFeedForward, variables: dict, x: Array, weights: Array) -> tuple:
+    """Returns output, gradients for parameters and input, and new statistics."""
+
+    def loss(params: dict, x: Array) -> tuple:
+        given = {**variables, "params": params}
+        y, updates = module.apply(given, x, train=True, mutable=["batch_stats"])
+        return jnp.sum(y * weights), (y, updates)
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, (y, updates)), gradients = step(variables["params"], x)
+    return y, gradients, updates
+
+
+def evaluated(module: BinaryFeedForward, variables: dict, x: Array) -> Array:
+    return jax.jit(lambda variables, x: module.apply(variables, x, train=False))(variables, x)
+
+
+def disturbed(variables: dict) -> dict:
+    """Moves every parameter and statistic away from its initial value."""
+    leaves, tree = jax.tree.flatten(variables)
+    new = [leaf * 1.1 + 0.3 * values(*leaf.shape, seed=i) ** 2 for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(tree, new)
+
+
+@pytest.mark.parametrize(("width", "mlp_dim", "rows"), [(8, 16, 16), (16, 64, 10**6), (40, 80, 50)])
+def test_feed_forward_equals_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, width: int, mlp_dim: int, rows: int
+) -> None:
+    """In one part, in parts, and where the rows asked for do not divide the tokens."""
+    monkeypatch.setattr(packed_feed_forward, "WIDE_VALUES", rows * mlp_dim)
+    monkeypatch.setattr(packed_feed_forward, "NARROW_ROWS", rows)
+    x, weights = values(4, 36, width, zeros=True), values(4, 36, width, seed=1)
+    plain, fast = (feed_forward(mlp_dim, pack) for pack in (False, True))
+    variables = disturbed(plain.init(jax.random.key(0), x, train=True))
+    close(trained(fast, variables, x, weights), trained(plain, variables, x, weights))
+    close(evaluated(fast, variables, x), evaluated(plain, variables, x))
+    text = jax.jit(lambda v, x: fast.apply(v, x, train=False)).lower(variables, x).as_text()
+    assert "popcnt" in text
+
+
+def test_weights_that_are_zero() -> None:
+    """A weight at the mean of its row has the sign 0, which one bit does not hold."""
+    x, weights = values(2, 36, 8), values(2, 36, 8, seed=1)
+    plain, fast = (feed_forward(32, pack) for pack in (False, True))
+    variables = disturbed(plain.init(jax.random.key(0), x, train=True))
+    kernel = np.array(variables["params"]["expand"]["dense"]["kernel"])
+    kernel[:, 3] = [-1, 0, 1, 0, 0.5, -0.5, 0.25, -0.25]
+    variables["params"]["expand"]["dense"]["kernel"] = jnp.asarray(kernel)
+    close(trained(fast, variables, x, weights), trained(plain, variables, x, weights))
+    close(evaluated(fast, variables, x), evaluated(plain, variables, x))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({"weight_bits": 2}, 36),
+        ({"act_bits": 32}, 36),
+        ({"norm": "layer_norm"}, 36),
+        ({"batch_norm_group": 2}, 36),
+        ({"dtype": jnp.bfloat16}, 36),
+        ({}, 4),  # too few to pay
+        ({}, 36),
+    ],
+)
+def test_what_is_packed_in_training(settings: dict, tokens: int) -> None:
+    module = BinaryFeedForward(32, BlockConfig(**{"dtype": jnp.float64, "packed": True, **settings}))
+    x = values(4, tokens, 8)
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=True))
+    train = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["batch_stats"]))
+    assert ("popcnt" in train.lower(variables, x).as_text()) == (not settings and tokens == 36)
+
+
+@pytest.mark.parametrize("options", [{}, {"scan_blocks": True, "remat": "block"}])
+def test_model_equals_the_plain_one(options: dict) -> None:
+    images = values(2, 32, 32, 3)
+    plain = models.create_model(TINY, jnp.float64)
+    fast = models.create_model(TINY, jnp.float64, packed=True, **options)
+    variables = disturbed(plain.init(jax.random.key(0), images, train=True))
+
+    def run(model: object) -> tuple:
+        def loss(params: dict) -> tuple:
+            output, updates = model.apply(
+                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            return jnp.sum(jnp.sin(output.logits)), (output.logits, updates)
+
+        (_, aux), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+        return aux, gradients, jax.jit(model.apply)(variables, images).logits
+
+    close(run(fast), run(plain), 1e-10)
+
+
+def test_only_models_with_such_blocks_pack() -> None:
+    assert models.create_model(TINY, packed=True).block.packed
+    assert not models.create_model(TINY).block.packed
+    deit = models.create_model({"name": "deit", "width": 12, "num_heads": 3}, packed=True)
+    assert "packed" not in {field.name for field in dataclasses.fields(deit.block)}
+
+
+def test_choice_of_a_run() -> None:
+    settings = config.default_config()
+    settings.model = TINY
+    one, four = make_mesh(jax.devices()[:1]), make_mesh(jax.devices()[:4])
+    assert runs.packs(settings, one)
+    assert not runs.packs(settings, four)
+    settings.packed = "off"
+    assert not runs.packs(settings, one)
+    settings.packed = "on"
+    assert runs.create_model(settings, one).block.packed
+    with pytest.raises(UserError, match=r"config\.packed is on, which is for one device, and there are 4"):
+        runs.create_model(settings, four)
+
+
+ALLOCATIONS = """
+import resource
+import numpy as np
+from bvit_jax.allocator import keep_freed_memory
+taken = keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = []
+for _ in range(4):
+    before.append(faults())
+    np.ones(2**26, np.uint8)
+before.append(faults())
+print(taken, before[4] - before[3])
+"""
+
+
+def test_freed_memory_is_used_again() -> None:
+    """In a process of its own, because the settings stay."""
+    run = subprocess.run([sys.executable, "-c", ALLOCATIONS], capture_output=True, text=True, check=True)
+    taken, faults = run.stdout.split()
+    if taken == "False":
+        pytest.skip("the C library is not glibc")
+    assert int(faults) < 100  # of 16,384 pages
+
+
+def test_other_libraries_keep_their_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
+    assert not allocator.keep_freed_memory()
