@@ -92,11 +92,15 @@ def measure(sizes: Sizes, rounds: int = 3) -> dict[str, Any]:
     """
     device = jax.devices()[0]
     chip = chip_of(device.device_kind)
-    published = {
-        "bytes_per_second": chip.bandwidth,
-        "bfloat16": chip.bfloat16_flops,
-        "int8": chip.int8_ops,
-    } if chip else None
+    published = (
+        {
+            "bytes_per_second": chip.bandwidth,
+            "bfloat16": chip.bfloat16_flops,
+            "int8": chip.int8_ops,
+        }
+        if chip
+        else None
+    )
     with jax.default_device(device):
         return {
             "device": device.device_kind,

@@ -1,6 +1,6 @@
 """The least time that a step can take on a machine, from what its model computes; plain arithmetic.
 
-Of a model and one image, `Work` holds the multiply-accumulates (MACs) of its products, as
+Of a model and one image, `workload.Work` holds the multiply-accumulates (MACs) of its products, as
 `bvit_jax.cost` counts them, and the elements that its products take and give. Then, for B images:
 
     FLOPs     forward, evaluation   2 · MACs · B
@@ -27,31 +27,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workload import Kind
+from workload import Kind, Work
 
 MATRIX_DTYPES = ("float32", "bfloat16", "int8")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 Ceilings = Mapping[str, Any]  # as `ceilings.measure` returns them
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a model asks for; of one image where it depends on images.
-
-    Attributes:
-      binary_macs: multiply-accumulates of products of two binary operands.
-      real_macs: those of all other products.
-      elements: of the activations that products take and give, each array once.
-      variable_bytes: parameters and running statistics.
-      state_bytes: those, and the state of the optimiser.
-    """
-
-    binary_macs: int
-    real_macs: int
-    elements: int
-    variable_bytes: int
-    state_bytes: int
 
 
 @dataclass(frozen=True)
