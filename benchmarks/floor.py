@@ -1,7 +1,7 @@
 """The least time that a step can take on a machine, from what its model computes; plain arithmetic.
 
 Of a model and one image, `workload.Work` holds the multiply-accumulates (MACs) of its products, as
-`bvit_jax.cost` counts them, and the elements that its products take and give. Then, for B images:
+`bvit_jax.cost` counts them, and the elements that its products read and write. Then, for B images:
 
     FLOPs     forward, evaluation   2 · MACs · B
               training              3 times that: of the backward pass two products for each of the forward
@@ -9,10 +9,11 @@ Of a model and one image, `workload.Work` holds the multiply-accumulates (MACs) 
               training              training state, read once and written once + 3 · B · elements · itemsize
     floor     max(FLOPs / ceiling, bytes / bandwidth)
 
-``itemsize`` is that of the compute dtype. An activation that a product takes or gives is touched once in the
-forward pass and twice in the backward pass: that of the operand for the gradient of the weight and as the
-gradient of itself, that of the result as a gradient in two products. Everything between two products is
-taken as fused with them; weights take no bytes but as parameters.
+``itemsize`` is that of the compute dtype. The elements are those of the arrays that products read, each once
+however many products read it, and of those that they write. The backward pass touches each twice: what was
+read is read again for the gradient of the weight and its own gradient is written; of what was written the
+gradient is read, for two products. Everything between two products is taken as fused with them; weights take
+no bytes but as variables, and the gradients of variables none.
 
 The ceiling of operations is that of the kind of product, all measured on the same machine: for the forward
 products of two binary operands the fastest of all, since binary, int8 and bfloat16 products of signs are

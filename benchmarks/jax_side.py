@@ -215,7 +215,7 @@ def work_of(model: Any, state: TrainState) -> Work:
 
 
 def _product_elements(model: Any, variables: Any) -> int:
-    """Returns the elements of all activations that are an operand or the result of a product."""
+    """Returns the elements of the activations that products take, each once, and of those that they give."""
     size = model.image_size
     params = variables["params"]
     others = {name: tree for name, tree in variables.items() if name != "params"}
@@ -229,17 +229,18 @@ def _product_elements(model: Any, variables: Any) -> int:
     key = jax.eval_shape(lambda: jax.random.key(0))
     program = trace(logits, params, others, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), key)
     values = analyse(program, lambda name: name[0] in ("0", "1"))
-    sizes: dict[Any, int] = {}
+    taken: dict[Any, int] = {}
+    given: dict[Any, int] = {}
     for operation in program.operations:
         if operation.name in PRODUCTS:
-            for node in (*operation.inputs[:2], *operation.outputs):
-                if values[node].varies:
-                    sizes[node] = operation.times * node.size
-    return sum(sizes.values())
+            for nodes, found in ((operation.inputs[:2], taken), (operation.outputs, given)):
+                varying = [node for node in nodes if values[node].varies]
+                found.update({node: operation.times * node.size for node in varying})
+    return sum(taken.values()) + sum(given.values())
 
 
 def _tree_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def random_batch(batch: int, model: Any, mesh: Mesh) -> dict[str, Array]:

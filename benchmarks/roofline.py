@@ -4,25 +4,28 @@
     python benchmarks/roofline.py found.json --png docs/images/roofline.png
 
 Needs matplotlib (``pip install "bvit_jax[report]"``). Lines are the measured ceilings: bandwidth, rising, and
-products by dtype, level. Each step of each side is a point: FLOPs by the arithmetic count over the least bytes
-to the right, FLOP/s reached upwards. The bar above a point is its floor, the least time of that step on this
-machine (`floor.py`): its distance from the point is what is left to gain. It lies below the lines where the
-step has products of several kinds, or is both slowed by memory and by arithmetic.
+products by dtype, level. Each step of each side is a point: to the right, FLOPs over the least bytes, both by
+the arithmetic count; upwards, the FLOP/s that it reached. Points that would lie on one vertical are moved
+apart by a few per cent. The bar above a point is its floor, the least time of that step on this machine
+(`floor.py`): the distance of the two is what is left to gain. A floor lies below the lines where the products
+of a step are of several kinds.
 """
 
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from floor import bandwidth, best_rate
+from floor import bandwidth, best_rate, format_rate
 
 from bvit_jax.errors import UserError, nearest
 
 MARKERS = {"forward": "o", "evaluation": "s", "training": "^"}
 PRODUCTS = {"float32": "-", "bfloat16": "--", "int8": ":", "binary": "-."}
+APART = 1.1
 PIXELS_PER_INCH = 110
 
 
@@ -31,7 +34,7 @@ class Point(NamedTuple):
 
     Attributes:
       side, kind: which.
-      intensity: FLOPs over least bytes.
+      intensity: FLOPs over least bytes, as drawn.
       reached: FLOP/s.
       floor: FLOP/s of the least time.
     """
@@ -76,13 +79,17 @@ def run_of(report: Mapping[str, Any], batch: int | None) -> dict[str, Any]:
 
 
 def points(run: Mapping[str, Any]) -> Iterator[Point]:
-    """Yields the points of a run."""
+    """Yields the points of a run, those of the same intensity moved apart."""
+    taken: Counter[float] = Counter()
     for name, side in run["sides"].items():
         for kind, found in side["achieved"].items():
+            intensity = found["flops"] / found["least_bytes"]
+            moved = intensity * APART ** taken[intensity]
+            taken[intensity] += 1
             yield Point(
                 name,
                 kind,
-                found["flops"] / found["least_bytes"],
+                moved,
                 found["flops_per_second"],
                 found["flops"] / found["floor_seconds"],
             )
@@ -110,7 +117,7 @@ def draw(report: Mapping[str, Any], run: Mapping[str, Any], path: Path) -> None:
     highest = max(rates.values()) / rate
     axis.plot([left, highest], [left * rate, highest * rate], color="0.35", lw=1.4)
     axis.annotate(
-        f"memory {rate / 1e9:.3g} GB/s",
+        f"memory {format_rate(rate)}B/s",
         (left * 1.15, left * 1.15 * rate),
         xytext=(4, -6),
         textcoords="offset points",
@@ -118,14 +125,15 @@ def draw(report: Mapping[str, Any], run: Mapping[str, Any], path: Path) -> None:
         fontsize=8,
         color="0.35",
     )
-    for name, of_dtype in rates.items():
+    for i, (name, of_dtype) in enumerate(sorted(rates.items(), key=lambda item: item[1])):
         axis.plot([of_dtype / rate, right], [of_dtype] * 2, PRODUCTS.get(name, "-"), color="0.35", lw=1.2)
+        at_left = i % 2  # neighbours may be too close for one label above the other
         axis.annotate(
-            f"{name} products {of_dtype / 1e12:.3g} Top/s",
-            (right, of_dtype),
-            xytext=(-3, 2),
+            f"{name} products {format_rate(of_dtype)}op/s",
+            (highest if at_left else right, of_dtype),
+            xytext=(4 if at_left else -3, 2),
             textcoords="offset points",
-            ha="right",
+            ha="left" if at_left else "right",
             fontsize=8,
             color="0.35",
         )

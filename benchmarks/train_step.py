@@ -460,7 +460,7 @@ def _achieved_rows(kind: Kind, sides: Sequence[dict[str, Any]]) -> list[str]:
     rows.append(_row("  XLA's FLOPs of a step", [f"{format_rate(c)}FLOP" if c else "-" for c in counted]))
     if any("share_of_floor" in x for x in found):
         floors = [
-            f"{1e3 * x['floor_seconds']:.3g} of {1e3 * x['seconds']:.3g} ms{_share(x['share_of_floor'])}"
+            f"{_ms(x['floor_seconds'])} of {_ms(x['seconds'])} ms{_share(x['share_of_floor'])}"
             if "share_of_floor" in x
             else "-"
             for x in found
@@ -496,6 +496,10 @@ def _ratio(ratios: dict[str, float], kind: Kind) -> str:
 
 def _share(share: float | None) -> str:
     return "" if share is None else f" ({100 * share:.3g} %)"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
 def _number(value: float | None) -> str:

@@ -108,7 +108,8 @@ class Work:
     Attributes:
       binary_macs: multiply-accumulates of products of two binary operands.
       real_macs: those of all other products.
-      elements: of the activations that products take and give, each array once.
+      elements: of the activations that products read, each once however many read it, and of those that
+        they write.
       variable_bytes: parameters and running statistics.
       state_bytes: those, and the state of the optimiser.
     """
