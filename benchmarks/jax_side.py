@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,8 +124,13 @@ class JaxSide:
                 result.temporary_bytes[kind] = analysis.temp_size_in_bytes
             if (text := compiled.as_text()) is not None:
                 result.accessed_bytes[kind] = hbm_bytes(text)
-            if (counted := compiler_flops(compiled)) is not None:
-                result.compiler_flops[kind] = counted
+            counted = _cost_analysis(compiled)
+            for name, of_kind in (
+                ("flops", result.compiler_flops),
+                ("bytes accessed", result.compiler_bytes),
+            ):
+                if name in counted:
+                    of_kind[kind] = counted[name]
             self._compiled[kind] = compiled
         return result
 
@@ -189,12 +195,12 @@ def _jit_forward(model: nn.Module, mesh: Mesh) -> Any:
     return jax.jit(forward, in_shardings=(replicated(mesh), batch), out_shardings=batch)
 
 
-def compiler_flops(compiled: Any) -> float | None:
-    """Returns XLA's count of the floating-point operations of a compiled function, None without one."""
+def _cost_analysis(compiled: Any) -> Mapping[str, float]:
+    """Returns XLA's counts of a compiled function, empty where its backend has none."""
     analysis = compiled.cost_analysis()
     if isinstance(analysis, list):  # one of each program, in some versions
         analysis = analysis[0] if analysis else None
-    return (analysis or {}).get("flops")
+    return analysis or {}
 
 
 def work_of(model: Any, state: TrainState) -> Work:

@@ -456,8 +456,9 @@ def _achieved_rows(kind: Kind, sides: Sequence[dict[str, Any]]) -> list[str]:
         _row(f"{kind}, products (of ceiling)", cells("flops_per_second", "FLOP/s", "share_of_flops")),
         _row("  accessed (of bandwidth)", cells("accessed_bytes_per_second", "B/s", "share_of_bytes")),
     ]
-    counted = [side["compiler_flops"].get(kind) for side in sides]
-    rows.append(_row("  XLA's FLOPs of a step", [f"{format_rate(c)}FLOP" if c else "-" for c in counted]))
+    for title, name, unit in (("FLOPs", "compiler_flops", "FLOP"), ("bytes", "compiler_bytes", "B")):
+        counted = [side[name].get(kind) for side in sides]
+        rows.append(_row(f"  XLA's {title} of a step", [_amount(count, unit) for count in counted]))
     if any("share_of_floor" in x for x in found):
         floors = [
             f"{_ms(x['floor_seconds'])} of {_ms(x['seconds'])} ms{_share(x['share_of_floor'])}"
@@ -496,6 +497,10 @@ def _ratio(ratios: dict[str, float], kind: Kind) -> str:
 
 def _share(share: float | None) -> str:
     return "" if share is None else f" ({100 * share:.3g} %)"
+
+
+def _amount(count: float | None, unit: str) -> str:
+    return f"{format_rate(count)}{unit}" if count else "-"
 
 
 def _ms(seconds: float) -> str:

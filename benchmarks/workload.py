@@ -130,14 +130,15 @@ class Compilation:
       temporary_bytes: the compiler's count of temporaries, where there is one.
       compiler_flops: the compiler's count of floating-point operations, where there is one. XLA counts
         the body of a loop once, however often it runs.
-      accessed_bytes: that of the operands and results of all instructions, the body of a loop as often as
-        it runs.
+      compiler_bytes: its count of the bytes of operands and results, likewise.
+      accessed_bytes: the same by `bvit_jax.hlo.hbm_bytes`, the body of a loop as often as it runs.
       work: what the model asks for by an arithmetic count, where the side counts it.
     """
 
     compile_seconds: dict[Kind, float] = field(default_factory=dict)
     temporary_bytes: dict[Kind, int] = field(default_factory=dict)
     compiler_flops: dict[Kind, float] = field(default_factory=dict)
+    compiler_bytes: dict[Kind, float] = field(default_factory=dict)
     accessed_bytes: dict[Kind, int] = field(default_factory=dict)
     work: Work | None = None
 

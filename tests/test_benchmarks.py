@@ -176,7 +176,7 @@ def test_goes_on_where_torch_cannot_compile(monkeypatch, capsys):
     assert capsys.readouterr().err == f"reference compiled is left out: {reason}\n"
     assert list(workers) == list(compilation) == ["reference"]
     assert failing.finished
-    with pytest.raises(workload.UserError, match="torch.compile failed"):
+    with pytest.raises(workload.UserError, match=r"torch\.compile failed"):
         train_step._prepare({"reference": failing})
 
 
