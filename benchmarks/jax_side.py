@@ -111,6 +111,7 @@ class JaxSide:
             mode="",
             settings={"name": settings["name"], **_settings_of(model)},
             parameters=num_params(self._state.params),
+            devices=self._mesh.size,
         )
 
     def compile(self) -> Compilation:

@@ -25,7 +25,7 @@ from bvit_jax.errors import UserError, nearest
 
 MARKERS = {"forward": "o", "evaluation": "s", "training": "^"}
 PRODUCTS = {"float32": "-", "bfloat16": "--", "int8": ":", "binary": "-."}
-APART = 1.1
+APART = 1.05
 PIXELS_PER_INCH = 110
 
 

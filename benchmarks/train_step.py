@@ -324,9 +324,8 @@ def _add_shares(run: dict[str, Any], ceilings: dict[str, Any] | None) -> None:
             continue
         for kind, speeds in side["images_per_second"].items():
             seconds = run["batch"] / statistics.median(speeds)
-            side["achieved"][kind] = achieved(
-                Work(**run["work"]), kind, run["batch"], side, seconds, ceilings
-            )
+            images = run["batch"] // side["devices"]
+            side["achieved"][kind] = achieved(Work(**run["work"]), kind, images, side, seconds, ceilings)
 
 
 def achieved(
@@ -338,6 +337,8 @@ def achieved(
     ceilings: dict[str, Any] | None,
 ) -> dict[str, float]:
     """Returns the rates of a step that took some seconds, and their shares of the ceilings.
+
+    All are those of one device, of ``batch`` images.
 
     - ``seconds``: of a step.
     - ``flops``, ``flops_per_second``: by the arithmetic count, `floor.flops`.

@@ -91,6 +91,7 @@ class Facts:
       mode: the rest of how it runs, in words; may be empty.
       settings: complete settings of the model, its name among them.
       parameters: number of learned values.
+      devices: that a batch is spread over.
     """
 
     version: str
@@ -99,6 +100,7 @@ class Facts:
     mode: str
     settings: dict[str, Any]
     parameters: int
+    devices: int = 1
 
 
 @dataclass(frozen=True)

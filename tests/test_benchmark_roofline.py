@@ -117,7 +117,7 @@ def test_counts_the_work_of_a_model(load):
 
 def report(load: Callable[[str], ModuleType], tmp_path: Path) -> Path:
     train_step = load("train_step")
-    side = {"dtype": "float32", "accessed_bytes": {"training": 5000}}
+    side = {"dtype": "float32", "devices": 1, "accessed_bytes": {"training": 5000}}
     speeds = {"forward": [2.0, 3.0], "training": [0.5, 0.6]}
     sides = {name: {**side, "images_per_second": speeds} for name in ("bvit_jax", "reference")}
     sides["reference"]["accessed_bytes"] = {}
