@@ -485,7 +485,7 @@ def _summary(report: dict[str, Any]) -> str:
 
 
 def _row(name: str, cells: list[str]) -> str:
-    return f"{name:<34}" + "".join(f"{cell:>30}" for cell in cells)
+    return f"{name:<34}" + "".join(f" {cell:>29}" for cell in cells)
 
 
 def _speed(rounds: list[float]) -> str:
