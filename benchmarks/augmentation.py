@@ -54,7 +54,9 @@ def main() -> int:
             known_model(name)
         for name in arguments.model:
             overrides = dict(map(parse_override, arguments.set))
-            plan = Plan(name, None, overrides, arguments.batch, arguments.dtype, None, False)
+            plan = Plan(
+                name, None, overrides, arguments.batch, arguments.dtype, None, False, kinds=("training",)
+            )
             print(line(name, *measure(plan, arguments.repeats)), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

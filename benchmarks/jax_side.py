@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,16 @@ from workload import (
     Kind,
     Memory,
     Plan,
+    Work,
     known_model,
     process_memory,
 )
 
+from bvit_jax.cost.count import BINARY, cost_of
+from bvit_jax.cost.program import trace
+from bvit_jax.cost.values import analyse
 from bvit_jax.errors import UserError
+from bvit_jax.hlo import hbm_bytes
 from bvit_jax.models import ModelOutput, create_model, num_params
 from bvit_jax.optim import make_optimizer
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
@@ -41,6 +47,8 @@ from bvit_jax.step import (
 from bvit_jax.train_state import TrainState, create_state
 
 NORMALIZE = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CACHE_HIT = "/jax/compilation_cache/cache_hits"  # an event of jax.monitoring
+PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 class FixedTeacher(nn.Module):
@@ -60,7 +68,9 @@ class JaxSide:
     """The compiled training and evaluation steps of one model."""
 
     def __init__(self, plan: Plan) -> None:
-        jax.config.update("jax_enable_compilation_cache", False)  # the compile time is measured
+        _use_cache(plan.cache)
+        self._hits = 0
+        jax.monitoring.register_event_listener(self._count_hits)
         self._mesh = make_mesh()
         _check_devices(plan, self._mesh.size)
         settings, dtype = model_of(plan)
@@ -83,28 +93,45 @@ class JaxSide:
         at_once = default_images_at_once(self._mesh)
         evaluate = make_eval_step(model, NORMALIZE, images_at_once=at_once)
         train = make_train_step(model, optimizer, NORMALIZE, teacher=teacher)
-        self._jitted: dict[Kind, Any] = {
-            "forward": jit_eval_step(evaluate, self._mesh),
+        jitted: dict[Kind, Any] = {
+            "forward": _jit_forward(model, self._mesh),
+            "evaluation": jit_eval_step(evaluate, self._mesh),
             "training": jit_train_step(train, self._mesh),
         }
+        self._jitted = {kind: jitted[kind] for kind in plan.kinds}
+        self._normalized = jax.device_put(
+            NORMALIZE(self._images_and_labels["image"]), batch_sharded(self._mesh)
+        )
+        self._model = model
         self._compiled: dict[Kind, Any] = {}
         self.facts = Facts(
             version=jax.__version__,
             device=f"{self._mesh.size} x {jax.devices()[0].device_kind}",
-            precision=jnp.dtype(dtype).name,
+            dtype=jnp.dtype(dtype).name,
+            mode="",
             settings={"name": settings["name"], **_settings_of(model)},
             parameters=num_params(self._state.params),
+            devices=self._mesh.size,
         )
 
     def compile(self) -> Compilation:
-        """Compiles the steps ahead of time."""
-        result = Compilation()
+        """Compiles the steps ahead of time, and counts what the model asks for."""
+        result = Compilation(work=work_of(self._model, self._state))
         for kind, jitted in self._jitted.items():
             began = time.perf_counter()
             compiled = jitted.lower(*self._arguments(kind)).compile()
             result.compile_seconds[kind] = time.perf_counter() - began
             if (analysis := compiled.memory_analysis()) is not None:
                 result.temporary_bytes[kind] = analysis.temp_size_in_bytes
+            if (text := compiled.as_text()) is not None:
+                result.accessed_bytes[kind] = hbm_bytes(text)
+            counted = _cost_analysis(compiled)
+            for name, of_kind in (
+                ("flops", result.compiler_flops),
+                ("bytes accessed", result.compiler_bytes),
+            ):
+                if name in counted:
+                    of_kind[kind] = counted[name]
             self._compiled[kind] = compiled
         return result
 
@@ -115,6 +142,18 @@ class JaxSide:
             self._state = result[0]  # the one before is donated
         jax.block_until_ready(result)
 
+    def first_step(self, kind: Kind) -> float | None:
+        """Returns the seconds of lowering, loading and running a step, None if it had to be compiled."""
+        self._hits, began = 0, time.perf_counter()
+        self._compiled[kind] = self._jitted[kind].lower(*self._arguments(kind)).compile()
+        self.step(kind)
+        seconds = time.perf_counter() - began
+        return seconds if self._hits else None
+
+    def _count_hits(self, event: str, **details: Any) -> None:
+        del details
+        self._hits += event == CACHE_HIT
+
     def memory(self) -> Memory:
         """Returns the peak of the first device, or of the process where devices do not count."""
         statistics = jax.local_devices()[0].memory_stats()
@@ -124,14 +163,91 @@ class JaxSide:
 
     def _arguments(self, kind: Kind) -> tuple[Any, ...]:
         if kind == "forward":
+            return self._state.variables, self._normalized
+        if kind == "evaluation":
             return self._state.variables, self._eval_batch
         return self._state, self._images_and_labels, self._teacher_variables, self._key
 
 
 def start(plan: Plan, context: None) -> JaxSide:
-    """Builds and compiles the JAX side; see `workload.Worker`."""
+    """Builds the JAX side; see `workload.Worker`."""
     del context
     return JaxSide(plan)
+
+
+def _use_cache(directory: Path | None) -> None:
+    """Keeps everything that is compiled in a directory, however small; with None, nothing is kept."""
+    if directory is None:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _jit_forward(model: nn.Module, mesh: Mesh) -> Any:
+    """Compiles the model in evaluation mode, from normalised images to logits."""
+
+    def forward(variables: Any, images: Array) -> Array:
+        output: Any = model.apply(variables, images)
+        return output.logits
+
+    batch = batch_sharded(mesh)
+    return jax.jit(forward, in_shardings=(replicated(mesh), batch), out_shardings=batch)
+
+
+def _cost_analysis(compiled: Any) -> Mapping[str, float]:
+    """Returns XLA's counts of a compiled function, empty where its backend has none."""
+    analysis = compiled.cost_analysis()
+    if isinstance(analysis, list):  # one of each program, in some versions
+        analysis = analysis[0] if analysis else None
+    return analysis or {}
+
+
+def work_of(model: Any, state: TrainState) -> Work:
+    """Counts what a model asks for, by tracing it; see `floor` for what it is used for.
+
+    The multiply-accumulates are those of `bvit_jax.cost`. The activations are those of the same model in
+    training mode, whose products are all products of matrices or convolutions.
+    """
+    macs = cost_of(model, model.image_size, training=False).total.macs
+    variables = state.variables
+    return Work(
+        binary_macs=macs[BINARY],
+        real_macs=sum(macs.values()) - macs[BINARY],
+        elements=_product_elements(model, variables),
+        variable_bytes=_tree_bytes(variables),
+        state_bytes=_tree_bytes((variables, state.opt_state)),
+    )
+
+
+def _product_elements(model: Any, variables: Any) -> int:
+    """Returns the elements of the activations that products take, each once, and of those that they give."""
+    size = model.image_size
+    params = variables["params"]
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def logits(params: Any, others: Any, images: Any, key: Any) -> Any:
+        output, _ = model.apply(
+            {"params": params, **others}, images, train=True, rngs={"dropout": key}, mutable=list(others)
+        )
+        return output.logits
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = trace(logits, params, others, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), key)
+    values = analyse(program, lambda name: name[0] in ("0", "1"))
+    taken: dict[Any, int] = {}
+    given: dict[Any, int] = {}
+    for operation in program.operations:
+        if operation.name in PRODUCTS:
+            for nodes, found in ((operation.inputs[:2], taken), (operation.outputs, given)):
+                varying = [node for node in nodes if values[node].varies]
+                found.update({node: operation.times * node.size for node in varying})
+    return sum(taken.values()) + sum(given.values())
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def random_batch(batch: int, model: Any, mesh: Mesh) -> dict[str, Array]:

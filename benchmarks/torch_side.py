@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from workload import KINDS, LEARNING_RATE, Compilation, Facts, Kind, Memory, Plan, process_memory
+from workload import LEARNING_RATE, Compilation, Facts, Kind, Memory, Plan, process_memory
 
 from bvit_jax.errors import UserError
 
@@ -59,39 +59,58 @@ class TorchSide:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = _build(_checkout(plan), settings).to(self._device)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-        amp = self._device.type == "cuda"
+        amp = self._device.type == "cuda" and plan.autocast
         self._autocast = torch.autocast("cuda", torch.float16, enabled=amp)
         self._scaler = torch.amp.GradScaler("cuda", enabled=amp)
         size, classes = settings["image_size"], settings["num_classes"]
         self._images = torch.randn(plan.batch, 3, size, size, device=self._device)
         self._teacher_logits = torch.randn(plan.batch, classes, device=self._device)
+        self._labels = torch.randint(0, classes, (plan.batch,), device=self._device)
+        self._kinds = plan.kinds
         self._is_compiled = plan.compiled
         self._model: Any = torch.compile(model) if plan.compiled else model
-        threads = "" if amp else f", {torch.get_num_threads()} threads"
+        on_gpu = self._device.type == "cuda"
+        modes = ["torch.compile" if plan.compiled else "eager"]
+        modes += ["autocast"] if amp else []
+        modes += [] if on_gpu else [f"{torch.get_num_threads()} threads"]
         self.facts = Facts(
             version=str(torch.__version__),  # its own class, which would travel as torch
-            device=torch.cuda.get_device_name() if amp else "cpu",
-            precision=("float16 autocast" if amp else "float32")
-            + (", torch.compile" if plan.compiled else ", eager")
-            + threads,
+            device=torch.cuda.get_device_name() if on_gpu else "cpu",
+            dtype="float16" if amp else "float32",
+            mode=", ".join(modes),
             settings=dict(settings),
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
 
     def compile(self) -> Compilation:
-        """Compiles if asked to: by a first step of each kind, less the time of the second."""
+        """Compiles if asked to: by a first step of each kind, less the time of the second.
+
+        Raises:
+          UserError: torch.compile cannot, for want of a compiler on the machine for instance.
+        """
         result = Compilation()
-        for kind in KINDS if self._is_compiled else ():
-            first, second = self._timed_step(kind), self._timed_step(kind)
-            result.compile_seconds[kind] = first - second
+        for kind in self._kinds if self._is_compiled else ():
+            try:
+                first, second = self._timed_step(kind), self._timed_step(kind)
+            except Exception as error:  # of whatever class its backends raise
+                lines = str(error).strip().splitlines()
+                reason = lines[0][:160] if lines else type(error).__name__
+                raise UserError(f"torch.compile failed in the {kind} step: {reason}") from error
+            result.compile_seconds[kind] = max(0.0, first - second)
         return result
+
+    def first_step(self, kind: Kind) -> None:
+        """Returns None: nothing compiled is kept for another process."""
+        del kind
 
     def step(self, kind: Kind) -> None:
         """Runs one step and waits for its result."""
         if kind == "training":
             self._train()
-        else:
+        elif kind == "evaluation":
             self._evaluate()
+        else:
+            self._forward()
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -116,10 +135,18 @@ class TorchSide:
         self._scaler.step(self._optimizer)
         self._scaler.update()
 
-    def _evaluate(self) -> None:
+    def _forward(self) -> torch.Tensor:
         self._model.eval()
         with torch.no_grad(), self._autocast:
-            self._model(self._images)
+            return self._model(self._images).logits
+
+    def _evaluate(self) -> tuple[float, float, float]:
+        """Returns loss, top-1 and top-5 of the batch, as ``evaluate`` of ``engine.py`` takes them."""
+        logits = self._forward()
+        with torch.no_grad(), self._autocast:
+            loss = F.cross_entropy(logits, self._labels)
+        best = logits.topk(min(5, logits.shape[1])).indices.eq(self._labels[:, None]).float()
+        return loss.item(), best[:, :1].sum().item(), best.sum().item()
 
 
 def start(plan: Plan, settings: Mapping[str, Any]) -> TorchSide:

@@ -9,7 +9,7 @@ import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any, Literal, Protocol
 
 from bvit_jax.errors import UserError, nearest
 
-Kind = Literal["forward", "training"]
-KINDS: tuple[Kind, Kind] = ("forward", "training")
+# The model alone in evaluation mode; the step of eval.py; the step of train.py.
+Kind = Literal["forward", "evaluation", "training"]
+KINDS: tuple[Kind, ...] = ("forward", "evaluation", "training")
 WARMUP_STEPS = 2
 LEARNING_RATE = 5e-4  # and no weight decay: the recipe of the binary models
 
@@ -47,6 +48,9 @@ class Plan:
       dtype: compute dtype of the JAX code; None means the config's, or float32.
       reference: checkout of the PyTorch code, if it is measured too.
       compiled: whether the PyTorch model goes through ``torch.compile``.
+      kinds: the steps that are measured.
+      autocast: whether the PyTorch model runs under AMP where there is a GPU.
+      cache: directory that keeps what the JAX code compiles, or None for none.
     """
 
     model: str | None
@@ -56,6 +60,9 @@ class Plan:
     dtype: str | None
     reference: Path | None
     compiled: bool
+    kinds: tuple[Kind, ...] = KINDS
+    autocast: bool = True
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -80,16 +87,40 @@ class Facts:
     Attributes:
       version: of jax or torch.
       device: kind of the device.
-      precision: of activations and products, in words.
+      dtype: of activations and products.
+      mode: the rest of how it runs, in words; may be empty.
       settings: complete settings of the model, its name among them.
       parameters: number of learned values.
+      devices: that a batch is spread over.
     """
 
     version: str
     device: str
-    precision: str
+    dtype: str
+    mode: str
     settings: dict[str, Any]
     parameters: int
+    devices: int = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model asks for; of one image where it depends on images.
+
+    Attributes:
+      binary_macs: multiply-accumulates of products of two binary operands.
+      real_macs: those of all other products.
+      elements: of the activations that products read, each once however many read it, and of those that
+        they write.
+      variable_bytes: parameters and running statistics.
+      state_bytes: those, and the state of the optimiser.
+    """
+
+    binary_macs: int
+    real_macs: int
+    elements: int
+    variable_bytes: int
+    state_bytes: int
 
 
 @dataclass(frozen=True)
@@ -99,10 +130,19 @@ class Compilation:
     Attributes:
       compile_seconds: tracing included.
       temporary_bytes: the compiler's count of temporaries, where there is one.
+      compiler_flops: the compiler's count of floating-point operations, where there is one. XLA counts
+        the body of a loop once, however often it runs.
+      compiler_bytes: its count of the bytes of operands and results, likewise.
+      accessed_bytes: the same by `bvit_jax.hlo.hbm_bytes`, the body of a loop as often as it runs.
+      work: what the model asks for by an arithmetic count, where the side counts it.
     """
 
     compile_seconds: dict[Kind, float] = field(default_factory=dict)
     temporary_bytes: dict[Kind, int] = field(default_factory=dict)
+    compiler_flops: dict[Kind, float] = field(default_factory=dict)
+    compiler_bytes: dict[Kind, float] = field(default_factory=dict)
+    accessed_bytes: dict[Kind, int] = field(default_factory=dict)
+    work: Work | None = None
 
 
 class Side(Protocol):
@@ -117,6 +157,9 @@ class Side(Protocol):
 
     def step(self, kind: Kind) -> None:
         """Runs one step and waits for its result."""
+
+    def first_step(self, kind: Kind) -> float | None:
+        """Compiles and runs a first step; returns its seconds if what was compiled was kept before."""
 
     def memory(self) -> Memory:
         """Returns the peak of the steps."""
@@ -149,13 +192,22 @@ class Worker:
         self.facts: Facts = self._receive()
 
     def prepare(self) -> Compilation:
-        """Compiles the steps and runs the first ones, which are not measured."""
+        """Compiles the steps and runs the first ones, which are not measured.
+
+        Raises:
+          UserError: they cannot be compiled; the process lives on and can be ended by `finish`.
+        """
         self._connection.send("prepare")
         return self._receive()
 
     def seconds(self, kind: Kind, steps: int) -> float:
         """Returns how long ``steps`` steps took."""
         self._connection.send((kind, steps))
+        return self._receive()
+
+    def first_step(self, kind: Kind) -> float | None:
+        """Returns `Side.first_step`, of a process that has not compiled this step before."""
+        self._connection.send((kind, 0))
         return self._receive()
 
     def finish(self) -> Memory:
@@ -186,25 +238,36 @@ def _serve(connection: Connection, start: StartSide, plan: Plan, context: Any) -
         connection.send(error)
         return
     connection.send(side.facts)
+    setup_peak = 0
     with contextlib.suppress(EOFError):  # the other side failed, and the command ended
-        connection.recv()
-        compilation, setup_peak = _prepare(side)
-        connection.send(compilation)
         while request := connection.recv():
-            kind, steps = request
-            began = time.perf_counter()
-            for _ in range(steps):
-                side.step(kind)
-            connection.send(time.perf_counter() - began)
+            try:
+                if request == "prepare":
+                    answer, setup_peak = _prepare(side, plan.kinds)
+                else:
+                    answer = _seconds(side, *request)
+            except UserError as error:
+                answer = error
+            connection.send(answer)
         connection.send(dataclasses.replace(side.memory(), setup_peak=setup_peak))
 
 
-def _prepare(side: Side) -> tuple[Compilation, int]:
+def _seconds(side: Side, kind: Kind, steps: int) -> float | None:
+    """Returns how long steps took; with 0 steps, that of `Side.first_step`."""
+    if not steps:
+        return side.first_step(kind)
+    began = time.perf_counter()
+    for _ in range(steps):
+        side.step(kind)
+    return time.perf_counter() - began
+
+
+def _prepare(side: Side, kinds: Iterable[Kind]) -> tuple[Any, int]:
     """Compiles and warms a side; returns what it tells and the peak of memory before the steps."""
     compilation = side.compile()
     setup_peak = process_memory().peak
     forget_setup()
-    for kind in KINDS:
+    for kind in kinds:
         for _ in range(WARMUP_STEPS):
             side.step(kind)
     return compilation, setup_peak

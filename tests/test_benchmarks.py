@@ -29,7 +29,8 @@ TINY_DEIT = {
     "num_heads": "2",
     "mlp_dim": "32",
 }
-QUICK = ("--repeats", "2", "--forward-steps", "1", "--training-steps", "1")
+ONE_STEP = [part for kind in ("forward", "evaluation", "training") for part in (f"--{kind}-steps", "1")]
+QUICK = ("--repeats", "2", *ONE_STEP, "--ceilings-scale", "0")
 
 # A stand-in for the PyTorch code: the parameters of the tiny DeiT above, and imports that may be
 # missing. Printing while a model is built must not reach the benchmark's output.
@@ -63,11 +64,11 @@ class ViTForImageClassification(nn.Module):
 """
 
 
-def run(*arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, script: Path = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
     one_device = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.run(
         [sys.executable, str(script), *arguments],
-        env={**os.environ, **one_device},
+        env={**os.environ, **one_device, **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -90,20 +91,32 @@ def make_checkout(path: Path, extra_parameters: int = 0) -> Path:
 
 @pytest.mark.slow
 def test_measures_the_jax_side(tmp_path):
-    file = tmp_path / "found.json"
-    ran = run("--model", "binaryvit", "--batch", "4", *QUICK, *settings(TINY), "--json", str(file))
+    file, picture = tmp_path / "found.json", tmp_path / "roofline.png"
+    ran = run(
+        *("--model", "binaryvit", "--batch", "4", *QUICK, "--ceilings-scale", "0.0001", *settings(TINY)),
+        *("--json", str(file)),
+    )
     assert ran.returncode == 0, ran.stderr
     assert "training, images/s" in ran.stdout
+    assert "floor (share reached)" in ran.stdout
     found = json.loads(file.read_text())
-    side = found["sides"]["bvit_jax"]
-    assert list(found["sides"]) == ["bvit_jax"]
+    (measured,) = found["runs"]
+    side = measured["sides"]["bvit_jax"]
+    assert list(measured["sides"]) == ["bvit_jax"]
     assert side["settings"]["width"] == [8]
     assert side["parameters"] > 1000
-    for kind in ("forward", "training"):
+    for kind in ("forward", "evaluation", "training"):
         assert len(side["images_per_second"][kind]) == 2
         assert min(side["images_per_second"][kind]) > 0
-        assert side["compile_seconds"][kind] > 0
+        assert 0 < side["cached_first_step_seconds"][kind] < side["compile_seconds"][kind]
+        assert side["compiler_flops"][kind] > 0
+        assert side["accessed_bytes"][kind] > 0
+        assert 0 < side["achieved"][kind]["share_of_floor"] < 1
     assert side["memory"]["peak"] > 2**20
+    assert len(found["ceilings"]["bytes_per_second"]["read"]) == 6  # three rounds before, and three after
+    drawn = run(str(file), "--png", str(picture), script=SCRIPT.with_name("roofline.py"))
+    assert drawn.returncode == 0, drawn.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -112,21 +125,59 @@ def test_measures_the_reference_beside_it(tmp_path):
     checkout = make_checkout(tmp_path / "checkout")
     file = tmp_path / "found.json"
     ran = run(
-        *("--model", "deit_small", "--batch", "2", *QUICK, *settings(TINY_DEIT)),
-        *("--reference", str(checkout), "--json", str(file)),
+        *("--model", "deit_small", "--batch", "2,3", *QUICK, "--kinds", "training", *settings(TINY_DEIT)),
+        *("--dtype", "bfloat16", "--reference", str(checkout), "--json", str(file)),
     )
     assert ran.returncode == 0, ran.stderr
     assert "building" not in ran.stdout
     found = json.loads(file.read_text())
-    ours, theirs = found["sides"]["bvit_jax"], found["sides"]["reference"]
-    assert ours["parameters"] == theirs["parameters"]
-    speeds = [side["images_per_second"]["training"] for side in (ours, theirs)]
-    assert [len(rounds) for rounds in speeds] == [2, 2]
-    ratios = [a / b for a, b in zip(*speeds, strict=True)]
-    assert min(ratios) <= found["ratios"]["training"] <= max(ratios)
-    best = max(speeds[0]) / max(speeds[1])
-    assert found["ratios"]["best_training"] == best
-    assert f"(best {best:.2f})" in ran.stdout
+    assert found["ceilings"] is None
+    assert [measured["batch"] for measured in found["runs"]] == [2, 3]
+    for measured in found["runs"]:
+        ours, theirs = (measured["sides"][name] for name in ("bvit_jax bfloat16", "reference"))
+        assert ours["parameters"] == theirs["parameters"]
+        assert (ours["dtype"], theirs["dtype"]) == ("bfloat16", "float32")
+        speeds = [side["images_per_second"]["training"] for side in (ours, theirs)]
+        assert [len(rounds) for rounds in speeds] == [2, 2]
+        ratios = [a / b for a, b in zip(*speeds, strict=True)]
+        ratio = measured["ratios"]["bvit_jax bfloat16"]["reference"]
+        assert min(ratios) <= ratio["training"] <= max(ratios)
+        best = max(speeds[0]) / max(speeds[1])
+        assert ratio["best_training"] == best
+        assert f"(best {best:.2f})" in ran.stdout
+
+
+def test_goes_on_where_torch_cannot_compile(monkeypatch, capsys):
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    train_step, torch_side, workload = map(importlib.import_module, ("train_step", "torch_side", "workload"))
+
+    class NoCompiler(torch_side.TorchSide):
+        def __init__(self):
+            self._kinds, self._is_compiled = ("forward",), True
+
+        def step(self, kind):
+            raise RuntimeError("No working C++ compiler found\nand twenty more lines")
+
+    class Here:
+        """A worker in this process."""
+
+        def __init__(self, prepare):
+            self.prepare, self.finished = prepare, False
+
+        def finish(self):
+            self.finished = True
+
+    failing = Here(NoCompiler().compile)
+    workers = {"reference": Here(workload.Compilation), "reference compiled": failing}
+    compilation, left_out = train_step._prepare(workers)
+    reason = "torch.compile failed in the forward step: No working C++ compiler found"
+    assert left_out == {"reference compiled": reason}
+    assert capsys.readouterr().err == f"reference compiled is left out: {reason}\n"
+    assert list(workers) == list(compilation) == ["reference"]
+    assert failing.finished
+    with pytest.raises(workload.UserError, match=r"torch\.compile failed"):
+        train_step._prepare({"reference": failing})
 
 
 @pytest.mark.slow
@@ -173,12 +224,20 @@ def test_refuses_another_model_than_ours(tmp_path):
         (["--model", "binaryvit", "--set", "wdth=3"], "config.model.wdth is not a setting"),
         (["--model", "binaryvit", "--reference", "nowhere"], "--reference is nowhere: there is no"),
         (["--model", "binaryvit", "--compile"], "--compile is for the reference"),
+        (["--model", "binaryvit", "--batch", "4,x"], "--batch has 'x'; expected whole numbers of at least 1"),
+        (["--model", "binaryvit", "--batch", "0"], "--batch has '0'; expected whole numbers of at least 1"),
+        (["--model", "binaryvit", "--dtype", "bfloat"], "--dtype has 'bfloat'; did you mean 'bfloat16'?"),
+        (["--model", "binaryvit", "--kinds", "train"], "--kinds has 'train'; did you mean 'training'?"),
+        (
+            ["--model", "binaryvit", "--ceilings-scale", "7"],
+            "--ceilings-scale is 7; expected a number from 0",
+        ),
         (["--model", "binaryvit", "--json", "nowhere/x.json"], "--json is nowhere/x.json"),
         (["--config", "nowhere.py:x"], "--config is nowhere.py:x: there is no Python file"),
     ],
 )
 def test_says_what_is_wrong_in_one_line(arguments, message):
-    ran = run(*arguments, "--batch", "2")
+    ran = run("--batch", "2", "--ceilings-scale", "0", *arguments)
     assert ran.returncode == 1
     assert ran.stdout == ""
     assert ran.stderr.startswith(f"error: {message}")
@@ -224,7 +283,7 @@ def test_reads_a_config_file(tmp_path):
         "    config.model = model_config('deit', depth=1, mlp_dim=int(argument))\n"
         "    return config\n"
     )
-    ran = run("--config", f"{config}:32", "--batch", "2", "--set", "width=7")
+    ran = run("--config", f"{config}:32", "--batch", "2", "--ceilings-scale", "0", "--set", "width=7")
     assert ran.returncode == 1
     assert "config.model.width is 7: expected a multiple of its 6 heads" in ran.stderr
 
