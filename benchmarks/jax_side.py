@@ -28,6 +28,7 @@ from workload import (
     process_memory,
 )
 
+from bvit_jax.allocator import keep_freed_memory
 from bvit_jax.cost.count import BINARY, cost_of
 from bvit_jax.cost.program import trace
 from bvit_jax.cost.values import analyse
@@ -39,6 +40,7 @@ from bvit_jax.sharding import batch_sharded, make_mesh, replicated
 from bvit_jax.step import (
     Normalization,
     default_images_at_once,
+    default_packed,
     jit_eval_step,
     jit_train_step,
     make_eval_step,
@@ -74,7 +76,10 @@ class JaxSide:
         self._mesh = make_mesh()
         _check_devices(plan, self._mesh.size)
         settings, dtype = model_of(plan)
-        model: Any = create_model(settings, dtype)
+        packed = default_packed(self._mesh) and not plan.plain
+        model: Any = create_model(settings, dtype, packed=packed)
+        if jax.default_backend() == "cpu" and not plan.plain:
+            keep_freed_memory()
         optimizer = fixed_optimizer()
         teacher = FixedTeacher(plan.batch, model.num_classes)
 
@@ -90,7 +95,7 @@ class JaxSide:
         )
         self._state: TrainState = jax.jit(initial, out_shardings=whole)(self._key)
 
-        at_once = default_images_at_once(self._mesh)
+        at_once = default_images_at_once(self._mesh, packed)
         evaluate = make_eval_step(model, NORMALIZE, images_at_once=at_once)
         train = make_train_step(model, optimizer, NORMALIZE, teacher=teacher)
         jitted: dict[Kind, Any] = {
@@ -102,13 +107,13 @@ class JaxSide:
         self._normalized = jax.device_put(
             NORMALIZE(self._images_and_labels["image"]), batch_sharded(self._mesh)
         )
-        self._model = model
+        self._plain_model = create_model(settings, dtype)
         self._compiled: dict[Kind, Any] = {}
         self.facts = Facts(
             version=jax.__version__,
             device=f"{self._mesh.size} x {jax.devices()[0].device_kind}",
             dtype=jnp.dtype(dtype).name,
-            mode="",
+            mode="plain" if plan.plain else "",
             settings={"name": settings["name"], **_settings_of(model)},
             parameters=num_params(self._state.params),
             devices=self._mesh.size,
@@ -116,7 +121,7 @@ class JaxSide:
 
     def compile(self) -> Compilation:
         """Compiles the steps ahead of time, and counts what the model asks for."""
-        result = Compilation(work=work_of(self._model, self._state))
+        result = Compilation(work=work_of(self._plain_model, self._state))
         for kind, jitted in self._jitted.items():
             began = time.perf_counter()
             compiled = jitted.lower(*self._arguments(kind)).compile()
@@ -324,5 +329,5 @@ def _settings_of(model: Any) -> dict[str, Any]:
         field.name: getattr(owner, field.name)
         for owner in owners
         for field in dataclasses.fields(owner)
-        if field.name not in ("parent", "name", "dtype", "block")
+        if field.name not in ("parent", "name", "dtype", "block", "packed")
     }

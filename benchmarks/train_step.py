@@ -584,6 +584,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         reference=arguments.reference,
         compiled=arguments.compile,
         kinds=_kinds(arguments.kinds),
+        plain=arguments.plain,
     )
 
 
@@ -663,6 +664,9 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="N[,N...]",
         help="images of a step; several are measured one after the other",
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="without what the JAX code does on one CPU by default"
     )
     parser.add_argument(
         "--dtype",

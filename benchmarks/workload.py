@@ -51,6 +51,8 @@ class Plan:
       kinds: the steps that are measured.
       autocast: whether the PyTorch model runs under AMP where there is a GPU.
       cache: directory that keeps what the JAX code compiles, or None for none.
+      plain: whether the JAX code leaves out what training and evaluation do on one CPU by default: packed
+        signs, and memory that is kept from step to step.
     """
 
     model: str | None
@@ -63,6 +65,7 @@ class Plan:
     kinds: tuple[Kind, ...] = KINDS
     autocast: bool = True
     cache: Path | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True)
