@@ -70,6 +70,8 @@ class JaxSide:
     """The compiled training and evaluation steps of one model."""
 
     def __init__(self, plan: Plan) -> None:
+        if not plan.plain:
+            keep_freed_memory()
         _use_cache(plan.cache)
         self._hits = 0
         jax.monitoring.register_event_listener(self._count_hits)
@@ -78,8 +80,6 @@ class JaxSide:
         settings, dtype = model_of(plan)
         packed = default_packed(self._mesh) and not plan.plain
         model: Any = create_model(settings, dtype, packed=packed)
-        if jax.default_backend() == "cpu" and not plan.plain:
-            keep_freed_memory()
         optimizer = fixed_optimizer()
         teacher = FixedTeacher(plan.batch, model.num_classes)
 

@@ -1,7 +1,11 @@
 """How the C library's allocator treats the memory that XLA asks for on a CPU."""
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import platform
+
+import jax
 
 # Of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -9,7 +13,9 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Keeps freed memory in the process, for the next step of a training run on a CPU.
+    """Keeps freed memory in the process, for the next step of a training run, where JAX runs on CPUs only.
+
+    To be called before JAX starts its threads, which otherwise have arenas of their own.
 
     XLA allocates the temporary arrays of a step when it starts and frees them when it ends. glibc hands
     blocks of that size back to the system, which must find and clear every page of them again in the next
@@ -17,10 +23,19 @@ def keep_freed_memory() -> bool:
     arena for all threads, the same pages are used again. The process's peak is the same.
 
     Returns:
-      Whether the C library is glibc and took the settings; elsewhere nothing is changed.
+      Whether there is no accelerator, the C library is glibc and it took the settings; elsewhere nothing is
+      changed.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if not _only_cpus() or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER))
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def _only_cpus() -> bool:
+    """Returns whether JAX can find no accelerator, without starting it."""
+    if jax.config.jax_platforms:
+        return jax.config.jax_platforms == "cpu"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not plugins and importlib.util.find_spec("libtpu") is None

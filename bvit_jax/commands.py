@@ -64,9 +64,8 @@ def start_jax() -> None:
     cluster = distributed.Cluster(
         values.coordinator, values.num_processes, values.process_id, values.startup_timeout
     )
+    allocator.keep_freed_memory()
     distributed.start(cluster, values.distributed)
-    if jax.default_backend() == "cpu":
-        allocator.keep_freed_memory()
     compilation.use_cache()
     if jax.process_index() > 0:
         logging.getLogger("bvit_jax").setLevel(logging.WARNING)

@@ -213,3 +213,11 @@ def test_freed_memory_is_used_again() -> None:
 def test_other_libraries_keep_their_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
     assert not allocator.keep_freed_memory()
+
+
+@pytest.mark.parametrize(("platforms", "alone"), [("cpu", True), ("cuda,cpu", False), ("tpu", False)])
+def test_accelerators_keep_their_allocator(
+    monkeypatch: pytest.MonkeyPatch, platforms: str, alone: bool
+) -> None:
+    monkeypatch.setattr(allocator.jax.config, "jax_platforms", platforms)
+    assert allocator._only_cpus() == alone
