@@ -31,6 +31,7 @@ def create_model(config: ConfigDict) -> nn.Module:
         jnp.dtype(config.compute_dtype),
         remat=config.remat,
         scan_blocks=config.scan_blocks,
+        one_pass_norms=config.one_pass_norms,
     )
 
 

@@ -43,7 +43,7 @@ BACKBONES = {  # the real-valued model whose layers a binary one has
 DEITS = ("deit", "bivit_deit", "bivit_release_deit")  # the backbone, real-valued or binary
 SWINS = ("swin", "bivit_swin", "bivit_release_swin")
 MAX_SIZE = 1 << 24  # of anything: beyond it something is damaged
-_NOT_SETTINGS = {"parent", "name", "dtype", "block", "execution"}
+_NOT_SETTINGS = {"parent", "name", "dtype", "whole", "one_pass_norms", "block", "execution"}
 
 
 def _defaults(name: str) -> dict[str, Any]:
@@ -98,6 +98,7 @@ def create_model(
     *,
     remat: Remat = "none",
     scan_blocks: bool = False,
+    one_pass_norms: bool = False,
 ) -> nn.Module:
     """Returns the model that ``config`` describes, computing in ``dtype``.
 
@@ -106,6 +107,7 @@ def create_model(
       dtype: dtype of the activations; parameters are float32 whatever it is.
       remat, scan_blocks: how it runs, which is no part of its description; see
         `bvit_jax.models.stages.Execution`.
+      one_pass_norms: likewise, of models with batch norms; see `bvit_jax.layers.BatchNorm`.
 
     Raises:
       UserError: a setting is unknown or out of range, or sizes do not divide; the message names the
@@ -117,17 +119,21 @@ def create_model(
     _check(name, settings)
     block = _default_block(name)
     shared = {key: settings.pop(key) for key in vars(block) if key in settings}
+    execution = _execution(name, remat, scan_blocks)
+    if one_pass_norms and (settings | shared).get("norm") != "batch_norm":
+        raise UserError(f"config.one_pass_norms is True: {name} has no batch norms; set it to False")
+    if hasattr(block, "whole"):
+        shared |= {"whole": remat == "products", "one_pass_norms": one_pass_norms}
     return MODELS[name](
-        **settings,
-        block=dataclasses.replace(block, **shared, dtype=dtype),
-        execution=_execution(remat, scan_blocks),
+        **settings, block=dataclasses.replace(block, **shared, dtype=dtype), execution=execution
     )
 
 
-def _execution(remat: Remat, scan_blocks: bool) -> Execution:
-    policies = ("none", *POLICIES)
+def _execution(name: str, remat: Remat, scan_blocks: bool) -> Execution:
+    known = hasattr(_default_block(name), "whole")
+    policies = ("none", *(policy for policy in POLICIES if known or policy != "products"))
     if remat not in policies:
-        raise UserError(f"config.remat is {remat!r}; expected one of {', '.join(policies)}")
+        raise UserError(f"config.remat is {remat!r}; of {name}, expected one of {', '.join(policies)}")
     return Execution(remat, scan_blocks)
 
 
