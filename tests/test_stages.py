@@ -211,7 +211,7 @@ def test_a_block_keeps_what_the_policy_says(name):
         settings = {"width": 16, "mlp_dim": 64, "depth": 2}
         model, config = tiny(name, execution=execution, **settings)
         variables = random_variables(model, config)
-        images = images_for(config)
+        images = images_for(config, batch=16)
 
         def loss(params):
             updated = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
