@@ -34,7 +34,7 @@ from bvit_jax.cost.program import trace
 from bvit_jax.cost.values import analyse
 from bvit_jax.errors import UserError
 from bvit_jax.hlo import hbm_bytes
-from bvit_jax.models import ModelOutput, create_model, num_params
+from bvit_jax.models import ModelOutput, create_model, num_params, packs_signs
 from bvit_jax.optim import make_optimizer
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
 from bvit_jax.step import (
@@ -78,8 +78,8 @@ class JaxSide:
         self._mesh = make_mesh()
         _check_devices(plan, self._mesh.size)
         settings, dtype = model_of(plan)
-        packed = default_packed(self._mesh) and not plan.plain
-        model: Any = create_model(settings, dtype, packed=packed)
+        packed = default_packed(self._mesh) and packs_signs(settings["name"]) and not plan.plain
+        model: Any = create_model(settings, dtype, packed=packed, scan_blocks=packed)
         optimizer = fixed_optimizer()
         teacher = FixedTeacher(plan.batch, model.num_classes)
 

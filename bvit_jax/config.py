@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mix.mode": ("batch", "pair", "elem"),
     "optim.schedule": ("cosine", "cosine_by_epoch"),
     "packed": ("auto", "on", "off"),
-    "remat": ("none", "block", "dots"),
+    "remat": ("none", "block", "dots", "products"),
 }
 POSITIVE = (
     "accumulate_steps",
@@ -78,11 +78,14 @@ def default_config() -> ConfigDict:
     config.batch_size = 512  # global
     config.eval_batch_size = 512  # global
     config.accumulate_steps = 1  # microbatches of a step, one after the other; their gradients are averaged
-    config.remat = (
-        "none"  # what a backward pass computes again: "block" all of a block, "dots" not its products
+    # What a backward pass computes again: "block" all of a block, "dots" not its products with weights,
+    # "products" not those either, which are kept as whole numbers of one or two bytes.
+    config.remat = "none"
+    config.one_pass_norms = (
+        False  # whether batch norms take mean and variance in one pass, with one all-reduce
     )
     config.scan_blocks = False  # whether the identical blocks of a stage are compiled once, as a loop
-    config.packed = "auto"  # whether signs are packed into bits, for one CPU: see docs/benchmarks.md
+    config.packed = "auto"  # whether signs are packed into bits and blocks run in a loop: "auto", on one CPU
     config.epochs = 300
     config.eval_every_epochs = 1
     config.log_every_steps = 100

@@ -4,12 +4,17 @@ Automatic differentiation keeps an intermediate array for every operation; in a 
 products are cheap, writing and reading those is most of a training step.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
+STATISTICS = "batch_statistics"  # the name by which a rematerialisation policy finds means and variances
 BATCH_NORM_SCOPE = "batch_norm"  # by which `bvit_jax.hlo` tells the collectives of batch norms
 
 
@@ -42,25 +47,60 @@ rprelu.defvjp(_rprelu_forward, _rprelu_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 @jax.named_scope(BATCH_NORM_SCOPE)
-def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
+def batch_norm(
+    x: Array, scale: Array, bias: Array, epsilon: float, shift: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Normalises by the mean and the biased variance over every axis but the last.
+
+    Args:
+      x: (..., C).
+      scale, bias: (C,).
+      epsilon: added to the variance.
+      shift: None, or a guess of the mean, (C,), to compute mean and variance in one pass; see `moments`.
 
     Returns:
       The normalised input, the mean and the variance; no gradient passes through the latter two.
     """
-    axes = tuple(range(x.ndim - 1))
-    mean = jnp.mean(x, axis=axes)
-    var = jnp.mean(jnp.square(x - mean), axis=axes)
+    return _batch_norm(x, scale, bias, epsilon, shift)
+
+
+def moments(x: Array, axes: tuple[int, ...], shift: Array | None = None) -> tuple[Array, Array]:
+    """Returns the mean and the biased variance over ``axes``, named `STATISTICS`.
+
+    In two passes: the second one needs the mean of the first, on many devices a second all-reduce. With a
+    ``shift`` s in one: the sums of x - s and of its square, which devices exchange together. The variance is
+    then a difference, var = E[(x - s)^2] - (E[x] - s)^2, in which float32 loses a relative
+    2^-24 · (1 + (E[x] - s)^2 / var): nothing to speak of where s is within some ten standard deviations
+    of the mean, whatever the mean is. The running mean is such a guess.
+    """
+    if shift is None:
+        mean = checkpoint_name(jnp.mean(x, axis=axes), STATISTICS)
+        centred = x - jnp.expand_dims(mean, axes)
+        return mean, checkpoint_name(jnp.mean(jnp.square(centred), axis=axes), STATISTICS)
+    shifted = x - shift
+    offset = jnp.mean(shifted, axis=axes)
+    var = jnp.maximum(jnp.mean(jnp.square(shifted), axis=axes) - jnp.square(offset), 0)
+    return checkpoint_name(shift + offset, STATISTICS), checkpoint_name(var, STATISTICS)
+
+
+def _batch_norm(
+    x: Array, scale: Array, bias: Array, epsilon: float, shift: Array | None
+) -> tuple[Array, Array, Array]:
+    mean, var = moments(x, tuple(range(x.ndim - 1)), shift)
     return (x - mean) * (scale * lax.rsqrt(var + epsilon)) + bias, mean, var
 
 
-def _batch_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[tuple, tuple]:
-    y, mean, var = batch_norm(x, scale, bias, epsilon)
+@jax.named_scope(BATCH_NORM_SCOPE)
+def _batch_norm_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float, shift: Array | None
+) -> tuple[tuple, tuple]:
+    # Not `batch_norm`, within which no rematerialisation policy would see the statistics.
+    y, mean, var = _batch_norm(x, scale, bias, epsilon, shift)
     return (y, mean, var), (x, scale, mean, var)
 
 
 @jax.named_scope(BATCH_NORM_SCOPE)
-def _batch_norm_backward(epsilon: float, residuals: tuple, gradients: tuple) -> tuple[Array, Array, Array]:
+def _batch_norm_backward(epsilon: float, residuals: tuple, gradients: tuple) -> tuple[Array | None, ...]:
     x, scale, mean, var = residuals
     gradient, _, _ = gradients
     inverse = lax.rsqrt(var + epsilon)
@@ -69,7 +109,7 @@ def _batch_norm_backward(epsilon: float, residuals: tuple, gradients: tuple) -> 
     to_scale = _sum_to_channels(gradient * normalized)
     count = x.size // x.shape[-1]
     to_x = (scale * inverse) * (gradient - to_bias / count - normalized * (to_scale / count))
-    return to_x, to_scale, to_bias
+    return to_x, to_scale, to_bias, None
 
 
 batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
@@ -77,7 +117,7 @@ batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_batch_norm(
-    x: Array, scale: Array, bias: Array, epsilon: float, groups: int
+    x: Array, scale: Array, bias: Array, epsilon: float, groups: int, shift: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """Normalises each of ``groups`` equal runs of the first axis as `batch_norm` does the whole.
 
@@ -85,9 +125,14 @@ def grouped_batch_norm(
       The normalised input, and of each group the mean and the variance, [groups, C]; no gradient passes
       through the latter two.
     """
+    return _grouped_batch_norm(x, scale, bias, epsilon, groups, shift)
+
+
+def _grouped_batch_norm(
+    x: Array, scale: Array, bias: Array, epsilon: float, groups: int, shift: Array | None
+) -> tuple[Array, Array, Array]:
     split = _in_groups(x, groups)
-    mean = jnp.mean(split, axis=1)
-    var = jnp.mean(jnp.square(split - mean[:, None]), axis=1)
+    mean, var = moments(split, (1,), shift)
     y = (split - mean[:, None]) * (scale * lax.rsqrt(var + epsilon))[:, None] + bias
     return y.reshape(x.shape), mean, var
 
@@ -97,15 +142,15 @@ def _in_groups(x: Array, groups: int) -> Array:
 
 
 def _grouped_batch_norm_forward(
-    x: Array, scale: Array, bias: Array, epsilon: float, groups: int
+    x: Array, scale: Array, bias: Array, epsilon: float, groups: int, shift: Array | None
 ) -> tuple[tuple, tuple]:
-    y, mean, var = grouped_batch_norm(x, scale, bias, epsilon, groups)
+    y, mean, var = _grouped_batch_norm(x, scale, bias, epsilon, groups, shift)
     return (y, mean, var), (x, scale, mean, var)
 
 
 def _grouped_batch_norm_backward(
     epsilon: float, groups: int, residuals: tuple, gradients: tuple
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array | None, ...]:
     x, scale, mean, var = residuals
     gradient = _in_groups(gradients[0], groups)
     inverse = lax.rsqrt(var + epsilon)
@@ -115,7 +160,62 @@ def _grouped_batch_norm_backward(
     count = gradient.shape[1]
     centred = gradient - to_bias[:, None] / count - normalized * (to_scale[:, None] / count)
     to_x = (scale * inverse)[:, None] * centred
-    return to_x.reshape(x.shape), jnp.sum(to_scale, axis=0), jnp.sum(to_bias, axis=0)
+    return to_x.reshape(x.shape), jnp.sum(to_scale, axis=0), jnp.sum(to_bias, axis=0), None
 
 
 grouped_batch_norm.defvjp(_grouped_batch_norm_forward, _grouped_batch_norm_backward)
+
+
+def tile_channels(x: Array, times: int) -> Array:
+    """Repeats the channels, the last axis, ``times`` times, as `jnp.tile` does, by a product.
+
+    A TPU holds the channels of a tile of memory side by side, so that tiling and averaging them by
+    reshaping costs passes over memory; a product with a constant matrix does not, and is exact in bfloat16.
+
+    Returns:
+      (..., times * channels) in the accumulator of x's dtype.
+    """
+    return _map_channels(x, partial(_tiling, times=times), x.dtype)
+
+
+def mean_channels(x: Array, size: int) -> Array:
+    """Averages each ``size`` neighbouring channels by a product, see `tile_channels`.
+
+    Returns:
+      (..., channels / size) in the accumulator of x's dtype.
+    """
+    return _map_channels(x, partial(_grouping, size=size), x.dtype) / size
+
+
+def _tiling(channels: int, times: int) -> np.ndarray:
+    return np.tile(np.eye(channels), (1, times))
+
+
+def _grouping(channels: int, size: int) -> np.ndarray:
+    return np.repeat(np.eye(channels // size), size, axis=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _map_channels(x: Array, matrix_of: Callable[[int], np.ndarray], dtype: DTypeLike) -> Array:
+    return _product(x, matrix_of(x.shape[-1]), dtype)
+
+
+def _product(x: Array, matrix: np.ndarray, dtype: DTypeLike) -> Array:
+    accumulator = jnp.promote_types(dtype, jnp.float32)
+    # Without the precision a TPU would round float32 to bfloat16.
+    return jnp.matmul(
+        x.astype(dtype), jnp.array(matrix, dtype), precision="highest", preferred_element_type=accumulator
+    )
+
+
+def _map_channels_backward(
+    matrix_of: Callable[[int], np.ndarray], dtype: DTypeLike, like: Array, gradient: Array
+) -> tuple[Array]:
+    return (_product(gradient, matrix_of(like.shape[0]).T, dtype).astype(dtype),)
+
+
+# Of x only the number of channels is needed.
+_map_channels.defvjp(
+    lambda x, matrix_of, dtype: (_map_channels(x, matrix_of, dtype), jnp.zeros((x.shape[-1], 0), dtype)),
+    _map_channels_backward,
+)

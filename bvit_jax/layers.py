@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
@@ -94,10 +95,14 @@ class BatchNorm(nn.Module):
     With a ``group`` above 0, each so many consecutive images of the batch are normalised by themselves,
     and the running statistics take the mean over the groups of their means and unbiased variances. Where
     the images of a group are on one device, normalising needs no communication.
+
+    With ``one_pass`` mean and variance come from one pass, relative to the running mean: see
+    `bvit_jax.fused.moments`.
     """
 
     epsilon: float = 1e-5
     group: int = 0  # images; 0: the whole batch
+    one_pass: bool = False
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -111,11 +116,12 @@ class BatchNorm(nn.Module):
             factor = scale * lax.rsqrt(running_var.value + self.epsilon)
             return x * factor + (bias - running_mean.value * factor)
         groups = self._groups(x.shape[0])
+        shift = running_mean.value if self.one_pass else None
         if groups:
-            y, mean, var = fused.grouped_batch_norm(x, scale, bias, self.epsilon, groups)
+            y, mean, var = fused.grouped_batch_norm(x, scale, bias, self.epsilon, groups, shift)
             mean, var = jnp.mean(mean, axis=0), jnp.mean(var, axis=0)
         else:
-            y, mean, var = fused.batch_norm(x, scale, bias, self.epsilon)
+            y, mean, var = fused.batch_norm(x, scale, bias, self.epsilon, shift)
         if not self.is_initializing():
             running = {"mean": running_mean.value, "var": running_var.value}
             count = x.size // x.shape[-1] // (groups or 1)
@@ -156,13 +162,15 @@ class LayerNorm(nn.LayerNorm):
         return super().__call__(x.astype(accumulator_dtype(x.dtype)))
 
 
-def make_norm(norm: NormName, epsilon: float, name: str, group: int = 0) -> BatchNorm | LayerNorm:
+def make_norm(
+    norm: NormName, epsilon: float, name: str, group: int = 0, one_pass: bool = False
+) -> BatchNorm | LayerNorm:
     """Returns the module called ``name`` that normalises in the binary models.
 
-    ``group`` is that of `BatchNorm`; a `LayerNorm` has none.
+    ``group`` and ``one_pass`` are those of `BatchNorm`; a `LayerNorm` has none.
     """
     if norm == "batch_norm":
-        return BatchNorm(epsilon=epsilon, group=group, name=name)
+        return BatchNorm(epsilon=epsilon, group=group, one_pass=one_pass, name=name)
     return LayerNorm(epsilon=epsilon, name=name)
 
 
@@ -171,7 +179,8 @@ class BinaryDense(nn.Module):
 
     ``W · sign(x + move)``. With one activation bit the input goes through the sign; the reference
     quantises activations for exactly one bit, so any other number leaves them real. Weights of 2 to
-    8 bits are quantised per tensor after clipping to ±``clip_val``. Returns the accumulator.
+    8 bits are quantised per tensor after clipping to ±``clip_val``. ``whole`` is that of
+    `bvit_jax.products.ProductConfig`. Returns the accumulator.
     """
 
     rule: ClassVar[products.WeightRule] = products.DENSE
@@ -182,6 +191,7 @@ class BinaryDense(nn.Module):
     clip_val: float = 2.5
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
+    whole: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -241,6 +251,7 @@ class BinaryPatchConv(nn.Module):
     clip_val: float = 2.5
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
+    whole: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -258,12 +269,13 @@ def _quantized_product(layer: BinaryDense | BinaryPatchConv, x: Array, move: Arr
     if layer.act_bits == 1 and watch.watched(layer):
         watch.watch_sign(layer, x.astype(accumulator_dtype(layer.dtype)) + move)
     if layer.weight_bits == 1:
-        config = products.ProductConfig(layer.rule, layer.act_bits == 1, layer.dtype)
+        config = products.ProductConfig(layer.rule, layer.act_bits == 1, layer.dtype, whole=layer.whole)
         return products.binary_product(x, move, kernel, config)
     x = x.astype(accumulator_dtype(layer.dtype)) + move
     x = (quantize.sign(x) if layer.act_bits == 1 else x).astype(layer.dtype)
     kernel = quantize.quantize_weight(kernel, layer.weight_bits, layer.clip_val)
-    return products.real_product(x, kernel.reshape(x.shape[-1], layer.features))
+    y = products.real_product(x, kernel.reshape(x.shape[-1], layer.features))
+    return checkpoint_name(y, products.PRODUCT) if layer.whole else y
 
 
 def real_dense(features: int, fan_in: int, weight_init: WeightInit, dtype: DTypeLike, name: str) -> nn.Dense:

@@ -14,16 +14,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from bvit_jax import quantize
 
 CODE_DTYPE = jnp.bfloat16
+PRODUCT = "binary_product"  # by this name a rematerialisation policy finds the products to keep
 
 
 def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Returns the dtype of sums over values of ``dtype``: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def whole_dtype(terms: int) -> jnp.dtype:
+    """Returns the smallest dtype that holds every sum of ``terms`` values in {-1, 0, 1}."""
+    return next(jnp.dtype(d) for d in (jnp.int8, jnp.int16, jnp.int32) if terms <= jnp.iinfo(d).max)
 
 
 class WeightRule(NamedTuple):
@@ -44,12 +51,17 @@ BITS = CONV._replace(codes=quantize.weight_bit)
 
 
 class ProductConfig(NamedTuple):
-    """The static part of a product: the weights' rule, whether and how the input is binarised, the dtype."""
+    """The static part of a product: the weights' rule, whether and how the input is binarised, the dtype.
+
+    With ``whole`` the product is kept before its scale, as whole numbers of `whole_dtype`, which is exact,
+    and named `PRODUCT` for a rematerialisation policy.
+    """
 
     rule: WeightRule
     binary_input: bool
     dtype: DTypeLike
     sign: Callable[[Array], Array] = quantize.sign  # any whose slope is `quantize.sign_slope`
+    whole: bool = False
 
     def operand(self, shifted: Array) -> Array:
         """Returns what is multiplied with the weights' codes, in a dtype that holds it exactly."""
@@ -87,6 +99,8 @@ def _scaled_product(operand: Array, kernel: Array, config: ProductConfig) -> Arr
     codes = _matrix(kernel, config).astype(operand.dtype)
     accumulator = accumulator_dtype(operand.dtype)
     y = jnp.matmul(operand, codes, preferred_element_type=accumulator)
+    if config.whole:
+        y = checkpoint_name(y.astype(whole_dtype(codes.shape[0])) if config.binary_input else y, PRODUCT)
     return y.astype(accumulator_dtype(config.dtype)) * quantize.weight_scale(kernel)
 
 

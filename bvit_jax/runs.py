@@ -32,17 +32,21 @@ def create_model(config: ConfigDict, mesh: Mesh) -> nn.Module:
     Raises:
       UserError: settings do not fit together or the devices.
     """
+    packed = packs(config, mesh)
     return models.create_model(
         config.model,
         jnp.dtype(config.compute_dtype),
         remat=config.remat,
-        scan_blocks=config.scan_blocks,
-        packed=packs(config, mesh),
+        scan_blocks=config.scan_blocks or packed,
+        one_pass_norms=config.one_pass_norms,
+        packed=packed,
     )
 
 
 def packs(config: ConfigDict, mesh: Mesh) -> bool:
     """Returns whether the model of a run packs signs into bits, as ``config.packed`` says or by default.
+
+    It then also runs the equal blocks of a stage in a loop, which is faster on a CPU beside it.
 
     Raises:
       UserError: it is asked for on several devices.
@@ -51,7 +55,8 @@ def packs(config: ConfigDict, mesh: Mesh) -> bool:
         raise UserError(
             f"config.packed is on, which is for one device, and there are {mesh.size}; set it to auto"
         )
-    return default_packed(mesh) if config.packed == "auto" else config.packed == "on"
+    wanted = default_packed(mesh) if config.packed == "auto" else config.packed == "on"
+    return wanted and models.packs_signs(config.model.name)
 
 
 def load_model(

@@ -31,7 +31,7 @@ def config_with(**settings):
     ("settings", "message"),
     [
         ({"accumulate_steps": 0}, "config.accumulate_steps is 0; expected a number above 0"),
-        ({"remat": "all"}, "config.remat is 'all'; expected one of none, block, dots"),
+        ({"remat": "all"}, "config.remat is 'all'; expected one of none, block, dots, products"),
         ({"ema__decay": 1.0}, "config.ema.decay is 1, which would keep the initial weights"),
         ({"ema__decay": -0.1}, "config.ema.decay is -0.1; expected a number from 0 to 1"),
         ({"optim__rules": (("(", 1.0, 1.0),)}, "and that is no regular expression"),

@@ -42,7 +42,8 @@ TINY = {
 }
 TINY |= dict.fromkeys(("bivit_deit", "bivit_release_deit"), TINY["deit"])
 TINY |= dict.fromkeys(("bivit_swin", "bivit_release_swin"), TINY["swin"])
-SCAN, BLOCK, DOTS = {"scan_blocks": True}, {"remat": "block"}, {"remat": "dots"}
+SCAN, BLOCK, DOTS, PRODUCTS = {"scan_blocks": True}, *({"remat": r} for r in ("block", "dots", "products"))
+ONE_PASS = {"one_pass_norms": True}
 
 
 def tiny(name, dtype=jnp.float32, execution=None, **settings):
@@ -80,10 +81,19 @@ def plain_step(name):
     return training_step(name, {})
 
 
-def assert_close(actual, expected, atol=1e-12):
+@pytest.mark.usefixtures("x64", "compile_quickly")
+@pytest.mark.parametrize("act_bits", [1, 32])
+@pytest.mark.parametrize("weight_bits", [1, 2])
+def test_products_of_any_bits_are_kept(weight_bits, act_bits):
+    settings = {"weight_bits": weight_bits, "act_bits": act_bits, "mlp_dim": 24, "batch_norm_group": 2}
+    steps = [training_step("extra_res", e, **settings) for e in ({}, PRODUCTS)]
+    assert_close(*steps)
+
+
+def assert_close(actual, expected, atol=1e-12, rtol=1e-10):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=atol, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.usefixtures("x64", "compile_quickly")
@@ -96,6 +106,8 @@ def assert_close(actual, expected, atol=1e-12):
         ("extra_res", SCAN | DOTS),
         ("extra_res", BLOCK),
         ("binaryvit", SCAN),
+        ("binaryvit", PRODUCTS),
+        ("extra_res", SCAN | PRODUCTS),
         ("swin", SCAN | BLOCK),
         ("bivit_deit", SCAN | BLOCK),
         ("bivit_swin", DOTS),
@@ -106,6 +118,13 @@ def assert_close(actual, expected, atol=1e-12):
 def test_nothing_changes_but_how_it_runs(name, execution):
     """Logits, hidden states, attentions, running statistics and gradients, under the same names."""
     assert_close(training_step(name, execution), plain_step(name))
+
+
+@pytest.mark.usefixtures("x64", "compile_quickly")
+@pytest.mark.parametrize(("name", "execution"), [("binaryvit", PRODUCTS | ONE_PASS), ("extra_res", ONE_PASS)])
+def test_norms_in_one_pass_change_nothing_but_roundings(name, execution):
+    # Here the running means are random, and some variances so small that a difference of squares shows.
+    assert_close(training_step(name, execution), plain_step(name), atol=1e-10, rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -192,17 +211,19 @@ def test_a_block_keeps_what_the_policy_says(name):
         settings = {"width": 16, "mlp_dim": 64, "depth": 2}
         model, config = tiny(name, execution=execution, **settings)
         variables = random_variables(model, config)
-        images = images_for(config)
+        images = images_for(config, batch=16)
 
         def loss(params):
             updated = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
             return jnp.mean(updated[0].logits)
 
         _, backward = jax.eval_shape(lambda p: jax.vjp(loss, p), variables["params"])
-        return sum(leaf.size for leaf in jax.tree.leaves(backward))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
     whole, dots, block = (kept(execution) for execution in ({}, DOTS, BLOCK))
     assert block < dots < whole
+    if name == "extra_res":
+        assert block < kept(PRODUCTS) < dots
 
 
 def test_the_policies_are_those_of_the_settings():
@@ -210,5 +231,15 @@ def test_the_policies_are_those_of_the_settings():
 
 
 def test_an_unknown_policy_is_named():
-    with pytest.raises(UserError, match=r"config.remat is 'all'; expected one of none, block, dots"):
+    with pytest.raises(UserError, match=r"config.remat is 'all'; of deit, expected one of none, block, dots"):
         tiny("deit", execution={"remat": "all"})
+    with pytest.raises(
+        UserError, match=r"config.remat is 'products'; of deit, expected one of none, block, dots$"
+    ):
+        tiny("deit", execution=PRODUCTS)
+
+
+def test_a_model_without_batch_norms_has_none_in_one_pass():
+    for name, settings in (("deit", {}), ("extra_res", {"norm": "layer_norm"})):
+        with pytest.raises(UserError, match=f"config.one_pass_norms is True: {name} has no batch norms"):
+            tiny(name, execution=ONE_PASS, **settings)

@@ -12,7 +12,7 @@ from bvit_jax.cost.values import Value, analyse
 
 # Operations whose result needs no memory of its own.
 _ALIASES = frozenset(
-    ("copy", "copy_p", "expand_dims", "optimization_barrier", "reshape", "squeeze", "stop_gradient")
+    ("copy", "copy_p", "expand_dims", "name", "optimization_barrier", "reshape", "squeeze", "stop_gradient")
 )
 
 

@@ -17,7 +17,7 @@ from bvit_jax.cost.program import CARRIED_WITH, Node, Operation, Path, Program
 # Operations that move or retype data, by what the elements of the result are.
 _LAYOUT_NAMES = """
 broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice dynamic_update_slice
-expand_dims gather optimization_barrier pad reduce_precision reshape rev scan_carry scan_slice
+expand_dims gather name optimization_barrier pad reduce_precision reshape rev scan_carry scan_slice
 scan_stack select_n slice split squeeze stop_gradient tile transpose sharding_constraint pvary
 mesh_cast reshard real unstack
 """
@@ -103,7 +103,13 @@ def _result(operation: Operation, node: Node, inputs: Sequence[Value]) -> Value:
     distinct = node.size
     if is_layout and first is not None and operation.name in ("broadcast_in_dim", "tile", "reshape"):
         distinct = min(first.distinct, node.size)
-    elif operation.name in ("convert_element_type", "stop_gradient", "transpose", "optimization_barrier"):
+    elif operation.name in (
+        "convert_element_type",
+        "name",
+        "stop_gradient",
+        "transpose",
+        "optimization_barrier",
+    ):
         distinct = max((value.distinct for value in inputs), default=node.size)
     elif operation.name not in LAYOUT and inputs:
         distinct = min(node.size, max(math.prod(v.distinct for v in inputs), 1))

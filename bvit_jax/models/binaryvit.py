@@ -86,6 +86,7 @@ class BinaryViT(nn.Module):
             norm=c.norm,
             norm_epsilon=c.norm_epsilon,
             batch_norm_group=c.batch_norm_group,
+            one_pass_norms=c.one_pass_norms,
             dropout=c.dropout,
             weight_init=c.weight_init,
             dtype=c.dtype,

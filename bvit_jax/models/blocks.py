@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from bvit_jax import packed_feed_forward, products, quantize, watch
+from bvit_jax import fused, packed_feed_forward, products, quantize, watch
 from bvit_jax.layers import (
     BinaryDense,
     DropPath,
@@ -52,6 +52,9 @@ class BlockConfig:
       dropout, attention_dropout: rates.
       weight_init: initialiser of the weight matrices.
       dtype: compute dtype; activations are kept in it.
+      whole: whether products are kept as whole numbers, and what a backward pass computes from them again is
+        arranged for it: see `bvit_jax.models.stages.Execution`.
+      one_pass_norms: see `bvit_jax.layers.BatchNorm`.
       packed: whether the feed-forward branches are computed by `bvit_jax.packed_feed_forward` where it
         does the same; how it runs, not what it is.
     """
@@ -68,16 +71,27 @@ class BlockConfig:
     attention_dropout: float = 0.0
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
+    whole: bool = False
+    one_pass_norms: bool = False
     packed: bool = False
 
     def quantizer(self) -> dict:
         """Returns the keyword arguments of a quantised product."""
-        names = ("weight_bits", "act_bits", "clip_val", "weight_init", "dtype")
+        names = ("weight_bits", "act_bits", "clip_val", "weight_init", "dtype", "whole")
         return {name: getattr(self, name) for name in names}
 
     def make_norm(self, name: str) -> nn.Module:
         """Returns the normalisation called ``name``, a child of the calling module."""
-        return make_norm(self.norm, self.norm_epsilon, name, self.batch_norm_group)
+        return make_norm(self.norm, self.norm_epsilon, name, self.batch_norm_group, self.one_pass_norms)
+
+    def settle(self, x: Array, *, train: bool) -> Array:
+        """Returns ``x``, in training with ``whole`` rounded to the compute dtype and written to memory so.
+
+        Left to itself, the TPU compiler writes several functions of such an array, most of them in float32.
+        """
+        if not (self.whole and train):
+            return x
+        return lax.optimization_barrier(x.astype(self.dtype)).astype(x.dtype)
 
 
 class BinaryUnit(nn.Module):
@@ -91,7 +105,7 @@ class BinaryUnit(nn.Module):
         c = self.config
         y = BinaryDense(self.features, name="dense", **c.quantizer())(x)
         y = c.make_norm("norm")(y, train=train) + shortcut
-        return RPReLU(name="rprelu")(y).astype(c.dtype)
+        return RPReLU(name="rprelu")(c.settle(y, train=train)).astype(c.dtype)
 
 
 class BinaryAttention(nn.Module):
@@ -132,7 +146,7 @@ class BinaryAttention(nn.Module):
         context = c.make_norm("norm")(context, train=train)
         if self.reduction > 1:
             k, v = upsample(k, self.reduction), upsample(v, self.reduction)
-        context = RPReLU(name="rprelu")(context + q + k + v)
+        context = RPReLU(name="rprelu")(c.settle(context + q + k + v, train=train))
         return context.astype(c.dtype), attention
 
     def _heads(self, x: Array, move: str) -> Array:
@@ -181,10 +195,13 @@ class BinaryFeedForward(nn.Module):
             return self._packed(x, train)
         width = x.shape[-1]
         expansion = self.mlp_dim // width
-        u = BinaryUnit(self.mlp_dim, self.config, name="expand")(
-            x, jnp.tile(x, (1, 1, expansion)), train=train
-        )
-        shortcut = average_channels(u.astype(accumulator_dtype(u.dtype)), expansion, train=train)
+        by_product = self.config.whole and train
+        tiled = fused.tile_channels(x, expansion) if by_product else jnp.tile(x, (1, 1, expansion))
+        u = BinaryUnit(self.mlp_dim, self.config, name="expand")(x, tiled, train=train)
+        if by_product:
+            shortcut = fused.mean_channels(u, expansion)
+        else:
+            shortcut = average_channels(u.astype(accumulator_dtype(u.dtype)), expansion, train=train)
         return BinaryUnit(width, self.config, name="contract")(u, shortcut, train=train)
 
     def _packs(self, x: Array, train: bool) -> bool:
@@ -243,7 +260,7 @@ class BinaryBlock(nn.Module):
         attend = BinaryAttention(self.num_heads, self.reduction, c, name="attention")
         y, attention = attend(normed, train=train)
         y = BinaryUnit(width, c, name="attention_output")(y, y, train=train)
-        x = x + self._branch_end(y, "attention_scale", train=train)
+        x = c.settle(x + self._branch_end(y, "attention_scale", train=train), train=train)
 
         normed = c.make_norm("mlp_norm")(x, train=train).astype(c.dtype)
         y = BinaryFeedForward(self.mlp_dim, c, name="mlp")(normed, train=train)
@@ -251,7 +268,7 @@ class BinaryBlock(nn.Module):
 
         for size in sorted(c.pool_branches):
             for axis, direction in ((1, "h"), (2, "w")):
-                pooled = to_tokens(average_line(to_grid(normed), size, axis))
+                pooled = c.settle(to_tokens(average_line(to_grid(normed), size, axis)), train=train)
                 x = x + LayerScale(0.0, name=f"pool_{direction}{size}")(pooled)
         return x.astype(c.dtype), attention
 

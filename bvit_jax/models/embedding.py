@@ -22,6 +22,7 @@ class ImageEmbedding(nn.Module):
     norm: NormName | None = None
     norm_epsilon: float = 1e-5
     batch_norm_group: int = 0
+    one_pass_norms: bool = False
     positions: bool = True
     dropout: float = 0.0
     weight_init: WeightInit = "torch"
@@ -34,7 +35,7 @@ class ImageEmbedding(nn.Module):
         conv = real_patch_conv(width, size, fan_in, self.weight_init, self.dtype, "patches", use_bias=True)
         x = to_tokens(conv(images))
         if self.norm is not None:
-            norm = make_norm(self.norm, self.norm_epsilon, "norm", self.batch_norm_group)
+            norm = make_norm(self.norm, self.norm_epsilon, "norm", self.batch_norm_group, self.one_pass_norms)
             x = norm(x, train=train)
         if self.tokens:
             tokens = [self.param(name, nn.initializers.normal(1e-6), (1, 1, width)) for name in self.tokens]

@@ -43,7 +43,7 @@ BACKBONES = {  # the real-valued model whose layers a binary one has
 DEITS = ("deit", "bivit_deit", "bivit_release_deit")  # the backbone, real-valued or binary
 SWINS = ("swin", "bivit_swin", "bivit_release_swin")
 MAX_SIZE = 1 << 24  # of anything: beyond it something is damaged
-_NOT_SETTINGS = {"parent", "name", "dtype", "packed", "block", "execution"}
+_NOT_SETTINGS = {"parent", "name", "dtype", "packed", "whole", "one_pass_norms", "block", "execution"}
 
 
 def _defaults(name: str) -> dict[str, Any]:
@@ -98,6 +98,7 @@ def create_model(
     *,
     remat: Remat = "none",
     scan_blocks: bool = False,
+    one_pass_norms: bool = False,
     packed: bool = False,
 ) -> nn.Module:
     """Returns the model that ``config`` describes, computing in ``dtype``.
@@ -105,9 +106,10 @@ def create_model(
     Args:
       config: ``name`` and any settings of the model, as `model_config` returns them.
       dtype: dtype of the activations; parameters are float32 whatever it is.
-      remat, scan_blocks, packed: how it runs, which is no part of its description; see
-        `bvit_jax.models.stages.Execution` and, for ``packed``, `bvit_jax.models.blocks.BlockConfig`. Models
-        without the blocks of the latter have nothing to pack.
+      remat, scan_blocks: how it runs, which is no part of its description; see
+        `bvit_jax.models.stages.Execution`.
+      one_pass_norms: likewise, of models with batch norms; see `bvit_jax.layers.BatchNorm`.
+      packed: likewise, of models for which `packs_signs` is true; see `bvit_jax.models.blocks.BlockConfig`.
 
     Raises:
       UserError: a setting is unknown or out of range, or sizes do not divide; the message names the
@@ -119,20 +121,31 @@ def create_model(
     _check(name, settings)
     block = _default_block(name)
     shared = {key: settings.pop(key) for key in vars(block) if key in settings}
-    if hasattr(block, "packed"):
-        shared["packed"] = packed
+    execution = _execution(name, remat, scan_blocks)
+    if one_pass_norms and (settings | shared).get("norm") != "batch_norm":
+        raise UserError(f"config.one_pass_norms is True: {name} has no batch norms; set it to False")
+    if packs_signs(name):
+        shared |= {
+            "whole": remat == "products",
+            "one_pass_norms": one_pass_norms,
+            "packed": packed,
+        }
     return MODELS[name](
-        **settings,
-        block=dataclasses.replace(block, **shared, dtype=dtype),
-        execution=_execution(remat, scan_blocks),
+        **settings, block=dataclasses.replace(block, **shared, dtype=dtype), execution=execution
     )
 
 
-def _execution(remat: Remat, scan_blocks: bool) -> Execution:
-    policies = ("none", *POLICIES)
+def _execution(name: str, remat: Remat, scan_blocks: bool) -> Execution:
+    known = hasattr(_default_block(name), "whole")
+    policies = ("none", *(policy for policy in POLICIES if known or policy != "products"))
     if remat not in policies:
-        raise UserError(f"config.remat is {remat!r}; expected one of {', '.join(policies)}")
+        raise UserError(f"config.remat is {remat!r}; of {name}, expected one of {', '.join(policies)}")
     return Execution(remat, scan_blocks)
+
+
+def packs_signs(name: str) -> bool:
+    """Returns whether a model of this name is made of the blocks that can pack signs into bits."""
+    return hasattr(_default_block(name), "packed")
 
 
 def num_params(params: Any) -> int:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from bvit_jax import fused, products
 from bvit_jax.models.head import Attention
 
-Remat = Literal["none", "block", "dots"]
+Remat = Literal["none", "block", "dots", "products"]
 
 # What a block keeps for its backward pass besides its input.
 POLICIES: dict[Remat, Callable[..., bool]] = {
@@ -22,6 +23,8 @@ POLICIES: dict[Remat, Callable[..., bool]] = {
     # The products with weights, which have no batch dimensions, and not those of attention: the latter
     # are the largest arrays of a block and the cheapest to compute again.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Whole numbers of one or two bytes, and means and variances: all else is cheap to compute again.
+    "products": jax.checkpoint_policies.save_only_these_names(products.PRODUCT, fused.STATISTICS),
 }
 
 
@@ -31,7 +34,8 @@ class Execution:
 
     Attributes:
       remat: what a block keeps for its backward pass, which computes the rest again: "none" of it is
-        computed again, "block" keeps only the input, "dots" also the products with weights.
+        computed again, "block" keeps only the input, "dots" also the products with weights, "products" those
+        as whole numbers and the statistics of batch norms.
       scan_blocks: whether the identical blocks of a stage are compiled once, as the body of a loop.
     """
 
