@@ -35,7 +35,8 @@ def keep_freed_memory() -> bool:
 
 def _only_cpus() -> bool:
     """Returns whether JAX can find no accelerator, without starting it."""
-    if jax.config.jax_platforms:
-        return jax.config.jax_platforms == "cpu"
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if platforms:
+        return platforms == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not plugins and importlib.util.find_spec("libtpu") is None

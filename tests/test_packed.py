@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -219,5 +220,5 @@ def test_other_libraries_keep_their_allocator(monkeypatch: pytest.MonkeyPatch) -
 def test_accelerators_keep_their_allocator(
     monkeypatch: pytest.MonkeyPatch, platforms: str, alone: bool
 ) -> None:
-    monkeypatch.setattr(allocator.jax.config, "jax_platforms", platforms)
+    monkeypatch.setattr(allocator.jax, "config", SimpleNamespace(jax_platforms=platforms))
     assert allocator._only_cpus() == alone
