@@ -164,6 +164,11 @@ def _measure_batch(
         raise UserError(f"the two models differ: {counts} parameters; check --set and the checkout")
     compilation, left_out = _prepare(workers)
     cached = {side: _cached_first_steps(side, of_side) for side, of_side in plans.items()}
+    if not plan.cold:
+        for side, of_side in plans.items():
+            workers[side].finish()
+            workers[side] = Worker(side, _start_jax, of_side)
+            workers[side].prepare()  # out of the cache
     rounds: dict[str, Rounds] = {side: {kind: [] for kind in plan.kinds} for side in workers}
     for number in range(1, repeats + 1):
         for kind in plan.kinds:
@@ -585,6 +590,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         compiled=arguments.compile,
         kinds=_kinds(arguments.kinds),
         plain=arguments.plain,
+        cold=arguments.cold,
     )
 
 
@@ -664,6 +670,11 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="N[,N...]",
         help="images of a step; several are measured one after the other",
+    )
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="measure in the process that compiled, in place of one that found the programs in the cache",
     )
     parser.add_argument(
         "--plain", action="store_true", help="without what the JAX code does on one CPU by default"

@@ -52,7 +52,9 @@ class Plan:
       autocast: whether the PyTorch model runs under AMP where there is a GPU.
       cache: directory that keeps what the JAX code compiles, or None for none.
       plain: whether the JAX code leaves out what training and evaluation do on one CPU by default: packed
-        signs, and memory that is kept from step to step.
+        signs, equal blocks in a loop, and memory that is kept from step to step.
+      cold: whether the steps run in the process that compiled them, and not in a new one that finds them in
+        the cache, as every run but the first does.
     """
 
     model: str | None
@@ -66,6 +68,7 @@ class Plan:
     autocast: bool = True
     cache: Path | None = None
     plain: bool = False
+    cold: bool = False
 
 
 @dataclass(frozen=True)
