@@ -80,6 +80,7 @@ class JaxSide:
         settings, dtype = model_of(plan)
         packed = default_packed(self._mesh) and packs_signs(settings["name"]) and not plan.plain
         model: Any = create_model(settings, dtype, packed=packed, scan_blocks=packed)
+        evaluated = create_model(settings, dtype, packed=packed)
         optimizer = fixed_optimizer()
         teacher = FixedTeacher(plan.batch, model.num_classes)
 
@@ -96,10 +97,10 @@ class JaxSide:
         self._state: TrainState = jax.jit(initial, out_shardings=whole)(self._key)
 
         at_once = default_images_at_once(self._mesh, packed)
-        evaluate = make_eval_step(model, NORMALIZE, images_at_once=at_once)
+        evaluate = make_eval_step(evaluated, NORMALIZE, images_at_once=at_once)
         train = make_train_step(model, optimizer, NORMALIZE, teacher=teacher)
         jitted: dict[Kind, Any] = {
-            "forward": _jit_forward(model, self._mesh),
+            "forward": _jit_forward(evaluated, self._mesh),
             "evaluation": jit_eval_step(evaluate, self._mesh),
             "training": jit_train_step(train, self._mesh),
         }

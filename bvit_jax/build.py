@@ -98,7 +98,7 @@ def build(
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     _check_microbatch(config, mesh)
     image_size = config.model.image_size
-    model = runs.create_model(config, mesh)
+    model = runs.create_model(config, mesh, train=True)
     teacher = load_teacher(config) if teacher is None else teacher
     ranking = make_ranking(config, model, teacher.model)
     steps_per_epoch = data.steps_per_epoch(num_examples, config.batch_size)

@@ -149,7 +149,7 @@ def evaluate_workdir(
         (config[node] if node else config)[name] = value
     config_lib.validate(config)
     mesh = make_mesh()
-    model = runs.create_model(config, mesh)
+    model = runs.create_model(config, mesh, train=False)
     ema = runs.use_average(workdir, config, ema)
     variables, step = runs.restore(workdir, config, kind, replicated(mesh), ema=ema)
     batches = eval_batches(config, mesh)

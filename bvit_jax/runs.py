@@ -26,18 +26,22 @@ from bvit_jax.tensor_files import sha256
 CLASSES_FILE = "classes.json"
 
 
-def create_model(config: ConfigDict, mesh: Mesh) -> nn.Module:
+def create_model(config: ConfigDict, mesh: Mesh, *, train: bool) -> nn.Module:
     """Returns the model of a run, computing and running as its configuration says on these devices.
+
+    Where the configuration leaves the choice, it runs as measured best for training or for evaluation.
 
     Raises:
       UserError: settings do not fit together or the devices.
     """
     packed = packs(config, mesh)
+    masks = any(config.model.get(key) for key in ("dropout", "attention_dropout", "drop_path"))
     return models.create_model(
         config.model,
         jnp.dtype(config.compute_dtype),
         remat=config.remat,
-        scan_blocks=config.scan_blocks or packed,
+        # A loop makes training faster too; but its masks are others, and those are no matter of speed.
+        scan_blocks=config.scan_blocks or (packed and train and not masks),
         one_pass_norms=config.one_pass_norms,
         packed=packed,
     )
@@ -45,8 +49,6 @@ def create_model(config: ConfigDict, mesh: Mesh) -> nn.Module:
 
 def packs(config: ConfigDict, mesh: Mesh) -> bool:
     """Returns whether the model of a run packs signs into bits, as ``config.packed`` says or by default.
-
-    It then also runs the equal blocks of a stage in a loop, which is faster on a CPU beside it.
 
     Raises:
       UserError: it is asked for on several devices.

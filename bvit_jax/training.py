@@ -146,7 +146,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         shapes = abstract_batch(config.batch_size, config.model.image_size, run.mesh)
         arguments = run.state, shapes, teacher_variables, key_train
         train_step, health_step, take_first_batch = run.step, run.health, run.start
-        eval_step = build_eval_step(config, run.model, run.mesh)
+        model = runs.create_model(config, run.mesh, train=False)
+        eval_step = build_eval_step(config, model, run.mesh)
         if start < run.total_steps and not debug_nans:
             if run.start is not None and start == 0:
                 lowered = run.start.lower(run.state, shapes, key_train)

@@ -175,16 +175,22 @@ def test_only_models_with_such_blocks_pack() -> None:
 
 def test_choice_of_a_run() -> None:
     settings = config.default_config()
-    settings.model = TINY
+    settings.model = models.model_config(**TINY)
     one, four = make_mesh(jax.devices()[:1]), make_mesh(jax.devices()[:4])
     assert runs.packs(settings, one)
     assert not runs.packs(settings, four)
     settings.packed = "off"
     assert not runs.packs(settings, one)
+    settings.packed = "auto"
+    assert runs.create_model(settings, one, train=True).execution.scan_blocks
+    assert not runs.create_model(settings, four, train=True).execution.scan_blocks
+    assert not runs.create_model(settings, one, train=False).execution.scan_blocks
+    settings.model.drop_path = 0.1
+    assert not runs.create_model(settings, one, train=True).execution.scan_blocks
     settings.packed = "on"
-    assert runs.create_model(settings, one).block.packed
+    assert runs.create_model(settings, one, train=True).block.packed
     with pytest.raises(UserError, match=r"config\.packed is on, which is for one device, and there are 4"):
-        runs.create_model(settings, four)
+        runs.create_model(settings, four, train=True)
 
 
 ALLOCATIONS = """
