@@ -5,7 +5,8 @@ Command: python train.py --config=configs/binaryvit_small.py[:some_fp] --workdir
 Argument: some_fp keeps the patch embeddings between the stages real.
 Data: TFDS imagenet2012 as ArrayRecord.
 Expected: 67.7 % top-1 (BinaryViT, CVPRW 2023, as later papers quote it).
-Hardware and cost: not run.
+Hardware and cost: not run. On TPUs, by the compiler's figures in docs/topologies.md, add
+  --config.compute_dtype=bfloat16 --config.remat=products --config.one_pass_norms
 """
 
 from ml_collections import ConfigDict
