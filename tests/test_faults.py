@@ -143,7 +143,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("only root can mount a small file system")
     yield disk
@@ -333,4 +333,4 @@ def test_debug_nans_names_the_operation(flags: list[str]) -> None:
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: invalid value (nan) encountered in sub, at bvit_jax/fused.py:")
-    assert "(var = jnp.mean(jnp.square(x - mean), axis=axes)), called from bvit_jax/" in last
+    assert "(centred = x - jnp.expand_dims(mean, axes)), called from bvit_jax/" in last
