@@ -19,7 +19,7 @@ def keep_freed_memory() -> bool:
 
     XLA allocates the temporary arrays of a step when it starts and frees them when it ends. glibc hands
     blocks of that size back to the system, which must find and clear every page of them again in the next
-    step; on two cores that took a third to a half of a training step. Without a way back, and with one
+    step; on two cores that took a fifth to a half of a training step. Without a way back, and with one
     arena for all threads, the same pages are used again. The process's peak is the same.
 
     Returns:
