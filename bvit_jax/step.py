@@ -17,6 +17,7 @@ from bvit_jax.losses import TeacherTargets, cross_entropy, label_targets, topk_c
 from bvit_jax.mixing import dominant_labels, mix_targets
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.normalization import Normalization
+from bvit_jax.optim import global_norm
 from bvit_jax.ranking import Ranking, ranking_loss
 from bvit_jax.sharding import batch_sharded, replicated
 from bvit_jax.train_state import TrainState
@@ -210,7 +211,7 @@ def make_train_step(
         ema = state.ema
         if ema is not None:
             ema = moving_average(ema, {"params": params, "batch_stats": batch_stats}, ema_decay)
-        metrics = {**metrics, "gradient_norm": optax.tree.norm(grads)}
+        metrics = {**metrics, "gradient_norm": global_norm(grads)}
         return dataclasses.replace(
             state,
             step=state.step + 1,

@@ -176,3 +176,14 @@ def test_a_given_mask_decides_what_decays():
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     moved = jax.tree.map(lambda u: bool((u != 0).any()), updates)
     assert moved == only_clip
+
+
+def test_global_norm_is_that_of_optax_with_a_sum_for_each_shape():
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 5)
+        shapes = [(3, 4), (4,), (), (4,), (3, 4)]
+        tree = {str(i): jax.random.normal(key, s) for i, (key, s) in enumerate(zip(keys, shapes))}
+        np.testing.assert_allclose(optim.global_norm(tree), optax.tree.norm(tree), rtol=1e-14)
+        program = str(jax.make_jaxpr(optim.global_norm)(tree))
+    assert program.count("reduce_sum[") <= 3
+    assert optim.global_norm({}) == 0
