@@ -4,15 +4,12 @@ Automatic differentiation keeps an intermediate array for every operation; in a 
 products are cheap, writing and reading those is most of a training step.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 
 STATISTICS = "batch_statistics"  # the name by which a rematerialisation policy finds means and variances
 BATCH_NORM_SCOPE = "batch_norm"  # by which `bvit_jax.hlo` tells the collectives of batch norms
@@ -164,58 +161,3 @@ def _grouped_batch_norm_backward(
 
 
 grouped_batch_norm.defvjp(_grouped_batch_norm_forward, _grouped_batch_norm_backward)
-
-
-def tile_channels(x: Array, times: int) -> Array:
-    """Repeats the channels, the last axis, ``times`` times, as `jnp.tile` does, by a product.
-
-    A TPU holds the channels of a tile of memory side by side, so that tiling and averaging them by
-    reshaping costs passes over memory; a product with a constant matrix does not, and is exact in bfloat16.
-
-    Returns:
-      (..., times * channels) in the accumulator of x's dtype.
-    """
-    return _map_channels(x, partial(_tiling, times=times), x.dtype)
-
-
-def mean_channels(x: Array, size: int) -> Array:
-    """Averages each ``size`` neighbouring channels by a product, see `tile_channels`.
-
-    Returns:
-      (..., channels / size) in the accumulator of x's dtype.
-    """
-    return _map_channels(x, partial(_grouping, size=size), x.dtype) / size
-
-
-def _tiling(channels: int, times: int) -> np.ndarray:
-    return np.tile(np.eye(channels), (1, times))
-
-
-def _grouping(channels: int, size: int) -> np.ndarray:
-    return np.repeat(np.eye(channels // size), size, axis=0)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _map_channels(x: Array, matrix_of: Callable[[int], np.ndarray], dtype: DTypeLike) -> Array:
-    return _product(x, matrix_of(x.shape[-1]), dtype)
-
-
-def _product(x: Array, matrix: np.ndarray, dtype: DTypeLike) -> Array:
-    accumulator = jnp.promote_types(dtype, jnp.float32)
-    # Without the precision a TPU would round float32 to bfloat16.
-    return jnp.matmul(
-        x.astype(dtype), jnp.array(matrix, dtype), precision="highest", preferred_element_type=accumulator
-    )
-
-
-def _map_channels_backward(
-    matrix_of: Callable[[int], np.ndarray], dtype: DTypeLike, like: Array, gradient: Array
-) -> tuple[Array]:
-    return (_product(gradient, matrix_of(like.shape[0]).T, dtype).astype(dtype),)
-
-
-# Of x only the number of channels is needed.
-_map_channels.defvjp(
-    lambda x, matrix_of, dtype: (_map_channels(x, matrix_of, dtype), jnp.zeros((x.shape[-1], 0), dtype)),
-    _map_channels_backward,
-)

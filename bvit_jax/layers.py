@@ -397,6 +397,11 @@ average_line.defvjp(
 )
 
 
+def tile_channels(x: Array, times: int) -> Array:
+    """Repeats the channels ``times`` times: (..., channels) to (..., times * channels)."""
+    return jnp.tile(x, (1,) * (x.ndim - 1) + (times,))
+
+
 @jax.named_scope(POOLING_SCOPE)
 def average_channels(x: Array, size: int, *, train: bool) -> Array:
     """Averages each ``size`` neighbouring channels: (..., channels) to (..., channels / size)."""

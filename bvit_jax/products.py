@@ -138,26 +138,34 @@ def _binary_product_backward(
 binary_product.defvjp(_binary_product_forward, _binary_product_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def binary_scores(q: Array, k: Array, dtype: DTypeLike) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def binary_scores(q: Array, k: Array, dtype: DTypeLike, whole: bool = False) -> Array:
     """Returns the products of the signs of queries and keys, head by head.
 
     Args:
       q: (batch, queries, heads, size), real; its gradient is that of `quantize.sign`.
       k: (batch, keys, heads, size), likewise.
       dtype: compute dtype, of the products in the backward pass.
+      whole: that of `ProductConfig`.
 
     Returns:
       (batch, heads, queries, keys), whole numbers, in the accumulator of ``dtype``.
     """
+    return _binary_scores(q, k, dtype, whole)
+
+
+def _binary_scores(q: Array, k: Array, dtype: DTypeLike, whole: bool) -> Array:
     signs = (quantize.sign(a).astype(CODE_DTYPE) for a in (q, k))
     scores = jnp.einsum("bqhd,bkhd->bhqk", *signs, preferred_element_type=jnp.float32)
+    if whole:
+        scores = checkpoint_name(scores.astype(whole_dtype(q.shape[-1])), PRODUCT)
     return scores.astype(accumulator_dtype(dtype))
 
 
 def _binary_scores_backward(
-    dtype: DTypeLike, residuals: tuple[Array, Array], gradient: Array
+    dtype: DTypeLike, whole: bool, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
+    del whole
     q, k = residuals
     accumulator = accumulator_dtype(dtype)
     product = partial(jnp.einsum, preferred_element_type=accumulator)
@@ -170,31 +178,44 @@ def _binary_scores_backward(
     )
 
 
-binary_scores.defvjp(lambda q, k, dtype: (binary_scores(q, k, dtype), (q, k)), _binary_scores_backward)
+# Not the functions themselves forwards, within which no rematerialisation policy would see the product.
+binary_scores.defvjp(
+    lambda q, k, dtype, whole: (_binary_scores(q, k, dtype, whole), (q, k)), _binary_scores_backward
+)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def binary_context(codes: Array, v: Array, dtype: DTypeLike) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def binary_context(codes: Array, v: Array, dtype: DTypeLike, whole: bool = False) -> Array:
     """Returns the sums of the signs of the values that each query attends to, head by head.
 
     Args:
       codes: attention codes in {0, 1}, (batch, heads, queries, keys).
       v: (batch, keys, heads, size), real; its gradient is that of `quantize.sign`.
       dtype: compute dtype, of the products in the backward pass.
+      whole: that of `ProductConfig`.
 
     Returns:
       (batch, queries, heads, size), whole numbers, in the accumulator of ``dtype``.
     """
+    return _binary_context(codes, v, dtype, whole)
+
+
+def _binary_context(codes: Array, v: Array, dtype: DTypeLike, whole: bool) -> Array:
     signs = quantize.sign(v).astype(CODE_DTYPE)
     context = jnp.einsum(
         "bhqk,bkhd->bqhd", codes.astype(CODE_DTYPE), signs, preferred_element_type=jnp.float32
     )
+    if whole:
+        # Heads side by side: a TPU would pad each of them.
+        kept = context.astype(whole_dtype(v.shape[1])).reshape(*context.shape[:2], -1)
+        context = checkpoint_name(kept, PRODUCT).reshape(context.shape)
     return context.astype(accumulator_dtype(dtype))
 
 
 def _binary_context_backward(
-    dtype: DTypeLike, residuals: tuple[Array, Array], gradient: Array
+    dtype: DTypeLike, whole: bool, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
+    del whole
     codes, v = residuals
     product = partial(jnp.einsum, preferred_element_type=accumulator_dtype(dtype))
     gradient = gradient.astype(dtype)
@@ -204,7 +225,7 @@ def _binary_context_backward(
 
 
 binary_context.defvjp(
-    lambda codes, v, dtype: (binary_context(codes, v, dtype), (codes, v)),
+    lambda codes, v, dtype, whole: (_binary_context(codes, v, dtype, whole), (codes, v)),
     _binary_context_backward,
 )
 

@@ -265,9 +265,9 @@ def test_dropped_attention_stays_binary(monkeypatch):
     variables, images = random_variables(model, config), images_for(config)
     multiplied, product = [], products.binary_context
 
-    def context(codes, v, dtype):
+    def context(codes, *rest):
         multiplied.append(codes)
-        return product(codes, v, dtype)
+        return product(codes, *rest)
 
     monkeypatch.setattr(products, "binary_context", context)
     output, _ = model.apply(

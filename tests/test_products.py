@@ -175,8 +175,9 @@ def check_layer(layer, case, kernel, to_torch, channels_last, tokens):
 # --- products inside attention -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_equal_the_plain_path(dtype):
+def test_scores_equal_the_plain_path(dtype, whole):
     q, k = (np.round(numbers(2, n, 3, 8, seed=n) * 64) / 64 for n in (5, 6))
     q[0, 0], k[0, 1] = 0, -1
     gradient = np.round(numbers(2, 3, 5, 6) * 64) / 64
@@ -184,11 +185,12 @@ def test_scores_equal_the_plain_path(dtype):
     def plain(q, k):
         return jnp.einsum("bqhd,bkhd->bhqk", quantize.sign(q), quantize.sign(k))
 
-    check_attention(plain, products.binary_scores, dtype, gradient, q, k)
+    check_attention(plain, products.binary_scores, dtype, whole, gradient, q, k)
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_context_equals_the_plain_path(dtype):
+def test_context_equals_the_plain_path(dtype, whole):
     codes = np.random.default_rng(0).integers(0, 2, (2, 3, 5, 6)).astype(np.float64)
     v = np.round(numbers(2, 6, 3, 8) * 64) / 64
     v[0, 0] = 0
@@ -197,13 +199,13 @@ def test_context_equals_the_plain_path(dtype):
     def plain(codes, v):
         return jnp.einsum("bhqk,bkhd->bqhd", codes, quantize.sign(v))
 
-    check_attention(plain, products.binary_context, dtype, gradient, codes, v)
+    check_attention(plain, products.binary_context, dtype, whole, gradient, codes, v)
 
 
-def check_attention(plain, product, dtype, gradient, *arguments):
+def check_attention(plain, product, dtype, whole, gradient, *arguments):
     accumulator = products.accumulator_dtype(dtype)
     y, gradients = forward_and_gradients(
-        lambda *a: product(*a, jnp.dtype(dtype)),
+        lambda *a: product(*a, jnp.dtype(dtype), whole),
         gradient,
         *(jnp.array(a, accumulator) for a in arguments),
     )

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import fused, hlo, products
-from bvit_jax.layers import BatchNorm, average_channels
+from bvit_jax import constant_products, fused, hlo, layers, products
+from bvit_jax.layers import BatchNorm
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
 from tests.test_products import RULES, forward_and_gradients, numbers, product_inputs
 
@@ -54,12 +54,18 @@ def test_the_largest_sums_are_exact(terms):
 @pytest.mark.parametrize(
     ("by_product", "plain"),
     [
-        (lambda x: fused.tile_channels(x, 3), lambda x: jnp.tile(x, (1, 1, 3))),
-        (lambda x: fused.mean_channels(x, 4), lambda x: average_channels(x, 4, train=True)),
+        (lambda x: constant_products.tile_channels(x, 3), lambda x: layers.tile_channels(x, 3)),
+        (
+            lambda x: constant_products.mean_channels(x, 4),
+            lambda x: layers.average_channels(x, 4, train=True),
+        ),
+        (lambda x: constant_products.repeat_tokens(x, 2), lambda x: layers.upsample(x, 2)),
+        (lambda x: constant_products.mean_tokens(x, 2), lambda x: layers.average_pool(x, 2)),
     ],
+    ids=["tile_channels", "mean_channels", "repeat_tokens", "mean_tokens"],
 )
-def test_channels_are_tiled_and_averaged_by_a_product(by_product, plain):
-    x = jnp.array(numbers(2, 5, 12))
+def test_repeated_and_averaged_by_a_product(by_product, plain):
+    x = jnp.array(numbers(2, 36, 12))
     gradient = numbers(*plain(x).shape, seed=1)
     actual, expected = (forward_and_gradients(f, gradient, x) for f in (by_product, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-14, atol=1e-15), actual, expected)
@@ -67,6 +73,8 @@ def test_channels_are_tiled_and_averaged_by_a_product(by_product, plain):
     y = by_product(x.astype(jnp.bfloat16))
     assert y.dtype == jnp.float32
     np.testing.assert_array_equal(y, plain(x.astype(jnp.bfloat16).astype(jnp.float32)))
+    for leaf in jax.tree.leaves(jax.vjp(by_product, x.astype(jnp.bfloat16))[1](y)):
+        assert leaf.dtype == jnp.bfloat16
 
 
 # --- batch norms in one pass -------------------------------------------------------------------

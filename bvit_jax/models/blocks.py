@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from bvit_jax import fused, packed_feed_forward, products, quantize, watch
+from bvit_jax import constant_products, packed_feed_forward, products, quantize, watch
 from bvit_jax.layers import (
     BinaryDense,
     DropPath,
@@ -30,6 +30,7 @@ from bvit_jax.layers import (
     average_pool,
     make_norm,
     softmax,
+    tile_channels,
     to_grid,
     to_tokens,
     upsample,
@@ -93,6 +94,18 @@ class BlockConfig:
             return x
         return lax.optimization_barrier(x.astype(self.dtype)).astype(x.dtype)
 
+    def pool(self, x: Array, size: int, *, train: bool) -> Array:
+        """Returns `average_pool`, in training with ``whole`` by a product."""
+        if not (self.whole and train):
+            return average_pool(x, size)
+        return constant_products.mean_tokens(x, size).astype(x.dtype)
+
+    def repeat(self, x: Array, factor: int, *, train: bool) -> Array:
+        """Returns `upsample`, in training with ``whole`` by a product of ``x`` in the compute dtype."""
+        if not (self.whole and train):
+            return upsample(x, factor)
+        return constant_products.repeat_tokens(x.astype(self.dtype), factor)
+
 
 class BinaryUnit(nn.Module):
     """``RPReLU(norm(W · sign(x + move)) + shortcut)``, the step that every product is wrapped in."""
@@ -130,7 +143,7 @@ class BinaryAttention(nn.Module):
         q = BinaryUnit(width, c, name="query")(x, x, train=train)
         z = x
         if self.reduction > 1:
-            z = average_pool(x, self.reduction)
+            z = c.pool(x, self.reduction, train=train)
             z = BinaryUnit(width, c, name="reduce")(z, z, train=train)
         k = BinaryUnit(width, c, name="key")(z, z, train=train)
         v = BinaryUnit(width, c, name="value")(z, z, train=train)
@@ -144,9 +157,10 @@ class BinaryAttention(nn.Module):
         )
         context = context.reshape(x.shape)
         context = c.make_norm("norm")(context, train=train)
+        shortcut = k.astype(context.dtype) + v
         if self.reduction > 1:
-            k, v = upsample(k, self.reduction), upsample(v, self.reduction)
-        context = RPReLU(name="rprelu")(c.settle(context + q + k + v, train=train))
+            shortcut = c.repeat(shortcut, self.reduction, train=train)
+        context = RPReLU(name="rprelu")(c.settle(context + q + shortcut, train=train))
         return context.astype(c.dtype), attention
 
     def _heads(self, x: Array, move: str) -> Array:
@@ -159,7 +173,7 @@ class BinaryAttention(nn.Module):
         c = self.config
         for name, x in (("query_move", q), ("key_move", k), ("value_move", v)):
             watch.watch_sign(self, x, name)
-        scores = products.binary_scores(q, k, c.dtype) / math.sqrt(q.shape[-1])
+        scores = products.binary_scores(q, k, c.dtype, c.whole) / math.sqrt(q.shape[-1])
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
         probs = softmax(scores)
         codes = quantize.prob_codes(probs, scale)
@@ -172,7 +186,7 @@ class BinaryAttention(nn.Module):
             # What is left stays in {0, 1}, so that the product stays exact.
             codes = codes * jax.random.bernoulli(self.make_rng("dropout"), kept, codes.shape)
             scale = scale / kept  # not in place: outside of jit it may be the caller's own array
-        return products.binary_context(codes, v, c.dtype) * scale, attention
+        return products.binary_context(codes, v, c.dtype, c.whole) * scale, attention
 
     def _attend_real(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
@@ -196,10 +210,11 @@ class BinaryFeedForward(nn.Module):
         width = x.shape[-1]
         expansion = self.mlp_dim // width
         by_product = self.config.whole and train
-        tiled = fused.tile_channels(x, expansion) if by_product else jnp.tile(x, (1, 1, expansion))
+        tile = constant_products.tile_channels if by_product else tile_channels
+        tiled = tile(x, expansion)
         u = BinaryUnit(self.mlp_dim, self.config, name="expand")(x, tiled, train=train)
         if by_product:
-            shortcut = fused.mean_channels(u, expansion)
+            shortcut = constant_products.mean_channels(u, expansion)
         else:
             shortcut = average_channels(u.astype(accumulator_dtype(u.dtype)), expansion, train=train)
         return BinaryUnit(width, self.config, name="contract")(u, shortcut, train=train)
