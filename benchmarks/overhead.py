@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 from jax_side import NORMALIZE, FixedTeacher, fixed_optimizer, model_of, random_batch
-from train_step import cpu_model
+from machine import cpu_model
 from workload import MODELS, Plan, known_model, parse_override
 
 from bvit_jax import health

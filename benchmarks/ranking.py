@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax_side import NORMALIZE, fixed_optimizer, random_batch
-from train_step import cores, cpu_model
+from machine import cores, cpu_model
 from workload import parse_override
 
 from bvit_jax.errors import UserError

@@ -38,7 +38,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -46,18 +45,21 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from floor import bandwidth, floor, flops, format_rate, least_bytes, peak
+from machine import commit, cores, cpu_model, versions
+from shares import add_shares, merged
+from table import table
 from workload import (
     KINDS,
     MODELS,
+    OURS,
     Compilation,
     Facts,
     Kind,
     Memory,
     Plan,
     Side,
-    Work,
     Worker,
+    is_ours,
     known_model,
     parse_override,
 )
@@ -65,11 +67,9 @@ from workload import (
 from bvit_jax.errors import UserError, nearest
 
 Rounds = dict[Kind, list[float]]  # images/s of each round
-OURS, REFERENCE = "bvit_jax", "reference"
+REFERENCE = "reference"
 REFERENCE_FLOAT32, REFERENCE_COMPILED = "reference float32", "reference compiled"
 DTYPES = ("float32", "bfloat16")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
-MIB = 2**20
 
 
 def main() -> int:
@@ -129,9 +129,9 @@ def measure(
         with tempfile.TemporaryDirectory(prefix="train_step_") as cache:
             at_batch = dataclasses.replace(plan, batch=batch, cache=Path(cache))
             runs.append(_measure_batch(at_batch, dtypes, repeats, steps))
-    ceilings = _merged(before, _ceilings(ceilings_scale)) if before else None
+    ceilings = merged(before, _ceilings(ceilings_scale)) if before else None
     for run in runs:
-        _add_shares(run, ceilings)
+        add_shares(run, ceilings)
     return {
         "command": shlex.join(["python", *sys.argv]),
         "machine": {
@@ -141,8 +141,8 @@ def measure(
             "python": platform.python_version(),
             "system": platform.platform(),
         },
-        "versions": _versions(),
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
         "model": plan.model or plan.config,
         "kinds": list(plan.kinds),
         "steps": {kind: steps[kind] for kind in plan.kinds},
@@ -198,10 +198,6 @@ def _measure_batch(
 
 def _our_name(dtype: str | None) -> str:
     return f"{OURS} {dtype}" if dtype else OURS
-
-
-def _is_ours(side: str) -> bool:
-    return side.split()[0] == OURS
 
 
 def _start_references(plan: Plan, ours: Facts) -> dict[str, Worker]:
@@ -262,8 +258,8 @@ def _ratios(rounds: dict[str, Rounds], memory: dict[str, Memory]) -> dict[str, d
     rounds: other programs on the machine slow the sides down unequally, and never speed them up.
     """
     ratios: dict[str, dict[str, dict[str, float]]] = {}
-    for ours in filter(_is_ours, rounds):
-        for theirs in (side for side in rounds if not _is_ours(side)):
+    for ours in filter(is_ours, rounds):
+        for theirs in (side for side in rounds if not is_ours(side)):
             found = ratios.setdefault(ours, {}).setdefault(theirs, {})
             for kind, speeds in rounds[ours].items():
                 others = rounds[theirs][kind]
@@ -310,262 +306,6 @@ def _measure_ceilings(scale: float) -> dict[str, Any]:
     import jax
 
     return ceilings.measure(ceilings.default_sizes(jax.default_backend(), scale))
-
-
-def _merged(before: dict[str, Any], after: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns ceilings with the rounds of both measurements."""
-    merged = dict(before)
-    for name in ("bytes_per_second", "operations_per_second"):
-        of_after = after[name] if after else {}
-        merged[name] = {key: rates + of_after.get(key, []) for key, rates in before[name].items()}
-    return merged
-
-
-def _add_shares(run: dict[str, Any], ceilings: dict[str, Any] | None) -> None:
-    """Adds to each side of a run, as ``achieved``, what its steps reach; see `achieved`."""
-    for side in run["sides"].values():
-        side["achieved"] = {}
-        if run["work"] is None:
-            continue
-        for kind, speeds in side["images_per_second"].items():
-            seconds = run["batch"] / statistics.median(speeds)
-            images = run["batch"] // side["devices"]
-            side["achieved"][kind] = achieved(Work(**run["work"]), kind, images, side, seconds, ceilings)
-
-
-def achieved(
-    work: Work,
-    kind: Kind,
-    batch: int,
-    side: dict[str, Any],
-    seconds: float,
-    ceilings: dict[str, Any] | None,
-) -> dict[str, float]:
-    """Returns the rates of a step that took some seconds, and their shares of the ceilings.
-
-    All are those of one device, of ``batch`` images.
-
-    - ``seconds``: of a step.
-    - ``flops``, ``flops_per_second``: by the arithmetic count, `floor.flops`.
-    - ``least_bytes``, ``least_bytes_per_second``: by `floor.least_bytes`.
-    - ``accessed_bytes_per_second``: by the compiler's program, where the side has one: also what caches hold.
-    - with ceilings, ``share_of_flops`` of the ceiling of products in the side's dtype, ``share_of_bytes``
-      (accessed, or least without) of the bandwidth, ``floor_seconds`` and ``share_of_floor``, the floor over
-      the time taken.
-    """
-    dtype = side["dtype"]
-    count, size = flops(work, kind, batch), least_bytes(work, kind, batch, dtype)
-    accessed = side["accessed_bytes"].get(kind)
-    found = {
-        "seconds": seconds,
-        "flops": count,
-        "flops_per_second": count / seconds,
-        "least_bytes": size,
-        "least_bytes_per_second": size / seconds,
-    }
-    if accessed:
-        found["accessed_bytes_per_second"] = accessed / seconds
-    if ceilings:
-        least = floor(work, kind, batch, dtype, ceilings)
-        found["share_of_flops"] = found["flops_per_second"] / peak(ceilings, dtype)
-        found["share_of_bytes"] = (accessed or size) / seconds / bandwidth(ceilings)
-        found["floor_flops_seconds"] = least.flops_seconds
-        found["floor_bytes_seconds"] = least.bytes_seconds
-        found["floor_seconds"] = least.seconds
-        found["share_of_floor"] = least.seconds / seconds
-    return found
-
-
-# The table
-
-
-def table(report: dict[str, Any]) -> str:
-    """Returns the findings of `measure` as plain text."""
-    parts = ["\n".join(_heading(report))]
-    if report["ceilings"]:
-        parts.append("\n".join(_ceiling_lines(report["ceilings"])))
-    parts += [_batch_table(report, run) for run in report["runs"]]
-    if len(report["runs"]) > 1:
-        parts.append(_summary(report))
-    return "\n\n".join(parts)
-
-
-def _heading(report: dict[str, Any]) -> list[str]:
-    machine, steps = report["machine"], report["steps"]
-    sides = report["runs"][0]["sides"]
-    ours = next(iter(sides.values()))
-    versions = [f"{name} {version}" for name, version in report["versions"].items()]
-    rounds = len(next(iter(ours["images_per_second"].values())))
-    return [
-        f"command    {report['command']}",
-        f"machine    {machine['cpu']}, {machine['cores']} cores; device: {ours['device']};"
-        f" load average before the start: {machine['load_average']:.1f}",
-        f"versions   python {machine['python']}, " + ", ".join(versions),
-        f"model      {report['model']}, {ours['parameters']:,} parameters",
-        f"rounds     {rounds} of " + ", ".join(f"{count} {kind} steps" for kind, count in steps.items()),
-        "           median (lowest to highest); ratio: median of the rounds' (of the best rounds)",
-    ]
-
-
-def _ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
-    memory = ", ".join(f"{name} {format_rate(max(r))}B/s" for name, r in ceilings["bytes_per_second"].items())
-    products = ", ".join(
-        f"{name} {format_rate(max(r))}op/s" for name, r in ceilings["operations_per_second"].items()
-    )
-    return [f"memory     {memory}", f"products   {products}"]
-
-
-def _batch_table(report: dict[str, Any], run: dict[str, Any]) -> str:
-    sides = run["sides"]
-    size = next(iter(sides.values()))["settings"]["image_size"]
-    lines = [f"batch {run['batch']}: images of {size}x{size}"]
-    lines += [f"{side} is left out: {reason}" for side, reason in run["left_out"].items()]
-    lines.append(_row("", list(sides)))
-    lines.append(_row("dtype", [side["dtype"] for side in sides.values()]))
-    if any(side["mode"] for side in sides.values()):
-        lines.append(_row("mode", [side["mode"] or "-" for side in sides.values()]))
-    others = [side for side in sides if not _is_ours(side)]
-    for kind in report["kinds"]:
-        lines.append(
-            _row(f"{kind}, images/s", [_speed(s["images_per_second"][kind]) for s in sides.values()])
-        )
-        for other in others:
-            cells = [_ratio(run["ratios"].get(side, {}).get(other, {}), kind) for side in sides]
-            lines.append(_row(f"  ratio to {other}", cells))
-    memory = [side["memory"] for side in sides.values()]
-    lines.append(_row(f"peak memory of {memory[0]['of']}, MiB", [_mib(m["peak"]) for m in memory]))
-    for other in others:
-        found = [run["ratios"].get(side, {}).get(other, {}).get("memory") for side in sides]
-        lines.append(_row(f"  ratio to {other}", [_number(value) for value in found]))
-    lines.append(_row("  before the first step, process", [_mib(m["setup_peak"]) for m in memory]))
-    per_kind = (
-        ("temporaries of {}, MiB", "temporary_bytes", _mib),
-        ("compile time of {}, s", "compile_seconds", _tenths),
-        ("cached first step of {}, s", "cached_first_step_seconds", _tenths),
-    )
-    for title, name, show in per_kind:
-        for kind in report["kinds"]:
-            lines.append(_row(title.format(kind), [show(side[name].get(kind)) for side in sides.values()]))
-    for kind in report["kinds"]:
-        lines += _achieved_rows(kind, list(sides.values()))
-    return "\n".join(lines)
-
-
-def _achieved_rows(kind: Kind, sides: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns what the steps of a kind reach: FLOP/s, bytes/s, and their shares of ceilings and floor."""
-    found = [side["achieved"].get(kind, {}) for side in sides]
-
-    def cells(name: str, unit: str, share: str) -> list[str]:
-        return [f"{format_rate(x[name])}{unit}{_share(x.get(share))}" if name in x else "-" for x in found]
-
-    rows = [
-        _row(f"{kind}, products (of ceiling)", cells("flops_per_second", "FLOP/s", "share_of_flops")),
-        _row("  accessed (of bandwidth)", cells("accessed_bytes_per_second", "B/s", "share_of_bytes")),
-    ]
-    for title, name, unit in (("FLOPs", "compiler_flops", "FLOP"), ("bytes", "compiler_bytes", "B")):
-        counted = [side[name].get(kind) for side in sides]
-        rows.append(_row(f"  XLA's {title} of a step", [_amount(count, unit) for count in counted]))
-    if any("share_of_floor" in x for x in found):
-        floors = [
-            f"{_ms(x['floor_seconds'])} of {_ms(x['seconds'])} ms{_share(x['share_of_floor'])}"
-            if "share_of_floor" in x
-            else "-"
-            for x in found
-        ]
-        rows.append(_row("  floor (share reached)", floors))
-    return rows
-
-
-def _summary(report: dict[str, Any]) -> str:
-    """Returns the medians of images/s by batch."""
-    names = list(dict.fromkeys(side for run in report["runs"] for side in run["sides"]))
-    lines = ["images/s, medians"]
-    for kind in report["kinds"]:
-        lines.append(_row(kind, names))
-        for run in report["runs"]:
-            speeds = [run["sides"].get(name, {}).get("images_per_second", {}).get(kind) for name in names]
-            cells = [_number(statistics.median(rounds) if rounds else None) for rounds in speeds]
-            lines.append(_row(f"  batch {run['batch']}", cells))
-    return "\n".join(lines)
-
-
-def _row(name: str, cells: list[str]) -> str:
-    return f"{name:<34}" + "".join(f" {cell:>29}" for cell in cells)
-
-
-def _speed(rounds: list[float]) -> str:
-    return f"{statistics.median(rounds):.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
-
-
-def _ratio(ratios: dict[str, float], kind: Kind) -> str:
-    return f"{ratios[kind]:.2f} (best {ratios[f'best_{kind}']:.2f})" if kind in ratios else "-"
-
-
-def _share(share: float | None) -> str:
-    return "" if share is None else f" ({100 * share:.3g} %)"
-
-
-def _amount(count: float | None, unit: str) -> str:
-    return f"{format_rate(count)}{unit}" if count else "-"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _mib(size: int | None) -> str:
-    return "-" if size is None else f"{size / MIB:.0f}"
-
-
-def _tenths(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.1f}"
-
-
-# The machine and the command line
-
-
-def cpu_model() -> str:
-    """Returns the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Returns how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _versions() -> dict[str, str]:
-    """Returns the versions of the packages that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str | None:
-    """Returns the commit of this checkout, marked where files differ from it; None outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        ran = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return ran.stdout.strip() or None
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

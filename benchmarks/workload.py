@@ -20,6 +20,7 @@ from bvit_jax.errors import UserError, nearest
 # The model alone in evaluation mode; the step of eval.py; the step of train.py.
 Kind = Literal["forward", "evaluation", "training"]
 KINDS: tuple[Kind, ...] = ("forward", "evaluation", "training")
+OURS = "bvit_jax"
 WARMUP_STEPS = 2
 LEARNING_RATE = 5e-4  # and no weight decay: the recipe of the binary models
 
@@ -295,6 +296,11 @@ def forget_setup() -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def is_ours(side: str) -> bool:
+    """Returns whether a side, by its name, is this project's code."""
+    return side.split()[0] == OURS
 
 
 def known_model(name: str) -> dict[str, Any]:

@@ -116,14 +116,13 @@ def test_counts_the_work_of_a_model(load):
 
 
 def report(load: Callable[[str], ModuleType], tmp_path: Path) -> Path:
-    train_step = load("train_step")
     side = {"dtype": "float32", "devices": 1, "accessed_bytes": {"training": 5000}}
     speeds = {"forward": [2.0, 3.0], "training": [0.5, 0.6]}
     sides = {name: {**side, "images_per_second": speeds} for name in ("bvit_jax", "reference")}
     sides["reference"]["accessed_bytes"] = {}
     counted = load("workload").dataclasses.asdict(work(load))
     run = {"batch": 2, "work": counted, "sides": sides}
-    train_step._add_shares(run, CEILINGS)
+    load("shares").add_shares(run, CEILINGS)
     found = {"model": "tiny", "machine": {"cpu": "a CPU", "cores": 2}, "ceilings": CEILINGS, "runs": [run]}
     file = tmp_path / "found.json"
     file.write_text(json.dumps(found))
