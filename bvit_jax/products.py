@@ -172,16 +172,24 @@ def _binary_scores_backward(
     gradient = gradient.astype(dtype)
     to_q = product("bhqk,bkhd->bqhd", gradient, quantize.sign(k).astype(dtype))
     to_k = product("bhqk,bqhd->bkhd", gradient, quantize.sign(q).astype(dtype))
-    return (
-        (to_q * quantize.sign_slope(q)).astype(q.dtype),
-        (to_k * quantize.sign_slope(k)).astype(k.dtype),
-    )
+    return _through_sign(to_q, q), _through_sign(to_k, k)
 
 
 # Not the functions themselves forwards, within which no rematerialisation policy would see the product.
 binary_scores.defvjp(
     lambda q, k, dtype, whole: (_binary_scores(q, k, dtype, whole), (q, k)), _binary_scores_backward
 )
+
+
+def _through_sign(gradient: Array, x: Array) -> Array:
+    """Returns the gradient of ``x``, (batch, tokens, heads, size), from that of its sign.
+
+    Heads are laid side by side meanwhile: the TPU compiler otherwise computes the slope in the layout of x
+    and copies it, in float32, to that of the gradient.
+    """
+    tokens = *x.shape[:2], -1
+    product = gradient.reshape(tokens) * quantize.sign_slope(x.reshape(tokens))
+    return product.reshape(x.shape).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -221,7 +229,7 @@ def _binary_context_backward(
     gradient = gradient.astype(dtype)
     to_codes = product("bqhd,bkhd->bhqk", gradient, quantize.sign(v).astype(dtype))
     to_v = product("bhqk,bqhd->bkhd", codes.astype(dtype), gradient)
-    return to_codes.astype(codes.dtype), (to_v * quantize.sign_slope(v)).astype(v.dtype)
+    return to_codes.astype(codes.dtype), _through_sign(to_v, v)
 
 
 binary_context.defvjp(
