@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
@@ -400,6 +401,36 @@ average_line.defvjp(
 def tile_channels(x: Array, times: int) -> Array:
     """Repeats the channels ``times`` times: (..., channels) to (..., times * channels)."""
     return jnp.tile(x, (1,) * (x.ndim - 1) + (times,))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@jax.named_scope(POOLING_SCOPE)
+def average_row(x: Array, size: int, axis: int) -> Array:
+    """Does to tokens in a row, (batch, tokens, channels), what `average_line` does to their square grid.
+
+    Neighbours along axis 1 of the grid are a side apart, those along axis 2 side by side, where they are not
+    the end of one line and the start of the next. A TPU needs no copies for it, as it does to lay tokens out
+    as a grid and back, and reads x once for several lines.
+    """
+    side, reach = math.isqrt(x.shape[1]), size // 2
+    stride = side if axis == 1 else 1
+    column = np.arange(x.shape[1]) % side
+    padded = jnp.pad(x, ((0, 0), (reach * stride, reach * stride), (0, 0)))
+
+    def window(offset: int) -> Array:
+        start = (reach + offset) * stride
+        values = lax.slice_in_dim(padded, start, start + x.shape[1], axis=1)
+        inside = (column + offset >= 0) & (column + offset < side)
+        return values if axis == 1 or inside.all() else jnp.where(inside[:, None], values, 0)
+
+    windows = [window(offset) for offset in range(-reach, reach + 1)]
+    return sum(windows[1:], windows[0]) / size
+
+
+average_row.defvjp(
+    lambda x, size, axis: (average_row(x, size, axis), None),
+    lambda size, axis, _, gradient: (average_row(gradient, size, axis),),
+)
 
 
 @jax.named_scope(POOLING_SCOPE)

@@ -217,6 +217,20 @@ def test_average_line(size, axis):
     check_linear(lambda x: layers.average_line(x, size, axis), x, expected)
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("size", [1, 3, 5, 15])
+def test_average_row_is_average_line_of_the_grid(size, axis):
+    x, gradient = jnp.array(numbers(2, 16, 3)), jnp.array(numbers(2, 16, 3, seed=1))
+
+    def by_grid(x):
+        return layers.to_tokens(layers.average_line(layers.to_grid(x), size, axis))
+
+    rows, to_rows = jax.vjp(lambda x: layers.average_row(x, size, axis), x)
+    lines, to_lines = jax.vjp(by_grid, x)
+    np.testing.assert_array_equal(rows, lines)
+    np.testing.assert_array_equal(to_rows(gradient)[0], to_lines(gradient)[0])
+
+
 def test_average_line_equals_torch():
     torch = pytest.importorskip("torch")
     x = numbers(2, 5, 6, 3)

@@ -28,6 +28,7 @@ from bvit_jax.layers import (
     average_channels,
     average_line,
     average_pool,
+    average_row,
     make_norm,
     softmax,
     tile_channels,
@@ -99,6 +100,12 @@ class BlockConfig:
         if not (self.whole and train):
             return average_pool(x, size)
         return constant_products.mean_tokens(x, size).astype(x.dtype)
+
+    def average_line(self, x: Array, size: int, axis: int, *, train: bool) -> Array:
+        """Returns `average_line` of tokens, in training with ``whole`` by `average_row`."""
+        if not (self.whole and train):
+            return to_tokens(average_line(to_grid(x), size, axis))
+        return average_row(x.astype(accumulator_dtype(x.dtype)), size, axis)
 
     def repeat(self, x: Array, factor: int, *, train: bool) -> Array:
         """Returns `upsample`, in training with ``whole`` by a product of ``x`` in the compute dtype."""
@@ -283,7 +290,7 @@ class BinaryBlock(nn.Module):
 
         for size in sorted(c.pool_branches):
             for axis, direction in ((1, "h"), (2, "w")):
-                pooled = c.settle(to_tokens(average_line(to_grid(normed), size, axis)), train=train)
+                pooled = c.average_line(normed, size, axis, train=train)
                 x = x + LayerScale(0.0, name=f"pool_{direction}{size}")(pooled)
         return x.astype(c.dtype), attention
 
