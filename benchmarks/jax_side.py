@@ -29,6 +29,7 @@ from workload import (
 )
 
 from bvit_jax.allocator import keep_freed_memory
+from bvit_jax.compilation import lower
 from bvit_jax.cost.count import BINARY, cost_of
 from bvit_jax.cost.program import trace
 from bvit_jax.cost.values import analyse
@@ -125,7 +126,7 @@ class JaxSide:
         result = Compilation(work=work_of(self._plain_model, self._state))
         for kind, jitted in self._jitted.items():
             began = time.perf_counter()
-            compiled = jitted.lower(*self._arguments(kind)).compile()
+            compiled = lower(jitted, *self._arguments(kind)).compile()
             result.compile_seconds[kind] = time.perf_counter() - began
             if (analysis := compiled.memory_analysis()) is not None:
                 result.temporary_bytes[kind] = analysis.temp_size_in_bytes
@@ -151,7 +152,7 @@ class JaxSide:
     def first_step(self, kind: Kind) -> float | None:
         """Returns the seconds of lowering, loading and running a step, None if it had to be compiled."""
         self._hits, began = 0, time.perf_counter()
-        self._compiled[kind] = self._jitted[kind].lower(*self._arguments(kind)).compile()
+        self._compiled[kind] = lower(self._jitted[kind], *self._arguments(kind)).compile()
         self.step(kind)
         seconds = time.perf_counter() - began
         return seconds if self._hits else None

@@ -1,6 +1,7 @@
 """Compiling a step ahead of its first call, and keeping what was compiled."""
 
 import ctypes
+import gc
 import hashlib
 import logging
 import os
@@ -35,12 +36,27 @@ def use_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(home / "bvit_jax" / _kind_of_cpu()))
 
 
+def lower(jitted: Any, *arguments: Any) -> Any:
+    """Returns ``jitted.lower(*arguments)``, traced without garbage collection.
+
+    Tracing makes millions of objects that live until its end, and the collector goes through all of them
+    again and again: a third of the time.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return jitted.lower(*arguments)
+    finally:
+        if collects:
+            gc.enable()
+
+
 def compile_ahead(name: str, lowered: Any, stop: Callable[[], bool]) -> Any | None:
     """Compiles a lowered function in a thread.
 
     Args:
       name: for the log.
-      lowered: what ``jax.jit(...).lower(...)`` returns.
+      lowered: what `lower` returns.
       stop: asked a few times a second whether to give up.
 
     Returns:

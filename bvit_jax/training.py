@@ -17,7 +17,7 @@ from bvit_jax.build import Run, abstract_batch, build, open_splits
 from bvit_jax.checkpoint import Checkpoints, is_saved
 from bvit_jax.chips import chip_of
 from bvit_jax.clock import Clock
-from bvit_jax.compilation import compile_ahead
+from bvit_jax.compilation import compile_ahead, lower
 from bvit_jax.debugging import named_nans
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, deciding_top1, eval_batches, evaluate_state
@@ -150,14 +150,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         eval_step = build_eval_step(config, model, run.mesh)
         if start < run.total_steps and not debug_nans:
             if run.start is not None and start == 0:
-                lowered = run.start.lower(run.state, shapes, key_train)
+                lowered = lower(run.start, run.state, shapes, key_train)
                 take_first_batch = _compile("what the first batch sets", lowered, interruption, start)
-            train_step = _compile("the step", run.step.lower(*arguments), interruption, start)
+            train_step = _compile("the step", lower(run.step, *arguments), interruption, start)
             if run.health is not None:
-                lowered = run.health.lower(run.state, shapes, key_train)
+                lowered = lower(run.health, run.state, shapes, key_train)
                 health_step = _compile("its health figures", lowered, interruption, start)
         chip = chip_of(run.mesh.devices.flat[0].device_kind)
-        flops = usage.step_flops(run.plain_step.lower(*arguments)) if chip else None
+        flops = usage.step_flops(lower(run.plain_step, *arguments)) if chip else None
         speed = partial(
             usage.speed, devices=run.mesh.size, flops=flops, peak=chip.bfloat16_flops if chip else None
         )

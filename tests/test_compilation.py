@@ -1,5 +1,6 @@
 """Compiling ahead, giving up, and where compiled programs are kept."""
 
+import gc
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from bvit_jax import compilation, distributed
-from bvit_jax.compilation import compile_ahead, use_cache
+from bvit_jax.compilation import compile_ahead, lower, use_cache
 from bvit_jax.errors import UserError
 
 
@@ -65,6 +66,18 @@ def test_the_cache_is_the_user_s(
     monkeypatch.setattr(Path, "read_text", lambda path: "flags : fpu\n")
     use_cache()
     assert settings["jax_compilation_cache_dir"] != directory  # another CPU
+
+
+def test_lowers_without_garbage_collection() -> None:
+    def traced(x: jax.Array) -> jax.Array:
+        assert not gc.isenabled()
+        return x + 1
+
+    assert lower(jax.jit(traced), jnp.ones(3)).compile()(jnp.ones(3)).tolist() == [2, 2, 2]
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        lower(jax.jit(lambda x: x / (1 // 0)), jnp.ones(3))
+    assert gc.isenabled()
 
 
 def test_the_environment_moves_the_cache_or_switches_it_off(

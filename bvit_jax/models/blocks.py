@@ -286,7 +286,7 @@ class BinaryBlock(nn.Module):
 
         normed = c.make_norm("mlp_norm")(x, train=train).astype(c.dtype)
         y = BinaryFeedForward(self.mlp_dim, c, name="mlp")(normed, train=train)
-        x = x + self._branch_end(y, "mlp_scale", train=train)
+        x = c.settle(x + self._branch_end(y, "mlp_scale", train=train), train=train)
 
         for size in sorted(c.pool_branches):
             for axis, direction in ((1, "h"), (2, "w")):
