@@ -40,6 +40,7 @@ CHECKSUMS = "checksums.json"
 NONE, ALL_DAMAGED = -1, -2  # in place of a step
 
 BARRIER_MILLISECONDS = 600_000
+OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what TensorStore raises, a ValueError
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Checkpoints:
             self._content = content
             return
         if jax.process_index() == 0:
-            _writing(self._folder, lambda: (path / CHECKSUMS).unlink(missing_ok=True))
+            _writing(self._folder, lambda: _make_invisible(path))
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(content))
         _writing(self._folder, lambda: self._writer.save(path, args=arguments, force=True))
         self._current, self._content = step, content
@@ -154,14 +155,21 @@ class Checkpoints:
         """Raises the `UserError` of a save that has failed meanwhile; does not wait."""
         if self._error is not None:
             error, self._error = self._error, None
-            _writing(self._folder, lambda: _raise(error))
+            # Orbax names a file that is missing, or one it cannot rename, in a ValueError too.
+            if isinstance(error, OSError | ValueError):
+                raise _user_error(self._folder, error) from error
+            raise error
 
     def close(self) -> None:
-        """Waits for the last save, and releases what Orbax holds."""
+        """Waits for the last save, and releases what Orbax holds.
+
+        Raises:
+          UserError: the last save could not be written.
+        """
         try:
             self.wait()
         finally:
-            self._writer.close()
+            _writing(self._folder, self._writer.close)
 
     def _finish(self, step: int, best_step: int | None) -> None:
         try:
@@ -265,6 +273,12 @@ def _delete(path: Path) -> None:
     shutil.rmtree(path)
 
 
+def _make_invisible(path: Path) -> None:
+    """Raises `FileNotFoundError` if the folder of all checkpoints is gone: Orbax would make another one."""
+    path.parent.stat()
+    (path / CHECKSUMS).unlink(missing_ok=True)
+
+
 def _newest_whole(folder: Path, steps: list[int]) -> int:
     """Returns the newest step that is not damaged, or one of the numbers in place of it."""
     for step in sorted(steps, reverse=True):
@@ -338,27 +352,28 @@ def _replace_metadata(path: Path, content: dict[str, Any]) -> None:
     _write_checksums(path)
 
 
-def _raise(error: BaseException) -> None:
-    raise error
-
-
 def _writing(folder: Path, write: Callable[[], T]) -> T:
     try:
         return write()
-    except TimeoutError as error:  # of a barrier; it is an OSError too
-        raise UserError(
+    except OSError as error:
+        raise _user_error(folder, error) from error
+    except ValueError as error:
+        if OS_ERROR.search(str(error)) is None:  # of the caller
+            raise
+        raise _user_error(folder, error) from error
+
+
+def _user_error(folder: Path, error: OSError | ValueError) -> UserError:
+    """Returns what a user is told of an error while a checkpoint was written."""
+    if isinstance(error, TimeoutError):  # of a barrier
+        return UserError(
             "the other processes of the run do not answer while a checkpoint is written; start all of them"
             " again"
-        ) from error
-    except (OSError, ValueError) as error:
-        # TensorStore raises a ValueError that ends in, for example, [os_error_code='28'].
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None and isinstance(error, ValueError):
-            raise
-        reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot write checkpoints to {folder}: {reason}; make room or choose another workdir"
-        ) from error
+        )
+    code = OS_ERROR.search(str(error))
+    reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
+    reason = reason or str(error).partition("\n")[0]
+    return UserError(f"cannot write checkpoints to {folder}: {reason}; make room or choose another workdir")
 
 
 def _sha256(path: Path) -> str:

@@ -243,11 +243,18 @@ class _StderrHandler(logging.Handler):
         sys.stderr.write(self.format(record) + "\n")
 
 
+def _report_unraisable(event: "sys.UnraisableHookArgs") -> None:
+    """Passes over what TensorStore's threads raise, once an array, after Orbax has given up a checkpoint."""
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
+
+
 def _start_logging() -> None:
     """Sends this package's log to stderr, one line an event."""
     # Orbax and Grain log every call, and each part of a failure that is raised here as one error.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("bvit_jax")

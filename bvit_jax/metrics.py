@@ -94,7 +94,7 @@ class MetricWriter:
         self._purge_step: int | None = None
         self._tensorboard: Any = None  # opened by the first write; False without tensorboardX
         if active:
-            self._append("")
+            self._append("", mode="a")
             self.lines = self.path.read_bytes().count(b"\n")
 
     def write(self, step: int, metrics: Mapping[str, Number]) -> None:
@@ -165,12 +165,15 @@ class MetricWriter:
                 self._tensorboard.close()
             except OSError as error:  # metrics.jsonl is the record; a run need not fail for this
                 logger.warning("cannot write TensorBoard's file: %s", error.strerror)
+                return  # its thread goes on, and needs what would be collected
         self._tensorboard = None
 
-    def _append(self, text: str) -> None:
-        # Opened for each line: there are few, and nothing is left to flush or to close.
+    def _append(self, text: str, mode: str = "r+") -> None:
+        # Opened for each line: there are few, and nothing is left to flush or to close. A file that
+        # is gone is not made anew: the run would go on apart from what it has written so far.
         try:
-            with self.path.open("a") as file:
+            with self.path.open(mode) as file:
+                file.seek(0, os.SEEK_END)
                 file.write(text)
         except OSError as error:
             raise _user_error(self.path, error) from error

@@ -365,6 +365,16 @@ def test_a_directory_that_cannot_be_written(checkpoints, tmp_path):
         Checkpoints(Path("/proc/absent"), 2)
 
 
+def test_a_directory_that_is_gone_is_not_made_anew(checkpoints, tmp_path):
+    run = checkpoints()
+    run.save(1, make_state(), {})
+    run.wait()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"^cannot write checkpoints to [^\n]*: No such file"):
+        run.save(2, make_state(), {})
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def run_python(code: str, *args: object, **environment: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.Popen(

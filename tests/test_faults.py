@@ -159,17 +159,21 @@ def test_a_full_disk(small_disk: Path, data_dir: Path, whole: Path) -> None:
     assert result.returncode == 1
     assert "cannot write checkpoints to" in result.stderr.splitlines()[-1]
     assert "No space left on device; make room" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
     ballast.unlink()
     assert_continues(flags, workdir, whole)
 
 
-def test_a_directory_that_is_gone(flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3])  # seconds: between, before and within saves
+def test_a_directory_that_is_gone(delay: float, flags: list[str], tmp_path: Path) -> None:
     process = start("train.py", *flags, "--config.epochs=200")  # long enough for any machine
     wait_for(process, "saved step 5")
+    time.sleep(delay)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     result = finish(process)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: cannot write ")
+    assert "Traceback" not in result.stderr
 
 
 # --- other devices ------------------------------------------------------------------------------

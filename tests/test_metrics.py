@@ -116,6 +116,15 @@ def test_writer_needs_a_directory(tmp_path):
         MetricWriter(tmp_path / "absent", active=True)
 
 
+def test_writer_does_not_start_anew(tmp_path):
+    writer = MetricWriter(tmp_path, active=True)
+    writer.write(1, {})
+    writer.path.unlink()
+    with pytest.raises(UserError, match=r"^cannot write [^\n]*metrics.jsonl: No such file"):
+        writer.write(2, {})
+    assert not writer.path.exists()
+
+
 def events(tmp_path):
     """Returns {(step, tag): value} and the steps at which sessions start."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
