@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from bvit_jax import constant_products, packed_feed_forward, products, quantize, watch
+from bvit_jax import packed_feed_forward, products, quantize, watch
 from bvit_jax.layers import (
     BinaryDense,
     DropPath,
@@ -25,17 +25,10 @@ from bvit_jax.layers import (
     RPReLU,
     WeightInit,
     advance_statistics,
-    average_channels,
-    average_line,
-    average_pool,
-    average_row,
     make_norm,
     softmax,
-    tile_channels,
-    to_grid,
-    to_tokens,
-    upsample,
 )
+from bvit_jax.models.forms import Forms, plain_forms, whole_forms
 from bvit_jax.models.head import Attention
 from bvit_jax.products import accumulator_dtype
 
@@ -86,32 +79,9 @@ class BlockConfig:
         """Returns the normalisation called ``name``, a child of the calling module."""
         return make_norm(self.norm, self.norm_epsilon, name, self.batch_norm_group, self.one_pass_norms)
 
-    def settle(self, x: Array, *, train: bool) -> Array:
-        """Returns ``x``, in training with ``whole`` rounded to the compute dtype and written to memory so.
-
-        Left to itself, the TPU compiler writes several functions of such an array, most of them in float32.
-        """
-        if not (self.whole and train):
-            return x
-        return lax.optimization_barrier(x.astype(self.dtype)).astype(x.dtype)
-
-    def pool(self, x: Array, size: int, *, train: bool) -> Array:
-        """Returns `average_pool`, in training with ``whole`` by a product."""
-        if not (self.whole and train):
-            return average_pool(x, size)
-        return constant_products.mean_tokens(x, size).astype(x.dtype)
-
-    def average_line(self, x: Array, size: int, axis: int, *, train: bool) -> Array:
-        """Returns `average_line` of tokens, in training with ``whole`` by `average_row`."""
-        if not (self.whole and train):
-            return to_tokens(average_line(to_grid(x), size, axis))
-        return average_row(x.astype(accumulator_dtype(x.dtype)), size, axis)
-
-    def repeat(self, x: Array, factor: int, *, train: bool) -> Array:
-        """Returns `upsample`, in training with ``whole`` by a product of ``x`` in the compute dtype."""
-        if not (self.whole and train):
-            return upsample(x, factor)
-        return constant_products.repeat_tokens(x.astype(self.dtype), factor)
+    def forms(self, *, train: bool) -> Forms:
+        """Returns how the steps between products are computed."""
+        return whole_forms(self.dtype) if self.whole and train else plain_forms(train=train)
 
 
 class BinaryUnit(nn.Module):
@@ -125,7 +95,7 @@ class BinaryUnit(nn.Module):
         c = self.config
         y = BinaryDense(self.features, name="dense", **c.quantizer())(x)
         y = c.make_norm("norm")(y, train=train) + shortcut
-        return RPReLU(name="rprelu")(c.settle(y, train=train)).astype(c.dtype)
+        return RPReLU(name="rprelu")(c.forms(train=train).settle(y)).astype(c.dtype)
 
 
 class BinaryAttention(nn.Module):
@@ -145,12 +115,12 @@ class BinaryAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> tuple[Array, Attention]:
-        c = self.config
+        c, forms = self.config, self.config.forms(train=train)
         width = x.shape[-1]
         q = BinaryUnit(width, c, name="query")(x, x, train=train)
         z = x
         if self.reduction > 1:
-            z = c.pool(x, self.reduction, train=train)
+            z = forms.pool(x, self.reduction)
             z = BinaryUnit(width, c, name="reduce")(z, z, train=train)
         k = BinaryUnit(width, c, name="key")(z, z, train=train)
         v = BinaryUnit(width, c, name="value")(z, z, train=train)
@@ -166,8 +136,8 @@ class BinaryAttention(nn.Module):
         context = c.make_norm("norm")(context, train=train)
         shortcut = k.astype(context.dtype) + v
         if self.reduction > 1:
-            shortcut = c.repeat(shortcut, self.reduction, train=train)
-        context = RPReLU(name="rprelu")(c.settle(context + q + shortcut, train=train))
+            shortcut = forms.repeat(shortcut, self.reduction)
+        context = RPReLU(name="rprelu")(forms.settle(context + q + shortcut))
         return context.astype(c.dtype), attention
 
     def _heads(self, x: Array, move: str) -> Array:
@@ -214,16 +184,12 @@ class BinaryFeedForward(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         if self._packs(x, train):
             return self._packed(x, train)
+        forms = self.config.forms(train=train)
         width = x.shape[-1]
         expansion = self.mlp_dim // width
-        by_product = self.config.whole and train
-        tile = constant_products.tile_channels if by_product else tile_channels
-        tiled = tile(x, expansion)
+        tiled = forms.tile(x, expansion)
         u = BinaryUnit(self.mlp_dim, self.config, name="expand")(x, tiled, train=train)
-        if by_product:
-            shortcut = constant_products.mean_channels(u, expansion)
-        else:
-            shortcut = average_channels(u.astype(accumulator_dtype(u.dtype)), expansion, train=train)
+        shortcut = forms.mean_channels(u, expansion)
         return BinaryUnit(width, self.config, name="contract")(u, shortcut, train=train)
 
     def _packs(self, x: Array, train: bool) -> bool:
@@ -275,22 +241,22 @@ class BinaryBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> tuple[Array, Attention]:
-        c = self.config
+        c, forms = self.config, self.config.forms(train=train)
         width = x.shape[-1]
         normed = c.make_norm("attention_norm")(x, train=train)
         normed = normed.astype(c.dtype)
         attend = BinaryAttention(self.num_heads, self.reduction, c, name="attention")
         y, attention = attend(normed, train=train)
         y = BinaryUnit(width, c, name="attention_output")(y, y, train=train)
-        x = c.settle(x + self._branch_end(y, "attention_scale", train=train), train=train)
+        x = forms.settle(x + self._branch_end(y, "attention_scale", train=train))
 
         normed = c.make_norm("mlp_norm")(x, train=train).astype(c.dtype)
         y = BinaryFeedForward(self.mlp_dim, c, name="mlp")(normed, train=train)
-        x = c.settle(x + self._branch_end(y, "mlp_scale", train=train), train=train)
+        x = forms.settle(x + self._branch_end(y, "mlp_scale", train=train))
 
         for size in sorted(c.pool_branches):
             for axis, direction in ((1, "h"), (2, "w")):
-                pooled = c.average_line(normed, size, axis, train=train)
+                pooled = forms.average_line(normed, size, axis)
                 x = x + LayerScale(0.0, name=f"pool_{direction}{size}")(pooled)
         return x.astype(c.dtype), attention
 
