@@ -8,19 +8,23 @@ import platform
 import jax
 
 # Of mallopt(3).
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
     """Keeps freed memory in the process, for the next step of a training run, where JAX runs on CPUs only.
 
-    To be called before JAX starts its threads, which otherwise have arenas of their own.
+    To be called before JAX starts its backend. For programs of one device: with several, each has a thread
+    that allocates, whose arena is limited to 64 MiB.
 
     XLA allocates the temporary arrays of a step when it starts and frees them when it ends. glibc hands
     blocks of that size back to the system, which must find and clear every page of them again in the next
-    step; on two cores that took a fifth to a half of a training step. Without a way back, and with one
-    arena for all threads, the same pages are used again. The process's peak is the same.
+    step; on two cores that took a fifth to a half of a training step. Without a way back the same pages are
+    used again. That holds for the main arena, the main thread's, so that this is the thread which must run
+    the steps: dispatch is synchronous. One arena for all threads would do the same, but be full of what
+    compiling left behind, through which every allocation of a step then has to search. The process's peak
+    is about the same.
 
     Returns:
       Whether there is no accelerator, the C library is glibc and it took the settings; elsewhere nothing is
@@ -29,8 +33,10 @@ def keep_freed_memory() -> bool:
     if not _only_cpus() or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER))
-    return all(mallopt(name, value) == 1 for name, value in settings)
+    if not all(mallopt(name, value) == 1 for name, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER))):
+        return False
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    return True
 
 
 def _only_cpus() -> bool:
