@@ -208,7 +208,8 @@ def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
                 _end(f"error: {told}", 1)
             if not distributed.is_active():
                 raise
-            if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+            # A step that runs in the thread that calls it raises ValueError.
+            if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and LOST.search(str(error)):
                 first = str(error).strip().splitlines()[0]
                 _end(
                     f"error: the other processes of the run do not answer: {first}; start all of them again",
@@ -231,8 +232,10 @@ def _end(message: str, status: int) -> NoReturn:
     sys.stderr.flush()
     for child in multiprocessing.active_children():
         child.terminate()
-    if distributed.is_active() and jax.process_index() == 0:
-        time.sleep(GRACE)  # the others' connections end with this process, and their own last words
+    if distributed.is_active() and jax.process_index() == 0 and "heartbeat" not in message:
+        # The others' connections end with this process, and their own last words. Where heartbeats were
+        # missed, jax is about to abort all of them, this one too.
+        time.sleep(GRACE)
     os._exit(status)
 
 
