@@ -24,6 +24,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.interruption import SIGNAL, Interrupted
 
 GRACE = 2  # seconds
+STDERR = 2  # the file descriptor, in which C++ writes too
 # What jax and Gloo say where another process is gone.
 LOST = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|[Cc]onnection|heartbeat|peer")
 
@@ -225,17 +226,17 @@ def _end(message: str, status: int) -> NoReturn:
     """Ends the process with one line, at once.
 
     The interpreter's own way would wait for threads that compile and for processes that compute, and
-    report what Orbax has left unfinished after a failure.
+    report what Orbax has left unfinished after a failure. Nothing is written after the line: where
+    heartbeats of another process were missed, jax aborts this one meanwhile, with its stack.
     """
     sys.stderr.write(f"{' '.join(message.split())}\n")
     sys.stdout.flush()
     sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
     for child in multiprocessing.active_children():
         child.terminate()
-    if distributed.is_active() and jax.process_index() == 0 and "heartbeat" not in message:
-        # The others' connections end with this process, and their own last words. Where heartbeats were
-        # missed, jax is about to abort all of them, this one too.
-        time.sleep(GRACE)
+    if distributed.is_active() and jax.process_index() == 0:
+        time.sleep(GRACE)  # the others' connections end with this process, and their own last words
     os._exit(status)
 
 

@@ -241,25 +241,66 @@ def test_continues_as_two_processes(tmp_path: Path, data_dir: Path, real: Path) 
     assert_close(tmp_path / "run", real)
 
 
-def test_a_host_that_dies_and_one_that_starts_late(tmp_path: Path, data_dir: Path, real: Path) -> None:
-    flags = training_flags(tmp_path / "run", data_dir, ":real")
-    first, second = start_many(2, *flags)
-    wait_for(first, "saved step 5")
-    second.kill()
-    finish(second)
+# A run whose second process dies: after a logged step, or before it says that its checkpoint is written.
+DIES = """
+import functools, os, runpy, sys
+import jax
+from bvit_jax import checkpoint
+
+def die(self):
+    if self._current == 5:
+        self._finisher.join()
+        os._exit(9)
+
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds={limit})
+if "--process_id=1" in sys.argv and {in_training}:
+    checkpoint.Checkpoints.check = die
+elif "--process_id=1" in sys.argv:
+    checkpoint.ocp.multihost.get_barrier_sync_fn = lambda **kwargs: lambda **kwargs: os._exit(9)
+sys.path[0], sys.argv[0] = os.getcwd(), os.path.abspath("train.py")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def error_of_a_lost_host(script: Path, flags: list[str], *, in_training: bool) -> str:
+    """Runs two processes of which the second dies; returns what the first said."""
+    script.write_text(DIES.format(in_training=in_training, limit=100 if in_training else 5))
+    first, second = (start(str(script), *flags, *own) for own in cluster_flags(2))
+    assert finish(second).returncode == 9
     result = finish(first)
     assert result.returncode != 0
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: the other processes of the run do not answer")
+    return result.stderr
+
+
+def test_a_host_that_dies_and_one_that_starts_late(tmp_path: Path, data_dir: Path, real: Path) -> None:
+    flags = training_flags(tmp_path / "run", data_dir, ":real")
+    log = error_of_a_lost_host(tmp_path / "train.py", flags, in_training=True)
+    last = log.splitlines()[-1]
+    assert last.startswith("error: the other processes of the run do not answer"), log
     assert last.endswith("start all of them again")
 
     own = cluster_flags(2)
     early = start("train.py", *flags, *own[0])
     time.sleep(4)
     late = start("train.py", *flags, *own[1])
+    logs = []
     for result in (finish(early), finish(late)):
         assert result.returncode == 0, result.stderr
+        logs.append(result.stderr)
+    assert "continuing from step 5 " in logs[0]
     assert_close(tmp_path / "run", real)
+
+
+def test_a_host_that_dies_before_a_barrier(tmp_path: Path, data_dir: Path) -> None:
+    """Missed heartbeats tell it; jax then aborts the other process, as a rule after its last line."""
+    flags = training_flags(tmp_path / "run", data_dir, ":real")
+    log = error_of_a_lost_host(tmp_path / "train.py", flags, in_training=False)
+    told = [line for line in log.splitlines() if line.startswith("error: the other processes of the run do")]
+    if told:
+        assert log.splitlines()[-1] == told[0]
+        assert told[0].endswith("start all of them again")
+    else:  # jax was first
+        assert "stopped sending heartbeats" in log
 
 
 def test_sigterm_to_one_of_two(tmp_path: Path, data_dir: Path, real: Path) -> None:
