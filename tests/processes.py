@@ -29,7 +29,7 @@ TIMES = (
     "memory_peak_gb",
 )
 TIMEOUT = 240  # seconds, of a process that takes ten when nothing else runs
-CACHE = tempfile.mkdtemp(prefix="bvit_jax_compiled_")
+COMPILED = tempfile.TemporaryDirectory(prefix="bvit_jax_compiled_")  # removed when this process ends
 
 
 def command(script: str, *flags: str) -> list[str]:
@@ -52,7 +52,7 @@ def environment(devices: int = 1) -> dict[str, str]:
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": CACHE,
+        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
