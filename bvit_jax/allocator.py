@@ -9,7 +9,7 @@ import jax
 
 # Of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_NEVER = 2**31 - 1
+_NEVER = -1  # the largest integer is only 2 GiB, which a large batch exceeds
 
 
 def keep_freed_memory() -> bool:
