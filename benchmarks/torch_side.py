@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -68,6 +69,8 @@ class TorchSide:
         self._labels = torch.randint(0, classes, (plan.batch,), device=self._device)
         self._kinds = plan.kinds
         self._is_compiled = plan.compiled
+        if plan.compiled and plan.cache is not None:  # or Inductor finds what an earlier run compiled
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(plan.cache / "inductor")
         self._model: Any = torch.compile(model) if plan.compiled else model
         on_gpu = self._device.type == "cuda"
         modes = ["torch.compile" if plan.compiled else "eager"]

@@ -51,7 +51,7 @@ class Plan:
       compiled: whether the PyTorch model goes through ``torch.compile``.
       kinds: the steps that are measured.
       autocast: whether the PyTorch model runs under AMP where there is a GPU.
-      cache: directory that keeps what the JAX code compiles, or None for none.
+      cache: directory that keeps what the JAX code and Inductor compile, or None for none.
       plain: whether the JAX code leaves out what training and evaluation do on one CPU by default: packed
         signs, equal blocks in a loop, and memory that is kept from step to step.
       cold: whether the steps run in the process that compiled them, and not in a new one that finds them in
