@@ -29,7 +29,7 @@ from workload import (
 )
 
 from bvit_jax.allocator import keep_freed_memory
-from bvit_jax.compilation import lower
+from bvit_jax.compilation import lower, release_memory
 from bvit_jax.cost.count import BINARY, cost_of
 from bvit_jax.cost.program import trace
 from bvit_jax.cost.values import analyse
@@ -153,6 +153,7 @@ class JaxSide:
         """Returns the seconds of lowering, loading and running a step, None if it had to be compiled."""
         self._hits, began = 0, time.perf_counter()
         self._compiled[kind] = lower(self._jitted[kind], *self._arguments(kind)).compile()
+        release_memory()  # as a training run does
         self.step(kind)
         seconds = time.perf_counter() - began
         return seconds if self._hits else None

@@ -163,10 +163,12 @@ def _measure_batch(
         counts = " and ".join(f"{side.parameters:,}" for side in facts.values())
         raise UserError(f"the two models differ: {counts} parameters; check --set and the checkout")
     compilation, left_out = _prepare(workers)
+    if not plan.cold:
+        for side in plans:
+            workers[side].finish()
     cached = {side: _cached_first_steps(side, of_side) for side, of_side in plans.items()}
     if not plan.cold:
         for side, of_side in plans.items():
-            workers[side].finish()
             workers[side] = Worker(side, _start_jax, of_side)
             workers[side].prepare()  # out of the cache
     rounds: dict[str, Rounds] = {side: {kind: [] for kind in plan.kinds} for side in workers}

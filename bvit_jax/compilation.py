@@ -40,7 +40,8 @@ def lower(jitted: Any, *arguments: Any) -> Any:
     """Returns ``jitted.lower(*arguments)``, traced without garbage collection.
 
     Tracing makes millions of objects that live until its end, and the collector goes through all of them
-    again and again: a third of the time.
+    again and again: a third of the time. What is alive at the end stays as long as the step, and later
+    collections leave it out (``gc.freeze``).
     """
     collects = gc.isenabled()
     gc.disable()
@@ -48,6 +49,7 @@ def lower(jitted: Any, *arguments: Any) -> Any:
         return jitted.lower(*arguments)
     finally:
         if collects:
+            gc.freeze()
             gc.enable()
 
 
@@ -90,7 +92,10 @@ def compile_ahead(name: str, lowered: Any, stop: Callable[[], bool]) -> Any | No
 
 
 def release_memory() -> None:
-    """Returns freed memory to the system where the C library can: compiling leaves gigabytes behind."""
+    """Returns freed memory to the system where the C library can: compiling leaves gigabytes behind.
+
+    It is scattered, so that the arrays of a step would not fit into it, but the system can give it to them.
+    """
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):  # another C library

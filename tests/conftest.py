@@ -1,5 +1,6 @@
 """What all tests share: eight CPU devices, float64 on request, the golden files."""
 
+import gc
 import os
 
 # Before jax is imported: both are read once.
@@ -16,6 +17,13 @@ import numpy as np
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def collected_later() -> Iterator[None]:
+    """Gives the garbage collector back what `bvit_jax.compilation.lower` took out of it, test by test."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
