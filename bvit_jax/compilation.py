@@ -40,8 +40,7 @@ def lower(jitted: Any, *arguments: Any) -> Any:
     """Returns ``jitted.lower(*arguments)``, traced without garbage collection.
 
     Tracing makes millions of objects that live until its end, and the collector goes through all of them
-    again and again: a third of the time. What is alive at the end stays as long as the step, and later
-    collections leave it out (``gc.freeze``).
+    again and again: a third of the time.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -49,7 +48,6 @@ def lower(jitted: Any, *arguments: Any) -> Any:
         return jitted.lower(*arguments)
     finally:
         if collects:
-            gc.freeze()
             gc.enable()
 
 

@@ -1,6 +1,5 @@
 """What all tests share: eight CPU devices, float64 on request, the golden files."""
 
-import gc
 import os
 
 # Before jax is imported: both are read once.
@@ -17,13 +16,6 @@ import numpy as np
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture(autouse=True)
-def collected_later() -> Iterator[None]:
-    """Gives the garbage collector back what `bvit_jax.compilation.lower` took out of it, test by test."""
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

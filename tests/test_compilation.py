@@ -73,10 +73,8 @@ def test_lowers_without_garbage_collection() -> None:
         assert not gc.isenabled()
         return x + 1
 
-    before = gc.get_freeze_count()
     assert lower(jax.jit(traced), jnp.ones(3)).compile()(jnp.ones(3)).tolist() == [2, 2, 2]
     assert gc.isenabled()
-    assert gc.get_freeze_count() > before  # later collections leave out what tracing made
     with pytest.raises(ZeroDivisionError):
         lower(jax.jit(lambda x: x / (1 // 0)), jnp.ones(3))
     assert gc.isenabled()
