@@ -19,9 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from bvit_jax import fused, products, quantize, watch
+from bvit_jax import fused, watch
+from bvit_jax.binary import products, quantize
+from bvit_jax.binary.products import accumulator_dtype
 from bvit_jax.errors import UserError
-from bvit_jax.products import accumulator_dtype
 
 NormName = Literal["batch_norm", "layer_norm"]
 WeightInit = Literal["torch", "trunc_normal"]
@@ -181,7 +182,7 @@ class BinaryDense(nn.Module):
     ``W · sign(x + move)``. With one activation bit the input goes through the sign; the reference
     quantises activations for exactly one bit, so any other number leaves them real. Weights of 2 to
     8 bits are quantised per tensor after clipping to ±``clip_val``. ``whole`` is that of
-    `bvit_jax.products.ProductConfig`. Returns the accumulator.
+    `bvit_jax.binary.products.ProductConfig`. Returns the accumulator.
     """
 
     rule: ClassVar[products.WeightRule] = products.DENSE

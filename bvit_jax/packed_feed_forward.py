@@ -10,7 +10,7 @@ from one part of the computation to the next has the width of the tokens. Three 
   follows from S and from sums over the batch, after the loop over tokens.
 - The product itself is made again in the backward pass: by counting bits it costs less than its storage.
 
-Within a loop channels come first and tokens last; see `bvit_jax.packed`.
+Within a loop channels come first and tokens last; see `bvit_jax.binary.bits`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bvit_jax import packed, quantize
-from bvit_jax.products import DENSE
+from bvit_jax.binary import bits, quantize
+from bvit_jax.binary.products import DENSE
 
 NARROW_ROWS, WIDE_VALUES = 1568, 800 * 1024  # of a part: tokens, and values of the hidden layer; measured
 
@@ -137,7 +137,7 @@ def _backward(epsilon: float, residuals: tuple, gradients: tuple) -> tuple[Array
 
     codes1, codes2 = DENSE.codes(expand.kernel), DENSE.codes(contract.kernel)
     gain = expand.scale * norm1.inverse
-    weights = packed.pack(codes1)
+    weights = bits.pack(codes1)
     expansion = expand.kernel.shape[1] // channels
 
     def part(sums: tuple, x: Array, to_product2: Array, to_sum2: Array) -> tuple[tuple, tuple[Array, Array]]:
@@ -201,21 +201,21 @@ feed_forward.defvjp(_forward, _backward)
 # --- parts of the computation, channels first ---------------------------------------------------
 
 
-def _hidden(x: Array, weights: packed.Bits, unit: Unit, norm: _Norm) -> Array:
+def _hidden(x: Array, weights: bits.Bits, unit: Unit, norm: _Norm) -> Array:
     """Returns what enters the first RPReLU, less its first shift, (hidden, tokens) of (channels, tokens)."""
-    signs = packed.pack(x + unit.move[:, None])
+    signs = bits.pack(x + unit.move[:, None])
     shortcut = (unit.kernel.shape[1] // x.shape[0], 1)
 
     def to_shifted(y: Array) -> Array:
         return _normalise(y.astype(x.dtype), norm, unit) + jnp.tile(x, shortcut)
 
-    return packed.product(weights, signs, to_shifted)
+    return bits.product(weights, signs, to_shifted)
 
 
-def _contract(shifted: Array, weights: packed.Bits, expand: Unit, contract: Unit) -> tuple[Array, Array]:
+def _contract(shifted: Array, weights: bits.Bits, expand: Unit, contract: Unit) -> tuple[Array, Array]:
     """Returns the second product and the second shortcut, both (channels, tokens)."""
     hidden = _rprelu(shifted, expand)
-    y = packed.product(weights, packed.pack(hidden + contract.move[:, None])).astype(hidden.dtype)
+    y = bits.product(weights, bits.pack(hidden + contract.move[:, None])).astype(hidden.dtype)
     return y, jnp.mean(hidden.reshape(y.shape[0], -1, y.shape[1]), axis=1)
 
 
@@ -236,8 +236,8 @@ def _row_sums(rows: Array) -> Array:
 # --- weights and statistics ---------------------------------------------------------------------
 
 
-def _pack_weights(unit: Unit) -> packed.Bits:
-    return packed.pack(DENSE.codes(unit.kernel))
+def _pack_weights(unit: Unit) -> bits.Bits:
+    return bits.pack(DENSE.codes(unit.kernel))
 
 
 def _fold(unit: Unit, moments: Moments, epsilon: float) -> _Norm:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 
-from bvit_jax.products import WeightRule
+from bvit_jax.binary.products import WeightRule
 
 Path = tuple[str, ...]
 Kernels = Mapping[Path, WeightRule]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax import quantize
+from bvit_jax.binary import quantize
 
 COLLECTION = "health"
 BALANCE = "balance"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from bvit_jax import bivit_quantize as quantize
-from bvit_jax import products
+from bvit_jax.binary import products
+from bvit_jax.binary import zero_point as quantize
 
 pytestmark = pytest.mark.usefixtures("x64")
 

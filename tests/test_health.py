@@ -10,8 +10,9 @@ import optax
 import pytest
 from flax import linen as nn
 
-from bvit_jax import health, layers, models, products, signs, watch
+from bvit_jax import health, layers, models, signs, watch
 from bvit_jax.augmentation import Augmentation
+from bvit_jax.binary import products
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.erasing import Erasing
 from bvit_jax.mixing import Mixing

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import models, products
+from bvit_jax import models
+from bvit_jax.binary import products
 from bvit_jax.errors import UserError
 from bvit_jax.state_dicts import abstract_variables, to_state_dict
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.lax import stop_gradient
 
-from bvit_jax import quantize
+from bvit_jax.binary import quantize
 
 pytestmark = pytest.mark.usefixtures("x64", "strict")
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import constant_products, fused, hlo, layers, products
+from bvit_jax import constant_products, fused, hlo, layers
+from bvit_jax.binary import products
 from bvit_jax.layers import BatchNorm
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
 from tests.test_products import RULES, forward_and_gradients, numbers, product_inputs

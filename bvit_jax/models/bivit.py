@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from bvit_jax import products, quantize, watch
-from bvit_jax.bivit_quantize import learned_step
+from bvit_jax import watch
+from bvit_jax.binary import products, quantize
+from bvit_jax.binary.zero_point import learned_step
 from bvit_jax.layers import BitDense, kernel_init
 from bvit_jax.models.bivit_block import BiViTBlock, Quantized
 from bvit_jax.models.deit import DeiT

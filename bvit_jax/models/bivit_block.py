@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax import bivit_quantize as quantize
-from bvit_jax import products, watch
+from bvit_jax import watch
+from bvit_jax.binary import products
+from bvit_jax.binary import zero_point as quantize
 from bvit_jax.layers import LayerNorm
 from bvit_jax.models.head import Attention
 from bvit_jax.models.real_block import RealBlock

@@ -16,7 +16,9 @@ from flax import linen as nn
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from bvit_jax import packed_feed_forward, products, quantize, watch
+from bvit_jax import packed_feed_forward, watch
+from bvit_jax.binary import products, quantize
+from bvit_jax.binary.products import accumulator_dtype
 from bvit_jax.layers import (
     BinaryDense,
     DropPath,
@@ -30,7 +32,6 @@ from bvit_jax.layers import (
 )
 from bvit_jax.models.forms import Forms, plain_forms, whole_forms
 from bvit_jax.models.head import Attention
-from bvit_jax.products import accumulator_dtype
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from bvit_jax import constant_products, layers
-from bvit_jax.products import accumulator_dtype
+from bvit_jax.binary.products import accumulator_dtype
 
 
 @dataclass(frozen=True)

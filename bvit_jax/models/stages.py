@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax import fused, products
+from bvit_jax import fused
+from bvit_jax.binary import products
 from bvit_jax.models.head import Attention
 
 Remat = Literal["none", "block", "dots", "products"]

@@ -21,11 +21,11 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from bvit_jax import models
+from bvit_jax.binary.products import accumulator_dtype
 from bvit_jax.errors import UserError
 from bvit_jax.layers import BatchNorm, BinaryDense, BinaryPatchConv, LayerScale, RPReLU
 from bvit_jax.parity.golden import GoldenFile, compare
 from bvit_jax.parity.reference import config_of
-from bvit_jax.products import accumulator_dtype
 from bvit_jax.state_dicts import Variables, abstract_variables, from_state_dict
 from bvit_jax.torch_names import REFERENCE
 

@@ -17,7 +17,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from bvit_jax import quantize
+from bvit_jax.binary import quantize
 
 CODE_DTYPE = jnp.bfloat16
 PRODUCT = "binary_product"  # by this name a rematerialisation policy finds the products to keep

@@ -12,7 +12,8 @@ first_values          a minimum at -1e-5 is unsigned      none
 clip_output           -                                   1 on the closed interval |x| <= 10
 ====================  ==================================  ===========================================
 
-The weights of its linear layers, ``mean|W| * sign(W)`` by row, are `bvit_jax.quantize.binarize_conv`'s.
+The weights of its linear layers, ``mean|W| * sign(W)`` by row, are
+`bvit_jax.binary.quantize.binarize_conv`'s.
 
 Source: Li et al., "Bi-ViT" (AAAI 2024), in the behaviour of github.com/YanjingLi0202/Bi-ViT.
 """
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bvit_jax.quantize import sum_to
+from bvit_jax.binary.quantize import sum_to
 
 OUTPUT_LIMIT = 10.0  # of the GELU's output
 UNSIGNED = -1e-5  # least minimum of a tensor that counts as having no sign
