@@ -30,7 +30,7 @@ def tile_channels(x: Array, times: int) -> Array:
 
 
 def mean_channels(x: Array, size: int) -> Array:
-    """Averages each ``size`` neighbouring channels, as `bvit_jax.layers.average_channels` does.
+    """Averages each ``size`` neighbouring channels, as `bvit_jax.layers.layers.average_channels` does.
 
     Returns:
       (..., channels / size) in the accumulator of x's dtype.
@@ -39,7 +39,8 @@ def mean_channels(x: Array, size: int) -> Array:
 
 
 def repeat_tokens(x: Array, factor: int) -> Array:
-    """Repeats each token of a square grid ``factor``×``factor`` times, as `bvit_jax.layers.upsample` does.
+    """Repeats each token of a square grid ``factor``×``factor`` times, as `bvit_jax.layers.layers.upsample`
+    does.
 
     Args:
       x: (..., tokens, channels).
@@ -53,7 +54,8 @@ def repeat_tokens(x: Array, factor: int) -> Array:
 
 
 def mean_tokens(x: Array, size: int) -> Array:
-    """Averages each ``size``×``size`` square of a square token grid, as `bvit_jax.layers.average_pool` does.
+    """Averages each ``size``×``size`` square of a square token grid, as
+    `bvit_jax.layers.layers.average_pool` does.
 
     Args:
       x: (..., tokens, channels).

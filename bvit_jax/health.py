@@ -6,13 +6,14 @@ Kinds of figures, of every layer that has them:
 ``flipped``         share of the signs of a binary kernel that differ from those at the last log
 ``active_weights``  share of the latent weights of a binary kernel that its quantiser gives a gradient
 ``active_inputs``   share of the inputs of a sign that its straight-through estimator gives a gradient
-``zeros``           share of the inputs of a sign that are exactly zero; see `bvit_jax.watch`
+``zeros``           share of the inputs of a sign that are exactly zero; see `bvit_jax.layers.sown`
 ``dead_heads``      number of heads whose binarised attention probabilities are all zero over the batch
 ==================  =======================================================================================
 
 The first two need the weights alone. The others come from a forward pass over the last training batch,
 augmented and normalised as the step saw it, in training mode with the step's dropout; statistics are not
-updated. Layers tell of themselves (`bvit_jax.watch`, `bvit_jax.signs`); a model without binary ones has no
+updated. Layers tell of themselves (`bvit_jax.layers.sown`, `bvit_jax.layers.kernels`); a model without
+binary ones has no
 figures, and the compiler leaves nothing of the pass.
 """
 
@@ -27,11 +28,11 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import Mesh
 
-from bvit_jax import watch
 from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
+from bvit_jax.layers import sown
+from bvit_jax.layers.kernels import Signs, active_weights, flipped, noted_kernels, pack_signs
 from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, replicated
-from bvit_jax.signs import Signs, active_weights, flipped, noted_kernels, pack_signs
 from bvit_jax.step import step_keys
 from bvit_jax.train_state import TrainState
 
@@ -73,7 +74,7 @@ def make_health_step(
                 state.variables,
                 normalize(pictures),
                 train=True,
-                mutable=["batch_stats", watch.COLLECTION],
+                mutable=["batch_stats", sown.COLLECTION],
                 rngs={"dropout": dropout_key},
             )
         figures = {
@@ -81,7 +82,7 @@ def make_health_step(
         }
         for layer, share in active_weights(state.params, kernels).items():
             figures["active_weights", layer] = share
-        for path, value in flatten_dict(updates.get(watch.COLLECTION, {})).items():
+        for path, value in flatten_dict(updates.get(sown.COLLECTION, {})).items():
             *layer_path, kind, part = path
             figures[kind, "/".join([*layer_path, part] if part else layer_path)] = value
         values = jnp.array(list(figures.values()), jnp.float32)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from bvit_jax.fused import BATCH_NORM_SCOPE
+from bvit_jax.layers.closed_form import BATCH_NORM_SCOPE
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all"]
 Purpose = Literal["gradient", "batch_norm_forward", "batch_norm_backward", "other"]

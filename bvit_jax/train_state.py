@@ -13,8 +13,8 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
 
+from bvit_jax.layers.kernels import noted_kernels, pack_signs
 from bvit_jax.sharding import state_sharding, with_sharding
-from bvit_jax.signs import noted_kernels, pack_signs
 
 
 @register_pytree_with_keys_class
@@ -29,7 +29,8 @@ class TrainState:
       opt_state: state of the optax chain.
       ema: the moving average of ``params`` and ``batch_stats``, a dictionary of both, float32; None
         where none is kept, and then the tree has no such branch.
-      signs: signs of the binary weights at the last log, as `bvit_jax.signs.pack_signs` returns them;
+      signs: signs of the binary weights at the last log, as `bvit_jax.layers.kernels.pack_signs` returns
+      them;
         {} where the health of the network is not measured. The step passes it through.
     """
 

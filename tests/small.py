@@ -6,7 +6,7 @@ import numpy as np
 from flax import linen as nn
 
 from bvit_jax.config import default_config
-from bvit_jax.layers import BatchNorm, LayerNorm
+from bvit_jax.layers.layers import BatchNorm, LayerNorm
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.normalization import Normalization
 from bvit_jax.optim import make_optimizer

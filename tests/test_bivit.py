@@ -11,10 +11,10 @@ from jax.lax import stop_gradient
 from bvit_jax import models
 from bvit_jax.binary.quantize import sign_slope
 from bvit_jax.errors import UserError
-from bvit_jax.layers import BitDense
+from bvit_jax.layers.kernels import noted_kernels
+from bvit_jax.layers.layers import BitDense
 from bvit_jax.models import bivit
 from bvit_jax.models.first_values import first_batch
-from bvit_jax.signs import noted_kernels
 from bvit_jax.state_dicts import abstract_variables
 
 SIZES = {

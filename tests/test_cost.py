@@ -16,11 +16,11 @@ from bvit_jax import config as config_lib
 from bvit_jax.checkpoint import FOLDER
 from bvit_jax.cost import cost_of
 from bvit_jax.cost.speedup import speedups
+from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.models.factory import MODELS
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.report.__main__ import main
 from bvit_jax.report.cost import Subject, measure, speedup_table
-from bvit_jax.signs import noted_kernels
 from bvit_jax.state_dicts import abstract_variables
 
 # ml_collections loads the file of a configuration in a way that importlib calls deprecated.

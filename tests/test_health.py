@@ -10,11 +10,13 @@ import optax
 import pytest
 from flax import linen as nn
 
-from bvit_jax import health, layers, models, signs, watch
+from bvit_jax import health, models
 from bvit_jax.augmentation import Augmentation
 from bvit_jax.binary import products
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.erasing import Erasing
+from bvit_jax.layers import kernels as signs
+from bvit_jax.layers import layers, sown
 from bvit_jax.mixing import Mixing
 from bvit_jax.models.blocks import BinaryAttention
 from bvit_jax.normalization import Normalization
@@ -165,7 +167,7 @@ def test_layers_are_found_where_blocks_are_rematerialised():
         variables = Remat().init(KEY, x)
     assert kernels == {("dense",): products.DENSE}
     assert list(variables) == ["params"]
-    _, found = Remat().apply(variables, x, mutable=[watch.COLLECTION])
+    _, found = Remat().apply(variables, x, mutable=[sown.COLLECTION])
     assert float(found["health"]["dense"]["active_inputs"][""]) == 0.5
 
 
@@ -239,8 +241,8 @@ class Told(nn.Module):
     """A layer that tells of whatever it is given."""
 
     def __call__(self, x):
-        watch.watch_sign(self, x)
-        watch.watch_heads(self, x)
+        sown.watch_sign(self, x)
+        sown.watch_heads(self, x)
 
 
 def test_zeros_and_dead_heads_by_hand():
@@ -255,10 +257,10 @@ def test_zeros_and_dead_heads_by_hand():
 
 def test_a_share_of_more_than_float32_counts():
     mask = jax.ShapeDtypeStruct((64, 1024, 1024), bool)
-    text = jax.jit(watch.share).lower(mask).as_text()
+    text = jax.jit(sown.share).lower(mask).as_text()
     assert "tensor<64xi32>" in text  # samples are counted in whole numbers
     ones = jnp.ones((5, 1 << 22), bool)  # 1.25 times 2^24
-    assert float(watch.share(ones)) == 1
+    assert float(sown.share(ones)) == 1
 
 
 def test_a_large_scale_kills_the_heads(program):
@@ -327,7 +329,7 @@ def test_the_training_step_is_the_same_program_without_watching(monkeypatch):
     text = program_text()
     with monkeypatch.context() as patch:
         for name in ("watch_sign", "watch_heads"):
-            patch.setattr(watch, name, lambda *arguments: None)
+            patch.setattr(sown, name, lambda *arguments: None)
         assert program_text() == text
-    monkeypatch.setattr(watch, "watched", lambda module: True)  # the comparison can tell
+    monkeypatch.setattr(sown, "watched", lambda module: True)  # the comparison can tell
     assert program_text() != text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from bvit_jax import layers
+from bvit_jax.layers import layers
 
 pytestmark = pytest.mark.usefixtures("x64")
 

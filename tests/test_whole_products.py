@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import constant_products, fused, hlo, layers
+from bvit_jax import constant_products, hlo
 from bvit_jax.binary import products
-from bvit_jax.layers import BatchNorm
+from bvit_jax.layers import closed_form, layers
+from bvit_jax.layers.layers import BatchNorm
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
 from tests.test_products import RULES, forward_and_gradients, numbers, product_inputs
 
@@ -142,7 +143,9 @@ def test_one_pass_needs_one_all_reduce_forward():
             jax.ShapeDtypeStruct((3,), jnp.float32, sharding=replicated(mesh))
         ] * 3
         norm = jax.jit(
-            lambda x, scale, bias, mean: fused.batch_norm(x, scale, bias, 1e-5, mean if one_pass else None)
+            lambda x, scale, bias, mean: closed_form.batch_norm(
+                x, scale, bias, 1e-5, mean if one_pass else None
+            )
         )
         text = norm.lower(*shapes).compile().as_text()
         return hlo.by_purpose(hlo.collectives_of(text))["batch_norm_forward"].count

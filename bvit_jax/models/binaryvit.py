@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.layers import (
+from bvit_jax.layers.layers import (
     BinaryPatchConv,
     RPReLU,
     average_pool,

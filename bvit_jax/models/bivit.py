@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from bvit_jax import watch
 from bvit_jax.binary import products, quantize
 from bvit_jax.binary.zero_point import learned_step
-from bvit_jax.layers import BitDense, kernel_init
+from bvit_jax.layers import sown
+from bvit_jax.layers.layers import BitDense, kernel_init
 from bvit_jax.models.bivit_block import BiViTBlock, Quantized
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.first_values import learned_values
@@ -58,7 +58,7 @@ class HeadSigns(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Quantized:
-        watch.watch_sign(self, x, "", quantize.sign_bit)
+        sown.watch_sign(self, x, "", quantize.sign_bit)
         others = tuple(axis for axis in range(x.ndim) if axis != self.axis)
         mean = lax.stop_gradient(jnp.mean(jnp.abs(x), axis=others))
         scale = learned_values(self, {"scale": 1.0}, x.shape[self.axis], lambda: {"scale": mean})["scale"]
@@ -141,7 +141,7 @@ class BitReduction(nn.Module):
         scale = learned_values(self, {"scale": 1.0}, self.features, lambda: first)["scale"]
         codes = quantize.weight_bit(kernel)
         if c.act_bits == 1:
-            watch.watch_sign(self, x, "", quantize.sign_bit)
+            sown.watch_sign(self, x, "", quantize.sign_bit)
             y = products.code_product(quantize.sign_bit(x), codes, "bnc,cf->bnf", c.dtype)
         else:
             y = products.real_product(x.astype(c.dtype), codes)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax import watch
 from bvit_jax.binary import products
 from bvit_jax.binary import zero_point as quantize
-from bvit_jax.layers import LayerNorm
+from bvit_jax.layers import sown
+from bvit_jax.layers.layers import LayerNorm
 from bvit_jax.models.head import Attention
 from bvit_jax.models.real_block import RealBlock
 
@@ -62,7 +62,7 @@ class BiViTBlock(RealBlock):
         scores = self._product(queries, keys, "bqhd,bkhd->bhqk") / math.sqrt(q.shape[-1])
         probs = self._probabilities(scores)
         used = self._quantize_probs(probs)
-        watch.watch_heads(self, used.codes)
+        sown.watch_heads(self, used.codes)
         kept = used
         if train and c.attention_dropout > 0:
             rate = 1 - c.attention_dropout

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax import watch
 from bvit_jax.binary import products
 from bvit_jax.binary import zero_point as quantize
-from bvit_jax.layers import UncentredDense, kernel_init
+from bvit_jax.layers import sown
+from bvit_jax.layers.layers import UncentredDense, kernel_init
 from bvit_jax.models.bivit_block import BiViTBlock, Quantized
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.first_values import SEEN, is_first_batch, learned_values, unless
@@ -57,8 +57,8 @@ class ZeroPointQuantizer(nn.Module):
         scale = quantize.learned_step(values["alpha"], x.size).reshape(shape)
         zero_point = quantize.learned_step(values["zero_point"], x.size).reshape(shape)
         codes = quantize.zero_point_codes(x, scale, zero_point)
-        if watch.watched(self):  # codes are signs minus the rounded zero point
-            watch.watch_balance(self, codes + jnp.round(zero_point), "", self.axis)
+        if sown.watched(self):  # codes are signs minus the rounded zero point
+            sown.watch_balance(self, codes + jnp.round(zero_point), "", self.axis)
         return Quantized(codes, scale)
 
 

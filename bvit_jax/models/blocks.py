@@ -16,10 +16,11 @@ from flax import linen as nn
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from bvit_jax import packed_feed_forward, watch
+from bvit_jax import packed_feed_forward
 from bvit_jax.binary import products, quantize
 from bvit_jax.binary.products import accumulator_dtype
-from bvit_jax.layers import (
+from bvit_jax.layers import sown
+from bvit_jax.layers.layers import (
     BinaryDense,
     DropPath,
     LayerScale,
@@ -39,10 +40,10 @@ class BlockConfig:
     """What the blocks of one model have in common, whatever their width.
 
     Attributes:
-      weight_bits, act_bits, clip_val: see `bvit_jax.layers.BinaryDense`.
+      weight_bits, act_bits, clip_val: see `bvit_jax.layers.layers.BinaryDense`.
       norm, norm_epsilon: normalisation after every product and before every branch.
       batch_norm_group: consecutive images whose statistics a batch norm takes, 0 for the global batch;
-        see `bvit_jax.layers.BatchNorm`.
+        see `bvit_jax.layers.layers.BatchNorm`.
       layer_scale: whether the two main branches end in a `LayerScale`.
       pool_branches: kernel sizes of the pooling branches, 3 and 5 in the paper.
       dropout, attention_dropout: rates.
@@ -50,7 +51,7 @@ class BlockConfig:
       dtype: compute dtype; activations are kept in it.
       whole: whether products are kept as whole numbers, and what a backward pass computes from them again is
         arranged for it: see `bvit_jax.models.stages.Execution`.
-      one_pass_norms: see `bvit_jax.layers.BatchNorm`.
+      one_pass_norms: see `bvit_jax.layers.layers.BatchNorm`.
       packed: whether the feed-forward branches are computed by `bvit_jax.packed_feed_forward` where it
         does the same; how it runs, not what it is.
     """
@@ -150,12 +151,12 @@ class BinaryAttention(nn.Module):
     def _attend_binary(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
         for name, x in (("query_move", q), ("key_move", k), ("value_move", v)):
-            watch.watch_sign(self, x, name)
+            sown.watch_sign(self, x, name)
         scores = products.binary_scores(q, k, c.dtype, c.whole) / math.sqrt(q.shape[-1])
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
         probs = softmax(scores)
         codes = quantize.prob_codes(probs, scale)
-        watch.watch_heads(self, codes)
+        sown.watch_heads(self, codes)
         # The codes' gradient rule already accounts for the scale: see quantize.prob_codes.
         scale = lax.stop_gradient(scale)
         attention = Attention(probs, codes * scale)
@@ -196,7 +197,7 @@ class BinaryFeedForward(nn.Module):
     def _packs(self, x: Array, train: bool) -> bool:
         """Returns whether the packed computation is wanted, the same as the plain one, and faster."""
         c = self.config
-        if not c.packed or self.is_initializing() or watch.watched(self):
+        if not c.packed or self.is_initializing() or sown.watched(self):
             return False
         binary = c.weight_bits == c.act_bits == 1 and c.norm == "batch_norm"
         unrounded = x.dtype == c.dtype == accumulator_dtype(c.dtype)

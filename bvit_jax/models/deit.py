@@ -5,7 +5,7 @@ from typing import ClassVar
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.layers import LayerNorm, drop_path_rates
+from bvit_jax.layers.layers import LayerNorm, drop_path_rates
 from bvit_jax.models.embedding import ImageEmbedding
 from bvit_jax.models.head import ModelOutput, classify, model_output
 from bvit_jax.models.real_block import RealBlock, RealConfig

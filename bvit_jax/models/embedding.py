@@ -5,7 +5,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from bvit_jax.layers import WeightInit, make_norm, normal_init, real_patch_conv, to_tokens
+from bvit_jax.layers.layers import WeightInit, make_norm, normal_init, real_patch_conv, to_tokens
 from bvit_jax.models.blocks import NormName
 
 

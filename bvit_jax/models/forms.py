@@ -11,8 +11,9 @@ from functools import partial
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from bvit_jax import constant_products, layers
+from bvit_jax import constant_products
 from bvit_jax.binary.products import accumulator_dtype
+from bvit_jax.layers import layers
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Forms:
 
 
 def plain_forms(*, train: bool) -> Forms:
-    """Returns the forms of `bvit_jax.layers`."""
+    """Returns the forms of `bvit_jax.layers.layers`."""
     return Forms(
         pool=layers.average_pool,
         repeat=layers.upsample,

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from bvit_jax.layers import POOLING_SCOPE, WeightInit, real_dense
+from bvit_jax.layers.layers import POOLING_SCOPE, WeightInit, real_dense
 
 
 class Attention(NamedTuple):

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from bvit_jax.layers import (
+from bvit_jax.layers.layers import (
     ACTIVATION_SCOPE,
     DropPath,
     LayerNorm,

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax import fused
 from bvit_jax.binary import products
+from bvit_jax.layers import closed_form
 from bvit_jax.models.head import Attention
 
 Remat = Literal["none", "block", "dots", "products"]
@@ -25,7 +25,7 @@ POLICIES: dict[Remat, Callable[..., bool]] = {
     # are the largest arrays of a block and the cheapest to compute again.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     # Whole numbers of one or two bytes, and means and variances: all else is cheap to compute again.
-    "products": jax.checkpoint_policies.save_only_these_names(products.PRODUCT, fused.STATISTICS),
+    "products": jax.checkpoint_policies.save_only_these_names(products.PRODUCT, closed_form.STATISTICS),
 }
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.layers import LayerNorm, drop_path_rates, kernel_init, to_grid, to_tokens
+from bvit_jax.layers.layers import LayerNorm, drop_path_rates, kernel_init, to_grid, to_tokens
 from bvit_jax.models.embedding import ImageEmbedding
 from bvit_jax.models.head import ModelOutput, average_tokens, classify, model_output
 from bvit_jax.models.real_block import RealBlock, RealConfig

@@ -17,7 +17,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from bvit_jax import models, watch
+from bvit_jax import models
+from bvit_jax.layers import sown
+from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.models.binaryvit import STRIDE
 from bvit_jax.models.factory import DEITS, SWINS
 from bvit_jax.models.head import ModelOutput
@@ -25,7 +27,6 @@ from bvit_jax.models.swin import MERGE, stage_window
 from bvit_jax.models.windows import Window
 from bvit_jax.normalization import Normalization
 from bvit_jax.pretrained import Pretrained
-from bvit_jax.signs import noted_kernels
 
 Params = Mapping[str, Any]
 
@@ -278,8 +279,8 @@ def look(model: Pretrained, images: np.ndarray) -> Seen:
 
 
 def _applied(module: nn.Module, variables: Any, inputs: jax.Array) -> tuple[ModelOutput, Any]:
-    output, told = module.apply(variables, inputs, capture=True, mutable=[watch.BALANCE])
-    return output, told.get(watch.BALANCE, {})
+    output, told = module.apply(variables, inputs, capture=True, mutable=[sown.BALANCE])
+    return output, told.get(sown.BALANCE, {})
 
 
 def whole_attention(attention: np.ndarray, block: Block) -> np.ndarray:

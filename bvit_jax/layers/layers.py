@@ -19,10 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from bvit_jax import fused, watch
 from bvit_jax.binary import products, quantize
 from bvit_jax.binary.products import accumulator_dtype
 from bvit_jax.errors import UserError
+from bvit_jax.layers import closed_form, sown
 
 NormName = Literal["batch_norm", "layer_norm"]
 WeightInit = Literal["torch", "trunc_normal"]
@@ -72,7 +72,7 @@ class RPReLU(nn.Module):
         move1 = self.param("move1", nn.initializers.zeros, channels)
         slope = self.param("slope", nn.initializers.constant(0.25), channels)
         move2 = self.param("move2", nn.initializers.zeros, channels)
-        return fused.rprelu(x, move1, slope, move2)
+        return closed_form.rprelu(x, move1, slope, move2)
 
 
 class LayerScale(nn.Module):
@@ -99,7 +99,7 @@ class BatchNorm(nn.Module):
     the images of a group are on one device, normalising needs no communication.
 
     With ``one_pass`` mean and variance come from one pass, relative to the running mean: see
-    `bvit_jax.fused.moments`.
+    `bvit_jax.layers.closed_form.moments`.
     """
 
     epsilon: float = 1e-5
@@ -120,10 +120,10 @@ class BatchNorm(nn.Module):
         groups = self._groups(x.shape[0])
         shift = running_mean.value if self.one_pass else None
         if groups:
-            y, mean, var = fused.grouped_batch_norm(x, scale, bias, self.epsilon, groups, shift)
+            y, mean, var = closed_form.grouped_batch_norm(x, scale, bias, self.epsilon, groups, shift)
             mean, var = jnp.mean(mean, axis=0), jnp.mean(var, axis=0)
         else:
-            y, mean, var = fused.batch_norm(x, scale, bias, self.epsilon, shift)
+            y, mean, var = closed_form.batch_norm(x, scale, bias, self.epsilon, shift)
         if not self.is_initializing():
             running = {"mean": running_mean.value, "var": running_var.value}
             count = x.size // x.shape[-1] // (groups or 1)
@@ -224,7 +224,7 @@ class UncentredDense(nn.Module):
         fan_in = x.shape[-1]
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), (fan_in, self.features))
         if self.act_bits == 1:
-            watch.watch_sign(self, x, "", self.sign)
+            sown.watch_sign(self, x, "", self.sign)
         config = products.ProductConfig(self.rule, self.act_bits == 1, self.dtype, self.sign)
         no_move = jnp.zeros(fan_in, accumulator_dtype(self.dtype))
         return products.binary_product(x, no_move, kernel, config)
@@ -268,8 +268,8 @@ class BinaryPatchConv(nn.Module):
 
 
 def _quantized_product(layer: BinaryDense | BinaryPatchConv, x: Array, move: Array, kernel: Array) -> Array:
-    if layer.act_bits == 1 and watch.watched(layer):
-        watch.watch_sign(layer, x.astype(accumulator_dtype(layer.dtype)) + move)
+    if layer.act_bits == 1 and sown.watched(layer):
+        sown.watch_sign(layer, x.astype(accumulator_dtype(layer.dtype)) + move)
     if layer.weight_bits == 1:
         config = products.ProductConfig(layer.rule, layer.act_bits == 1, layer.dtype, whole=layer.whole)
         return products.binary_product(x, move, kernel, config)
