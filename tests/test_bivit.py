@@ -13,8 +13,8 @@ from bvit_jax.binary.quantize import sign_slope
 from bvit_jax.errors import UserError
 from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.layers.layers import BitDense
-from bvit_jax.models import bivit
-from bvit_jax.models.first_values import first_batch
+from bvit_jax.models.bivit import paper
+from bvit_jax.models.bivit.first_values import first_batch
 from bvit_jax.state_dicts import abstract_variables
 
 SIZES = {
@@ -74,7 +74,7 @@ def test_probabilities_against_a_slow_formulation():
         return (alpha * straight_through(jnp.round(q), q)) @ v
 
     def fast(probs, parameter):
-        quantized = bivit.HeadProbs(axis=1).apply({"params": {"scale": parameter}}, probs)
+        quantized = paper.HeadProbs(axis=1).apply({"params": {"scale": parameter}}, probs)
         return (quantized.codes @ v) * quantized.scale
 
     actual, pullback = jax.vjp(fast, probs, parameter)
@@ -97,7 +97,7 @@ def test_signs_against_a_slow_formulation():
 
     def fast(x, scale):
         variables = {"params": {"scale": scale}, "batch_stats": {"init_state": jnp.ones(1)}}
-        quantized = bivit.HeadSigns(axis=2).apply(variables, x)
+        quantized = paper.HeadSigns(axis=2).apply(variables, x)
         return quantized.codes * quantized.scale
 
     actual, pullback = jax.vjp(fast, x, scale)
@@ -111,14 +111,14 @@ def test_signs_against_a_slow_formulation():
 @pytest.mark.parametrize("value", [-3.0, 0.0, 1e-6])
 def test_a_scale_below_the_floor_leaves_a_head_alive(value):
     probs = jax.nn.softmax(jax.random.normal(jax.random.key(0), (2, 1, 4, 5)))
-    module = bivit.HeadProbs(axis=1)
+    module = paper.HeadProbs(axis=1)
 
     def total(parameter):
         quantized = module.apply({"params": {"scale": parameter}}, probs)
         return jnp.sum(quantized.codes * quantized.scale), quantized
 
     gradient, quantized = jax.grad(lambda s: (-total(s)[0], total(s)[1]), has_aux=True)(jnp.array([value]))
-    np.testing.assert_allclose(quantized.scale, bivit.LEAST_SCALE / 5, rtol=1e-6)
+    np.testing.assert_allclose(quantized.scale, paper.LEAST_SCALE / 5, rtol=1e-6)
     assert quantized.codes.any()
     assert gradient[0] < 0  # a descent raises it
 
@@ -143,7 +143,7 @@ def real_model_probs(images):
 
 def test_signs_start_at_the_mean_magnitude_of_each_head():
     x = jnp.array([[[[1.0, -3.0], [0.0, 0.5]]], [[[2.0, 2.0], [-0.5, -1.0]]]])  # (2, 1, 2, 2)
-    module = bivit.HeadSigns(axis=2)
+    module = paper.HeadSigns(axis=2)
     variables = module.init(jax.random.key(0), x)
     np.testing.assert_array_equal(variables["params"]["scale"], [1, 1])
     y, updated = module.apply(variables, x, mutable=["params", "batch_stats"])
@@ -189,13 +189,13 @@ def test_every_product_sees_bits(name, monkeypatch):
     """All codes are -1 or 1, those of attention probabilities 0 or 1; zeros among the inputs included."""
     model, _, images = tiny(name)
     seen = []
-    product = bivit.products.code_product
+    product = paper.products.code_product
 
     def watched(a, b, *settings):
         seen.extend((a, b))
         return product(a, b, *settings)
 
-    monkeypatch.setattr(bivit.products, "code_product", watched)
+    monkeypatch.setattr(paper.products, "code_product", watched)
     model.apply(started(name), images * (images > 0))
     values = {tuple(np.unique(codes).tolist()) for codes in seen}
     assert values == {(-1.0, 1.0), (0.0, 1.0)}
@@ -287,7 +287,7 @@ def test_sizes(settings, added):
 
 def test_slope_is_that_of_the_other_binary_products():
     x = jnp.linspace(-1.5, 1.5, 7)
-    module = bivit.HeadSigns(axis=0)
+    module = paper.HeadSigns(axis=0)
     variables = {"params": {"scale": jnp.full(7, 3.0)}, "batch_stats": {"init_state": jnp.ones(1)}}
     gradient = jax.grad(lambda x: jnp.sum(module.apply(variables, x).codes))(x)
     np.testing.assert_allclose(gradient, sign_slope(x))

@@ -11,8 +11,8 @@ from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.layers.layers import UncentredDense
-from bvit_jax.models.bivit_release import ZeroPointQuantizer
-from bvit_jax.models.first_values import first_batch
+from bvit_jax.models.bivit.first_values import first_batch
+from bvit_jax.models.bivit.release import ZeroPointQuantizer
 from bvit_jax.state_dicts import abstract_variables
 
 from .weights import tiny_config

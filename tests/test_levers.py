@@ -9,7 +9,7 @@ from bvit_jax import config as config_lib
 from bvit_jax import models
 from bvit_jax.build import build
 from bvit_jax.errors import UserError
-from bvit_jax.models.stages import Execution
+from bvit_jax.models.execution.stages import Execution
 from bvit_jax.step import make_train_step
 from bvit_jax.train_state import create_state
 from tests.configs import tiny

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from jax import Array
 
-from bvit_jax import allocator, config, models, packed_feed_forward, runs
+from bvit_jax import allocator, config, models, runs
 from bvit_jax.binary import bits as packed
 from bvit_jax.errors import UserError
 from bvit_jax.models.blocks import BinaryFeedForward, BlockConfig
+from bvit_jax.models.execution import packed_feed_forward
 from bvit_jax.sharding import make_mesh
 
 TINY = models.model_config(

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import constant_products, hlo
+from bvit_jax import hlo
 from bvit_jax.binary import products
 from bvit_jax.layers import closed_form, layers
 from bvit_jax.layers.layers import BatchNorm
+from bvit_jax.models.execution import grid_products
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
 from tests.test_products import RULES, forward_and_gradients, numbers, product_inputs
 
@@ -56,13 +57,13 @@ def test_the_largest_sums_are_exact(terms):
 @pytest.mark.parametrize(
     ("by_product", "plain"),
     [
-        (lambda x: constant_products.tile_channels(x, 3), lambda x: layers.tile_channels(x, 3)),
+        (lambda x: grid_products.tile_channels(x, 3), lambda x: layers.tile_channels(x, 3)),
         (
-            lambda x: constant_products.mean_channels(x, 4),
+            lambda x: grid_products.mean_channels(x, 4),
             lambda x: layers.average_channels(x, 4, train=True),
         ),
-        (lambda x: constant_products.repeat_tokens(x, 2), lambda x: layers.upsample(x, 2)),
-        (lambda x: constant_products.mean_tokens(x, 2), lambda x: layers.average_pool(x, 2)),
+        (lambda x: grid_products.repeat_tokens(x, 2), lambda x: layers.upsample(x, 2)),
+        (lambda x: grid_products.mean_tokens(x, 2), lambda x: layers.average_pool(x, 2)),
     ],
     ids=["tile_channels", "mean_channels", "repeat_tokens", "mean_tokens"],
 )

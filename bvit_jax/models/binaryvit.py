@@ -22,8 +22,8 @@ from bvit_jax.layers.layers import (
 )
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
+from bvit_jax.models.execution.stages import Execution, run_blocks
 from bvit_jax.models.head import ModelOutput, average_tokens, classify, model_output
-from bvit_jax.models.stages import Execution, run_blocks
 
 STRIDE = 2  # between stages
 

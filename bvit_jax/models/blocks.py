@@ -16,7 +16,6 @@ from flax import linen as nn
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from bvit_jax import packed_feed_forward
 from bvit_jax.binary import products, quantize
 from bvit_jax.binary.products import accumulator_dtype
 from bvit_jax.layers import sown
@@ -31,7 +30,8 @@ from bvit_jax.layers.layers import (
     make_norm,
     softmax,
 )
-from bvit_jax.models.forms import Forms, plain_forms, whole_forms
+from bvit_jax.models.execution import packed_feed_forward
+from bvit_jax.models.execution.variants import Forms, plain_forms, whole_forms
 from bvit_jax.models.head import Attention
 
 
@@ -50,9 +50,10 @@ class BlockConfig:
       weight_init: initialiser of the weight matrices.
       dtype: compute dtype; activations are kept in it.
       whole: whether products are kept as whole numbers, and what a backward pass computes from them again is
-        arranged for it: see `bvit_jax.models.stages.Execution`.
+        arranged for it: see `bvit_jax.models.execution.stages.Execution`.
       one_pass_norms: see `bvit_jax.layers.layers.BatchNorm`.
-      packed: whether the feed-forward branches are computed by `bvit_jax.packed_feed_forward` where it
+      packed: whether the feed-forward branches are computed by
+      `bvit_jax.models.execution.packed_feed_forward` where it
         does the same; how it runs, not what it is.
     """
 
@@ -224,7 +225,8 @@ class BinaryFeedForward(nn.Module):
 
 
 def packed_unit(params: Mapping[str, Any]) -> packed_feed_forward.Unit:
-    """Returns the parameters of a `BinaryUnit` as `bvit_jax.packed_feed_forward` takes them."""
+    """Returns the parameters of a `BinaryUnit` as `bvit_jax.models.execution.packed_feed_forward` takes
+    them."""
     return packed_feed_forward.Unit(**params["dense"], **params["norm"], **params["rprelu"])
 
 

@@ -7,9 +7,9 @@ from jax import Array
 
 from bvit_jax.layers.layers import LayerNorm, drop_path_rates
 from bvit_jax.models.embedding import ImageEmbedding
+from bvit_jax.models.execution.stages import Execution, run_blocks
 from bvit_jax.models.head import ModelOutput, classify, model_output
 from bvit_jax.models.real_block import RealBlock, RealConfig
-from bvit_jax.models.stages import Execution, run_blocks
 
 
 class DeiT(nn.Module):

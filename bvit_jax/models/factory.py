@@ -14,11 +14,11 @@ from jax.typing import DTypeLike
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.layers.layers import NormName, WeightInit
 from bvit_jax.models.binaryvit import STRIDE, BinaryViT
-from bvit_jax.models.bivit import BiViTDeiT, BiViTSwin
-from bvit_jax.models.bivit_release import BiViTReleaseDeiT, BiViTReleaseSwin
+from bvit_jax.models.bivit.paper import BiViTDeiT, BiViTSwin
+from bvit_jax.models.bivit.release import BiViTReleaseDeiT, BiViTReleaseSwin
 from bvit_jax.models.deit import DeiT
-from bvit_jax.models.extra_res import ExtraRes
-from bvit_jax.models.stages import POLICIES, Execution, Remat
+from bvit_jax.models.execution.stages import POLICIES, Execution, Remat
+from bvit_jax.models.react_deit import ExtraRes
 from bvit_jax.models.swin import MERGE, Swin
 
 if TYPE_CHECKING:  # models also run where ml-collections is not installed
@@ -107,7 +107,7 @@ def create_model(
       config: ``name`` and any settings of the model, as `model_config` returns them.
       dtype: dtype of the activations; parameters are float32 whatever it is.
       remat, scan_blocks: how it runs, which is no part of its description; see
-        `bvit_jax.models.stages.Execution`.
+        `bvit_jax.models.execution.stages.Execution`.
       one_pass_norms: likewise, of models with batch norms; see `bvit_jax.layers.layers.BatchNorm`.
       packed: likewise, of models for which `packs_signs` is true; see `bvit_jax.models.blocks.BlockConfig`.
 

@@ -13,9 +13,9 @@ from jax import Array
 
 from bvit_jax.layers.layers import LayerNorm, drop_path_rates, kernel_init, to_grid, to_tokens
 from bvit_jax.models.embedding import ImageEmbedding
+from bvit_jax.models.execution.stages import Execution, run_blocks
 from bvit_jax.models.head import ModelOutput, average_tokens, classify, model_output
 from bvit_jax.models.real_block import RealBlock, RealConfig
-from bvit_jax.models.stages import Execution, run_blocks
 from bvit_jax.models.windows import Window
 
 MERGE = 2  # tokens along each side of the square that patch merging makes one token of

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.models.stages import Execution
+from bvit_jax.models.execution.stages import Execution
 from bvit_jax.models.swin import PatchMerging
 
 SEEN = "init_state"  # float (1,), the released checkpoints' name of the flag

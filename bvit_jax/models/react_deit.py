@@ -10,8 +10,8 @@ from jax import Array
 from bvit_jax.layers.layers import drop_path_rates
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
+from bvit_jax.models.execution.stages import Execution, run_blocks
 from bvit_jax.models.head import ModelOutput, average_tokens, classify, model_output
-from bvit_jax.models.stages import Execution, run_blocks
 
 
 class ExtraRes(nn.Module):

@@ -1,7 +1,7 @@
 """The steps between the products of a block, in the forms that they are computed in.
 
 Each does the same in both forms: one is plain, the other arranged for a TPU that trains with products kept
-as whole numbers, ``remat="products"``; see `bvit_jax.models.stages.Execution`.
+as whole numbers, ``remat="products"``; see `bvit_jax.models.execution.stages.Execution`.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from functools import partial
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from bvit_jax import constant_products
 from bvit_jax.binary.products import accumulator_dtype
 from bvit_jax.layers import layers
+from bvit_jax.models.execution import grid_products
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def plain_forms(*, train: bool) -> Forms:
 def whole_forms(dtype: DTypeLike) -> Forms:
     """Returns the forms for training with whole products in a compute dtype: most are products themselves."""
     return Forms(
-        pool=lambda x, size: constant_products.mean_tokens(x, size).astype(x.dtype),
-        repeat=lambda x, factor: constant_products.repeat_tokens(x.astype(dtype), factor),
+        pool=lambda x, size: grid_products.mean_tokens(x, size).astype(x.dtype),
+        repeat=lambda x, factor: grid_products.repeat_tokens(x.astype(dtype), factor),
         average_line=lambda x, size, axis: layers.average_row(_accumulated(x), size, axis),
-        tile=constant_products.tile_channels,
-        mean_channels=constant_products.mean_channels,
+        tile=grid_products.tile_channels,
+        mean_channels=grid_products.mean_channels,
         settle=partial(_settle, dtype=dtype),
     )
 

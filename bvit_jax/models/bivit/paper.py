@@ -6,7 +6,7 @@ keys and values are signs times a learned scale a head; attention probabilities 
 
 The method is that of the paper's abstract, "a learnable scaling factor to reactivate the vanished
 gradients". Its equations were not available, so that these are this project's own; docs/bivit.md gives the
-reasons. `bvit_jax.models.bivit_release` has what the released code computes.
+reasons. `bvit_jax.models.bivit.release` has what the released code computes.
 
 Source: Li et al., "Bi-ViT" (AAAI 2024).
 """
@@ -23,9 +23,9 @@ from bvit_jax.binary import products, quantize
 from bvit_jax.binary.zero_point import learned_step
 from bvit_jax.layers import sown
 from bvit_jax.layers.layers import BitDense, kernel_init
-from bvit_jax.models.bivit_block import BiViTBlock, Quantized
+from bvit_jax.models.bivit.block import BiViTBlock, Quantized
+from bvit_jax.models.bivit.first_values import learned_values
 from bvit_jax.models.deit import DeiT
-from bvit_jax.models.first_values import learned_values
 from bvit_jax.models.head import Attention
 from bvit_jax.models.real_block import RealBlock, RealConfig
 from bvit_jax.models.swin import PatchMerging, Swin

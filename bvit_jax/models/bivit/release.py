@@ -2,7 +2,7 @@
 
 The models are the real-valued ones with other products: every linear layer of a block is binary, and
 queries, keys, values and attention probabilities are quantised with a scale and a zero point a head.
-Both are learned, and start from the first batch of training: see `bvit_jax.models.first_values`.
+Both are learned, and start from the first batch of training: see `bvit_jax.models.bivit.first_values`.
 
 Softmax probabilities are at least 0 and a zero point starts near 0, so that at first every probability
 becomes the scale, and attention is an average; only a zero point below -0.5 makes it choose. Where a sum of
@@ -23,9 +23,9 @@ from bvit_jax.binary import products
 from bvit_jax.binary import zero_point as quantize
 from bvit_jax.layers import sown
 from bvit_jax.layers.layers import UncentredDense, kernel_init
-from bvit_jax.models.bivit_block import BiViTBlock, Quantized
+from bvit_jax.models.bivit.block import BiViTBlock, Quantized
+from bvit_jax.models.bivit.first_values import SEEN, is_first_batch, learned_values, unless
 from bvit_jax.models.deit import DeiT
-from bvit_jax.models.first_values import SEEN, is_first_batch, learned_values, unless
 from bvit_jax.models.real_block import RealBlock, RealConfig
 from bvit_jax.models.swin import PatchMerging, Swin
 
