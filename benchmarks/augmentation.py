@@ -25,7 +25,7 @@ from workload import MODELS, WARMUP_STEPS, Plan, known_model, parse_override
 from bvit_jax.augmentation import Augmentation
 from bvit_jax.erasing import Erasing
 from bvit_jax.errors import UserError
-from bvit_jax.losses import label_targets
+from bvit_jax.losses.classification import label_targets
 from bvit_jax.mixing import Mixing, mix_targets
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
 

@@ -31,8 +31,8 @@ from machine import cores, cpu_model
 from workload import parse_override
 
 from bvit_jax.errors import UserError
+from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.models import create_model
-from bvit_jax.ranking import Ranking, ranking_loss
 from bvit_jax.sharding import make_mesh, replicated
 from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.train_state import create_state

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bvit_jax.boxes import box_area, box_at, inside_box
-from bvit_jax.losses import label_targets
+from bvit_jax.losses.classification import label_targets
 
 Mode = Literal["batch", "pair", "elem"]
 

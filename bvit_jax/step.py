@@ -13,12 +13,18 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
-from bvit_jax.losses import TeacherTargets, cross_entropy, label_targets, topk_correct, training_loss
+from bvit_jax.losses.classification import (
+    TeacherTargets,
+    cross_entropy,
+    label_targets,
+    topk_correct,
+    training_loss,
+)
+from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.mixing import dominant_labels, mix_targets
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.normalization import Normalization
 from bvit_jax.optim import global_norm
-from bvit_jax.ranking import Ranking, ranking_loss
 from bvit_jax.sharding import batch_sharded, replicated
 from bvit_jax.train_state import TrainState
 
@@ -100,7 +106,8 @@ def make_train_step(
     was trained with, in evaluation mode, without gradient. Where images are mixed, so are the labels,
     and the top-1 asks for the label with the larger share.
 
-    With ``ranking``, which needs a teacher, the loss has `bvit_jax.ranking.ranking_loss` of the attention
+    With ``ranking``, which needs a teacher, the loss has `bvit_jax.losses.ranking.ranking_loss` of the
+    attention
     probabilities as one more term; a ``distillation_weight`` of 0 then leaves the teacher's logits out.
 
     With ``accumulate_steps`` k above 1 the batch, augmented as a whole, passes through the models in k

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from bvit_jax import models, pretrained
 from bvit_jax.errors import UserError
+from bvit_jax.losses.ranking import Ranking
 from bvit_jax.normalization import Normalization
-from bvit_jax.ranking import Ranking
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
 from bvit_jax.erasing import Erasing
-from bvit_jax.losses import label_targets
+from bvit_jax.losses.classification import label_targets
 from bvit_jax.mixing import Mixing, mix_images
 from bvit_jax.models import ModelOutput
 from bvit_jax.normalization import Normalization

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from bvit_jax import losses
+from bvit_jax.losses import classification
 
 B, C = 5, 7
 
@@ -35,13 +35,13 @@ def close(actual, expected):
 def test_hand_values():
     logits = jnp.zeros((1, 4))
     label = jnp.array([2])
-    targets = losses.label_targets(label, 4, 0.1, jnp.float64)
+    targets = classification.label_targets(label, 4, 0.1, jnp.float64)
     close(targets, [[0.025, 0.025, 0.925, 0.025]])
-    close(losses.cross_entropy(logits, targets), [math.log(4)])
-    close(losses.soft_cross_entropy(logits, jnp.array([[9.0, -3, 0, 1]])), [math.log(4)])
+    close(classification.cross_entropy(logits, targets), [math.log(4)])
+    close(classification.soft_cross_entropy(logits, jnp.array([[9.0, -3, 0, 1]])), [math.log(4)])
     sure = jnp.array([[0.0, math.log(3.0)]])  # softmax 1/4, 3/4
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    close(losses.soft_cross_entropy(sure, sure), [entropy])
+    close(classification.soft_cross_entropy(sure, sure), [entropy])
 
 
 def test_cross_entropies_equal_torch():
@@ -49,12 +49,12 @@ def test_cross_entropies_equal_torch():
     logits, teacher, labels = numbers()
     t_logits, t_teacher, t_labels = map(torch.from_numpy, (logits, teacher, labels))
     close(
-        losses.soft_cross_entropy(jnp.array(logits), jnp.array(teacher)),
+        classification.soft_cross_entropy(jnp.array(logits), jnp.array(teacher)),
         -(t_teacher.softmax(-1) * t_logits.log_softmax(-1)).sum(-1),
     )
     for smoothing in (0.0, 0.1, 0.5):
-        targets = losses.label_targets(jnp.array(labels), C, smoothing, jnp.float64)
-        ours = losses.cross_entropy(jnp.array(logits), targets)
+        targets = classification.label_targets(jnp.array(labels), C, smoothing, jnp.float64)
+        ours = classification.cross_entropy(jnp.array(logits), targets)
         close(
             ours,
             torch.nn.functional.cross_entropy(
@@ -73,7 +73,7 @@ def test_training_loss_and_gradient_equal_torch(weight):
     logits, teacher, labels = numbers(1)
 
     def loss(x):
-        return losses.training_loss(
+        return classification.training_loss(
             (x,),
             jnp.array(labels),
             jnp.array(teacher),
@@ -99,9 +99,9 @@ def test_training_loss_and_gradient_equal_torch(weight):
 def test_soft_labels_are_not_smoothed_again(weight):
     torch = pytest.importorskip("torch")
     logits, teacher, labels = numbers(8)
-    targets = np.asarray(losses.label_targets(jnp.array(labels), C, 0.1, jnp.float64))
+    targets = np.asarray(classification.label_targets(jnp.array(labels), C, 0.1, jnp.float64))
     targets = 0.3 * targets + 0.7 * targets[::-1]
-    loss, terms = losses.training_loss(
+    loss, terms = classification.training_loss(
         (jnp.array(logits),),
         jnp.array(targets),
         jnp.array(teacher),
@@ -117,7 +117,7 @@ def test_soft_labels_are_not_smoothed_again(weight):
 
 def test_without_a_teacher_only_the_labels_count():
     logits, _, labels = numbers(2)
-    loss, terms = losses.training_loss(
+    loss, terms = classification.training_loss(
         (jnp.array(logits),), jnp.array(labels), None, distillation_weight=1.0, label_smoothing=0.0
     )
     log_probabilities = jax.nn.log_softmax(jnp.array(logits))
@@ -129,7 +129,7 @@ def test_gradient_is_the_derivative():
     logits, teacher, labels = numbers(3)
 
     def loss(x):
-        return losses.training_loss(
+        return classification.training_loss(
             (x,),
             jnp.array(labels),
             jnp.array(teacher),
@@ -144,7 +144,7 @@ def test_labels_go_to_the_first_head_and_hard_targets_to_the_last():
     torch = pytest.importorskip("torch")
     logits, teacher, labels = numbers(6)
     other = numbers(7)[0]
-    loss, terms = losses.training_loss(
+    loss, terms = classification.training_loss(
         (jnp.array(logits), jnp.array(other)),
         jnp.array(labels),
         jnp.array(teacher),
@@ -168,14 +168,14 @@ def test_computed_in_float32_or_wider(dtype, inside):
     logits, teacher, labels = (jnp.array(x) for x in numbers(4))
     logits = logits.astype(dtype)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        loss, _ = losses.training_loss(
+        loss, _ = classification.training_loss(
             (logits,),
             labels,
             teacher.astype(jnp.bfloat16),
             distillation_weight=0.9,
             label_smoothing=0.1,
         )
-        assert losses.topk_correct(logits, labels, 2).dtype == bool
+        assert classification.topk_correct(logits, labels, 2).dtype == bool
     assert loss.dtype == inside
 
 
@@ -184,17 +184,17 @@ def test_topk_agrees_with_sorting():
     order = np.argsort(-logits, axis=-1)
     for k in range(1, C + 3):
         expected = [label in row[:k] for row, label in zip(order, labels)]
-        got = losses.topk_correct(jnp.array(logits), jnp.array(labels), k)
+        got = classification.topk_correct(jnp.array(logits), jnp.array(labels), k)
         assert got.tolist() == expected
-    assert all(losses.topk_correct(jnp.array(logits), jnp.array(labels), 100))
+    assert all(classification.topk_correct(jnp.array(logits), jnp.array(labels), 100))
 
 
 def test_topk_of_ties_and_nans():
     ties = jnp.ones((4, 4))
     labels = jnp.arange(4)
-    assert losses.topk_correct(ties, labels, 2).tolist() == [True, True, False, False]
+    assert classification.topk_correct(ties, labels, 2).tolist() == [True, True, False, False]
     nans = jnp.full((4, 4), jnp.nan)
-    assert not losses.topk_correct(nans, labels, 3).any()
+    assert not classification.topk_correct(nans, labels, 3).any()
     one = jnp.array([[jnp.nan, 2.0, 1.0]])
-    assert losses.topk_correct(one, jnp.array([1]), 1).tolist() == [False]
-    assert losses.topk_correct(one, jnp.array([1]), 2).tolist() == [True]
+    assert classification.topk_correct(one, jnp.array([1]), 1).tolist() == [False]
+    assert classification.topk_correct(one, jnp.array([1]), 2).tolist() == [True]

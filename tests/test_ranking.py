@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from bvit_jax import dry_run as dry_run_lib
-from bvit_jax import ranking
 from bvit_jax.build import build
 from bvit_jax.config import validate
 from bvit_jax.errors import UserError
+from bvit_jax.losses import ranking
+from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.models import create_model, model_config
-from bvit_jax.ranking import Ranking, ranking_loss
 from bvit_jax.sharding import make_mesh, replicated, shard_batch
 from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.teacher import load_teacher, make_ranking

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from bvit_jax import losses, models
+from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.formats import FORMATS, Format, bivit, reference, timm
+from bvit_jax.losses import classification
 from bvit_jax.models import ModelOutput
 from bvit_jax.models.factory import DEITS
 from bvit_jax.parity.reference import config_of
@@ -45,11 +46,11 @@ def subject_of(meta: Mapping[str, Any]) -> Subject:
 
 
 def _distillation(output: ModelOutput, targets: Targets) -> Array:
-    return jnp.mean(losses.soft_cross_entropy(output.logits, targets["teacher_logits"]))
+    return jnp.mean(classification.soft_cross_entropy(output.logits, targets["teacher_logits"]))
 
 
 def _two_heads(output: ModelOutput, targets: Targets) -> Array:
-    value, _ = losses.training_loss(
+    value, _ = classification.training_loss(
         output.head_logits,
         targets["labels"],
         targets["teacher_logits"],
