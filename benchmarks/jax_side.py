@@ -36,7 +36,7 @@ from bvit_jax.cost.values import analyse
 from bvit_jax.errors import UserError
 from bvit_jax.hlo import hbm_bytes
 from bvit_jax.models import ModelOutput, create_model, num_params, packs_signs
-from bvit_jax.optim import make_optimizer
+from bvit_jax.optim.optimizer import make_optimizer
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
 from bvit_jax.step import (
     Normalization,

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bvit_jax.errors import UserError
-from bvit_jax.rules import parse_rules
+from bvit_jax.optim.rules import parse_rules
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -24,7 +24,7 @@ from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.mixing import dominant_labels, mix_targets
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.normalization import Normalization
-from bvit_jax.optim import global_norm
+from bvit_jax.optim.optimizer import global_norm
 from bvit_jax.sharding import batch_sharded, replicated
 from bvit_jax.train_state import TrainState
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from bvit_jax import config as config_lib
-from bvit_jax import optim, pretrained, runs, tensor_files
+from bvit_jax import pretrained, runs, tensor_files
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.convert import main
 from bvit_jax.models import create_model
+from bvit_jax.optim import optimizer as optim
 from bvit_jax.sharding import make_mesh, replicated
 from bvit_jax.train_state import create_state
 from configs import deit_digits, digits

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from bvit_jax import optim
 from bvit_jax.config import CHOICES, default_config
 from bvit_jax.errors import UserError
+from bvit_jax.optim import optimizer as optim
 
 GOLDEN = Path(__file__).parent / "golden" / "schedules.npz"
 EPOCHS = 300

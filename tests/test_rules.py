@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from bvit_jax import optim
 from bvit_jax.errors import UserError
-from bvit_jax.rules import factors, parse_rules
+from bvit_jax.optim import optimizer as optim
+from bvit_jax.optim.rules import factors, parse_rules
 from tests.test_optim import schedule_of, settings
 
 SHAPES = {

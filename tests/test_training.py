@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, models, optim, pretrained
+from bvit_jax import data, models, pretrained
 from bvit_jax.build import build
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
+from bvit_jax.optim import optimizer as optim
 from bvit_jax.sharding import make_mesh, replicated, shard_batch
 from bvit_jax.step import Normalization, jit_train_step, make_eval_step, make_train_step
 from bvit_jax.teacher import load_teacher

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from bvit_jax.errors import UserError, nearest
-from bvit_jax.rules import Rule, factors, parse_rules
+from bvit_jax.optim.rules import Rule, factors, parse_rules
 
 if TYPE_CHECKING:  # the optimiser also runs where ml-collections is not installed
     from ml_collections import ConfigDict
