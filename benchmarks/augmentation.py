@@ -22,11 +22,11 @@ from jax import Array
 from jax_side import NORMALIZE, JaxSide
 from workload import MODELS, WARMUP_STEPS, Plan, known_model, parse_override
 
-from bvit_jax.augmentation import Augmentation
-from bvit_jax.erasing import Erasing
+from bvit_jax.augment.augmentation import Augmentation
+from bvit_jax.augment.erasing import Erasing
+from bvit_jax.augment.mixing import Mixing, mix_targets
 from bvit_jax.errors import UserError
 from bvit_jax.losses.classification import label_targets
-from bvit_jax.mixing import Mixing, mix_targets
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
 
 DEIT = Augmentation(Erasing(prob=0.25), Mixing(mixup_alpha=0.8, cutmix_alpha=1.0))

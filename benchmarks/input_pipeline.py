@@ -115,8 +115,8 @@ def our_batches(directory: Path, arguments: argparse.Namespace) -> Batches:
     import jax.numpy as jnp
 
     from bvit_jax import data
+    from bvit_jax.augment.normalization import Normalization
     from bvit_jax.config import default_config
-    from bvit_jax.normalization import Normalization
 
     config = default_config().data
     config.dataset, config.data_dir = "photographs", str(directory)

@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bvit_jax import data, health, models, pictures, runs
-from bvit_jax.augmentation import Augmentation
-from bvit_jax.erasing import Erasing
+from bvit_jax.augment.augmentation import Augmentation
+from bvit_jax.augment.erasing import Erasing
+from bvit_jax.augment.mixing import Mixing
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
 from bvit_jax.first_batch import jit_start, make_start, starts_from_a_batch
-from bvit_jax.mixing import Mixing
-from bvit_jax.normalization import Normalization
 from bvit_jax.optim import optimizer as optim
 from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated
 from bvit_jax.step import TrainStep, jit_train_step, make_train_step

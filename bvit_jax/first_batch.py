@@ -10,9 +10,9 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
 
-from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
+from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.models.bivit.first_values import SEEN, first_batch
-from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, replicated
 from bvit_jax.step import MICROBATCHES_KEY, Examples, step_keys
 from bvit_jax.train_state import TrainState

@@ -11,8 +11,8 @@ from jax import Array
 from jax.sharding import Mesh
 from PIL import Image, ImageDraw, ImageFont
 
-from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
-from bvit_jax.normalization import Normalization
+from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, replicated
 from bvit_jax.step import step_keys
 

@@ -12,7 +12,9 @@ from flax import linen as nn
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
+from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
+from bvit_jax.augment.mixing import dominant_labels, mix_targets
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.losses.classification import (
     TeacherTargets,
     cross_entropy,
@@ -21,9 +23,7 @@ from bvit_jax.losses.classification import (
     training_loss,
 )
 from bvit_jax.losses.ranking import Ranking, ranking_loss
-from bvit_jax.mixing import dominant_labels, mix_targets
 from bvit_jax.models.head import ModelOutput
-from bvit_jax.normalization import Normalization
 from bvit_jax.optim.optimizer import global_norm
 from bvit_jax.sharding import batch_sharded, replicated
 from bvit_jax.train_state import TrainState

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.config import default_config
 from bvit_jax.layers.layers import BatchNorm, LayerNorm
 from bvit_jax.models.head import ModelOutput
-from bvit_jax.normalization import Normalization
 from bvit_jax.optim.optimizer import make_optimizer
 
 NORMALIZE = Normalization((0.5,) * 3, (0.25,) * 3)

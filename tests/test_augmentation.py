@@ -10,12 +10,12 @@ import optax
 import pytest
 from flax import linen as nn
 
-from bvit_jax.augmentation import NO_AUGMENTATION, Augmentation
-from bvit_jax.erasing import Erasing
+from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
+from bvit_jax.augment.erasing import Erasing
+from bvit_jax.augment.mixing import Mixing, mix_images
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.losses.classification import label_targets
-from bvit_jax.mixing import Mixing, mix_images
 from bvit_jax.models import ModelOutput
-from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
 from bvit_jax.step import make_train_step
 from bvit_jax.train_state import create_state

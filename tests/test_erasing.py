@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax.erasing import Erasing, first_fitting_box, pixel_noise
-from bvit_jax.normalization import Normalization
+from bvit_jax.augment.erasing import Erasing, first_fitting_box, pixel_noise
+from bvit_jax.augment.normalization import Normalization
 from tests.conftest import GOLDEN
 
 NORMALIZE = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

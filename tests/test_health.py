@@ -11,15 +11,15 @@ import pytest
 from flax import linen as nn
 
 from bvit_jax import health, models
-from bvit_jax.augmentation import Augmentation
+from bvit_jax.augment.augmentation import Augmentation
+from bvit_jax.augment.erasing import Erasing
+from bvit_jax.augment.mixing import Mixing
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.binary import products
 from bvit_jax.checkpoint import Checkpoints
-from bvit_jax.erasing import Erasing
 from bvit_jax.layers import kernels as signs
 from bvit_jax.layers import layers, sown
-from bvit_jax.mixing import Mixing
 from bvit_jax.models.blocks import BinaryAttention
-from bvit_jax.normalization import Normalization
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
 from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.train_state import abstract_state, create_state

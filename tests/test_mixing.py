@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax.boxes import box_area, inside_box
-from bvit_jax.mixing import Mix, Mixing, cutmix_box, dominant_labels, mix_images, mix_targets
+from bvit_jax.augment.boxes import box_area, inside_box
+from bvit_jax.augment.mixing import Mix, Mixing, cutmix_box, dominant_labels, mix_images, mix_targets
 from tests.conftest import GOLDEN
 
 MODES = ("batch", "pair", "elem")

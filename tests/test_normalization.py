@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from bvit_jax.normalization import Normalization
+from bvit_jax.augment.normalization import Normalization
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

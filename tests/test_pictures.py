@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from bvit_jax.augmentation import Augmentation
-from bvit_jax.erasing import Erasing
-from bvit_jax.mixing import Mixing
-from bvit_jax.normalization import Normalization
+from bvit_jax.augment.augmentation import Augmentation
+from bvit_jax.augment.erasing import Erasing
+from bvit_jax.augment.mixing import Mixing
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.pictures import Seen, draw, jit_look, make_look
 from bvit_jax.sharding import make_mesh
 

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from bvit_jax import models
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.layers import sown
 from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.models.binaryvit import STRIDE
@@ -25,7 +26,6 @@ from bvit_jax.models.factory import DEITS, SWINS
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.models.swin import MERGE, stage_window
 from bvit_jax.models.windows import Window
-from bvit_jax.normalization import Normalization
 from bvit_jax.pretrained import Pretrained
 
 Params = Mapping[str, Any]

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bvit_jax.erasing import Erasing
-from bvit_jax.mixing import Mixing, mix_images
-from bvit_jax.normalization import Normalization
+from bvit_jax.augment.erasing import Erasing
+from bvit_jax.augment.mixing import Mixing, mix_images
+from bvit_jax.augment.normalization import Normalization
 
 
 @dataclass(frozen=True)

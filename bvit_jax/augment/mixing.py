@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bvit_jax.boxes import box_area, box_at, inside_box
+from bvit_jax.augment.boxes import box_area, box_at, inside_box
 from bvit_jax.losses.classification import label_targets
 
 Mode = Literal["batch", "pair", "elem"]
@@ -23,7 +23,7 @@ class Mix(NamedTuple):
 
     Attributes:
       use_cutmix: bool [n], whether a box of the partner replaces that of the image.
-      box: int32 [n, 4], see `bvit_jax.boxes`.
+      box: int32 [n, 4], see `bvit_jax.augment.boxes`.
       lam: float32 [n], the image's share of pixels and label; the partner has the rest.
     """
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bvit_jax.boxes import box_at, inside_box
-from bvit_jax.normalization import Normalization
+from bvit_jax.augment.boxes import box_at, inside_box
+from bvit_jax.augment.normalization import Normalization
 
 Mode = Literal["pixel", "rand", "const"]
 ATTEMPTS = 10
@@ -27,7 +27,7 @@ def first_fitting_box(areas: Array, aspects: Array, places: Array, height: int, 
       width: of the image.
 
     Returns:
-      int32 [4], see `bvit_jax.boxes`.
+      int32 [4], see `bvit_jax.augment.boxes`.
     """
     limits = jnp.array([height, width], jnp.int32)[None, :]
     pixels = areas * (height * width)
