@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from bvit_jax import adapt, labels, models, pretrained, runs
+from bvit_jax import models, runs
 from bvit_jax.commands import add_noema, exit_status, positive
 from bvit_jax.errors import UserError
-from bvit_jax.formats import FORMATS
-from bvit_jax.pretrained import NATIVE, Pretrained
-from bvit_jax.state_dicts import StateDictError
-from bvit_jax.torch_names import path_name
+from bvit_jax.weights import adapt, labels, pretrained
+from bvit_jax.weights.formats import FORMATS
+from bvit_jax.weights.names import path_name
+from bvit_jax.weights.pretrained import NATIVE, Pretrained
+from bvit_jax.weights.state_dicts import StateDictError
 
 
 def convert(arguments: argparse.Namespace) -> Pretrained:

@@ -13,15 +13,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import labels, models, pretrained
+from bvit_jax import models
 from bvit_jax.checkpoint import CHECKSUMS, FOLDER, Kind, restore_variables
 from bvit_jax.errors import UserError
-from bvit_jax.formats import FORMATS, Preprocessing, reference
-from bvit_jax.pretrained import Pretrained
 from bvit_jax.sharding import make_mesh, replicated, with_sharding
-from bvit_jax.state_dicts import Variables, abstract_variables, to_state_dict
 from bvit_jax.step import default_packed
-from bvit_jax.tensor_files import sha256
+from bvit_jax.weights import labels, pretrained
+from bvit_jax.weights.files import sha256
+from bvit_jax.weights.formats import FORMATS, Preprocessing, reference
+from bvit_jax.weights.pretrained import Pretrained
+from bvit_jax.weights.state_dicts import Variables, abstract_variables, to_state_dict
 
 CLASSES_FILE = "classes.json"
 
@@ -64,13 +65,13 @@ def packs(config: ConfigDict, mesh: Mesh) -> bool:
 def load_model(
     path: Path, *, kind: Kind | None = None, ema: bool | None = None, **options: Any
 ) -> Pretrained:
-    """Reads a model from a run's directory, or from whatever `bvit_jax.pretrained.load` reads.
+    """Reads a model from a run's directory, or from whatever `bvit_jax.weights.pretrained.load` reads.
 
     Args:
       path: the directory of a run, or another directory or file.
       kind: which checkpoint of a run, the latest if None.
       ema: whether to take the moving average of a run; if None, where it keeps one.
-      options: for `bvit_jax.pretrained.load`.
+      options: for `bvit_jax.weights.pretrained.load`.
 
     Raises:
       UserError: see there; and options are given that mean nothing for what is there.

@@ -11,10 +11,11 @@ from flax import linen as nn
 from jax import Array
 from ml_collections import ConfigDict
 
-from bvit_jax import models, pretrained
+from bvit_jax import models
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
 from bvit_jax.losses.ranking import Ranking
+from bvit_jax.weights import pretrained
 
 
 @dataclass(frozen=True)

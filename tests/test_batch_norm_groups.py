@@ -11,7 +11,7 @@ from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.layers.layers import BatchNorm
 from bvit_jax.sharding import batch_sharded, make_mesh, replicated
-from bvit_jax.state_dicts import abstract_variables
+from bvit_jax.weights.state_dicts import abstract_variables
 
 GROUPS, GROUP = 3, 4
 

@@ -15,7 +15,7 @@ from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.layers.layers import BitDense
 from bvit_jax.models.bivit import paper
 from bvit_jax.models.bivit.first_values import first_batch
-from bvit_jax.state_dicts import abstract_variables
+from bvit_jax.weights.state_dicts import abstract_variables
 
 SIZES = {
     "bivit_deit": {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 16},

@@ -13,7 +13,7 @@ from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.layers.layers import UncentredDense
 from bvit_jax.models.bivit.first_values import first_batch
 from bvit_jax.models.bivit.release import ZeroPointQuantizer
-from bvit_jax.state_dicts import abstract_variables
+from bvit_jax.weights.state_dicts import abstract_variables
 
 from .weights import tiny_config
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from bvit_jax import config as config_lib
-from bvit_jax import pretrained, runs, tensor_files
+from bvit_jax import runs
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.convert import main
 from bvit_jax.models import create_model
 from bvit_jax.optim import optimizer as optim
 from bvit_jax.sharding import make_mesh, replicated
 from bvit_jax.train_state import create_state
+from bvit_jax.weights import files, pretrained
 from configs import deit_digits, digits
 
 from .weights import assert_same_trees, tiny_pretrained
@@ -49,7 +50,7 @@ def source(tmp_path):
     """A Facebook DeiT whose heads have 64 channels."""
     state, _ = pretrained.to_format(tiny_pretrained("deit", width=64, num_heads=1), "timm")
     path = tmp_path / "deit.safetensors"
-    path.write_bytes(tensor_files.encode_safetensors(state, {}))
+    path.write_bytes(files.encode_safetensors(state, {}))
     return path
 
 
@@ -70,7 +71,7 @@ def test_a_binary_run_goes_to_pytorch_and_back(tmp_path, binary_run, capsys):
     run, config, variables = binary_run
     assert main([str(run), str(tmp_path / "x.safetensors"), "--format=reference"]) == 0
     assert "binaryvit" in capsys.readouterr().out
-    state, _ = tensor_files.read_safetensors(tmp_path / "x.safetensors")
+    state, _ = files.read_safetensors(tmp_path / "x.safetensors")
     assert state["vit.layernorm.num_batches_tracked"] == 7  # steps
     assert main([str(tmp_path / "x.safetensors"), str(tmp_path / "native")]) == 0
     model = pretrained.load(tmp_path / "native")
@@ -80,7 +81,7 @@ def test_a_binary_run_goes_to_pytorch_and_back(tmp_path, binary_run, capsys):
     assert model.class_names == tuple("0123456789")
     assert [entry["format"] for entry in model.history] == ["run", "reference"]
     assert model.history[0]["file"] == "checkpoints/7"
-    assert model.history[0]["sha256"] == tensor_files.sha256(run / "checkpoints" / "7" / "checksums.json")
+    assert model.history[0]["sha256"] == files.sha256(run / "checkpoints" / "7" / "checksums.json")
 
 
 def test_the_deit_of_a_run_goes_to_hugging_face(tmp_path):
@@ -117,7 +118,7 @@ def test_what_is_assumed_and_left_out_is_said(tmp_path, source, capsys):
     out = capsys.readouterr().out
     assert "assumed, since the file does not say: num_heads 1 (64 channels each); norm_epsilon 1e-06" in out
     state, _ = pretrained.to_format(tiny_pretrained("binaryvit"), "reference")
-    (tmp_path / "b.safetensors").write_bytes(tensor_files.encode_safetensors(state, {}))
+    (tmp_path / "b.safetensors").write_bytes(files.encode_safetensors(state, {}))
     settings = ["--set=num_heads=(1,2)", "--set=reduction=(2,1)", "--set=weight_bits=1"]
     assert main([str(tmp_path / "b.safetensors"), str(tmp_path / "y"), *settings]) == 0
     assert "assumed, since" not in capsys.readouterr().out
@@ -127,7 +128,7 @@ def test_arrays_that_are_never_read_are_kept_and_counted(tmp_path, capsys):
     state, _ = pretrained.to_format(tiny_pretrained("bivit_release_deit"), "bivit")
     state["blocks.1.attn.qkv.bias"] += 1
     source = tmp_path / "b.safetensors"
-    source.write_bytes(tensor_files.encode_safetensors(state, {}))
+    source.write_bytes(files.encode_safetensors(state, {}))
     assert main([str(source), str(tmp_path / "x")]) == 0
     expected = "kept, though the model never reads them: 8 arrays such as blocks.0.attn.proj.bias"
     assert expected in capsys.readouterr().out
@@ -136,7 +137,7 @@ def test_arrays_that_are_never_read_are_kept_and_counted(tmp_path, capsys):
     back, _ = pretrained.to_format(kept, "bivit")
     assert (back["blocks.1.attn.qkv.bias"] == 1).all()
     state["blocks.1.attn.qkv.bias"] = state["blocks.1.attn.qkv.bias"][1:]
-    source.write_bytes(tensor_files.encode_safetensors(state, {}))
+    source.write_bytes(files.encode_safetensors(state, {}))
     assert main([str(source), str(tmp_path / "y")]) != 0
     assert "blocks.1.attn.qkv.bias is another than" in capsys.readouterr().err
 
@@ -202,9 +203,9 @@ def test_the_checkpoint_of_what_is_no_run(tmp_path, source, capsys):
 
 
 def test_numbers_that_are_not_finite_are_reported(tmp_path, source, capsys):
-    state, metadata = tensor_files.read_safetensors(source)
+    state, metadata = files.read_safetensors(source)
     state["head.bias"] = np.full(3, np.nan, np.float32)
-    source.write_bytes(tensor_files.encode_safetensors(state, metadata))
+    source.write_bytes(files.encode_safetensors(state, metadata))
     assert main([str(source), str(tmp_path / "x")]) == 0
     assert (
         "1 arrays hold numbers that are not finite, the first is params/head/bias" in capsys.readouterr().out
@@ -248,11 +249,11 @@ def test_no_source(tmp_path, capsys):
 
 
 def test_all_arrays_that_do_not_fit_are_listed_on_request(tmp_path, source, capsys):
-    state, metadata = tensor_files.read_safetensors(source)
+    state, metadata = files.read_safetensors(source)
     few = {name: array for name, array in state.items() if "norm" not in name or name == "norm.weight"}
     few["blocks.0.norm1.weight"] = state["blocks.0.norm1.weight"]
     few["blocks.1.norm1.weight"] = state["blocks.1.norm1.weight"]
-    source.write_bytes(tensor_files.encode_safetensors(few, metadata))
+    source.write_bytes(files.encode_safetensors(few, metadata))
     missing = sorted(state.keys() - few.keys())
     assert "7 missing (blocks.0.norm1.bias, " in error_of(capsys, source, tmp_path / "x")
     assert main([str(source), str(tmp_path / "x"), "--verbose"]) == 1

@@ -21,7 +21,7 @@ from bvit_jax.models.factory import MODELS
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.report.__main__ import main
 from bvit_jax.report.cost import Subject, measure, speedup_table
-from bvit_jax.state_dicts import abstract_variables
+from bvit_jax.weights.state_dicts import abstract_variables
 
 # ml_collections loads the file of a configuration in a way that importlib calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -14,18 +14,19 @@ import pytest
 
 from bvit_jax import config as config_lib
 from bvit_jax import dry_run as dry_run_lib
-from bvit_jax import initial, models, pretrained, runs, training
+from bvit_jax import initial, models, runs, training
 from bvit_jax.build import build
 from bvit_jax.checkpoint import Checkpoints, is_saved
 from bvit_jax.dry_run import dry_run
 from bvit_jax.errors import UserError
-from bvit_jax.formats import Preprocessing
-from bvit_jax.pretrained import Pretrained
 from bvit_jax.sharding import replicate
-from bvit_jax.state_dicts import StateDictError
 from bvit_jax.topology import DoesNotFit
 from bvit_jax.train_state import create_state
 from bvit_jax.training import train_and_evaluate
+from bvit_jax.weights import pretrained
+from bvit_jax.weights.formats import Preprocessing
+from bvit_jax.weights.pretrained import Pretrained
+from bvit_jax.weights.state_dicts import StateDictError
 from tests.configs import from_teacher, tiny
 from tests.processes import ROOT, finish, metrics_of, run, start_many
 from tests.small import SIZE, Small, optimizer

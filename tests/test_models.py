@@ -12,7 +12,7 @@ import pytest
 from bvit_jax import models
 from bvit_jax.binary import products
 from bvit_jax.errors import UserError
-from bvit_jax.state_dicts import abstract_variables, to_state_dict
+from bvit_jax.weights.state_dicts import abstract_variables, to_state_dict
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

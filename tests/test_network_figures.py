@@ -15,7 +15,6 @@ from bvit_jax.binary import products, quantize
 from bvit_jax.layers import kernels as signs
 from bvit_jax.layers.layers import BinaryDense
 from bvit_jax.models.windows import Window
-from bvit_jax.pretrained import Pretrained
 from bvit_jax.report import network_figures
 from bvit_jax.report.network_figures import (
     Block,
@@ -33,6 +32,7 @@ from bvit_jax.report.network_figures import (
     position_similarity,
     whole_attention,
 )
+from bvit_jax.weights.pretrained import Pretrained
 
 from .weights import TINY, abstract_of, tiny_pretrained
 

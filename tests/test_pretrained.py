@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bvit_jax import adapt, labels, pretrained, tensor_files
 from bvit_jax.errors import UserError
-from bvit_jax.formats import FORMATS, Preprocessing
-from bvit_jax.formats.base import ASSUMED_PREPROCESSING
+from bvit_jax.weights import adapt, files, labels, pretrained
+from bvit_jax.weights.formats import FORMATS, Preprocessing
+from bvit_jax.weights.formats.base import ASSUMED_PREPROCESSING
 
 from .weights import TINY, assert_same_states, assert_same_trees, tiny_pretrained
 
@@ -52,7 +52,7 @@ def foreign_state(model, file_format, rng):
 
 
 def write_safetensors(path, state):
-    path.write_bytes(tensor_files.encode_safetensors(state, {"format": "pt"}))
+    path.write_bytes(files.encode_safetensors(state, {"format": "pt"}))
     return path
 
 
@@ -60,8 +60,8 @@ def read_state(path):
     if path.is_dir():
         path = path / "model.safetensors"
     if path.suffix == ".pth":
-        return tensor_files.read_torch(path)["model"]
-    return tensor_files.read_safetensors(path)[0]
+        return files.read_torch(path)["model"]
+    return files.read_safetensors(path)[0]
 
 
 def test_every_family_has_a_format():
@@ -128,7 +128,7 @@ def test_what_is_known_travels_with_the_model(tmp_path):
         pretrained.save(loaded, path, name)
     history = pretrained.load(path).history
     assert [entry["format"] for entry in history] == ["huggingface", "reference"]
-    assert history[0]["sha256"] == tensor_files.sha256(tmp_path / "1" / "model.safetensors")
+    assert history[0]["sha256"] == files.sha256(tmp_path / "1" / "model.safetensors")
 
 
 def test_a_native_directory_is_what_the_documentation_says(tmp_path):
@@ -139,7 +139,7 @@ def test_a_native_directory_is_what_the_documentation_says(tmp_path):
     assert values["model"]["norm_epsilon"] == 1e-5
     assert values["preprocessing"]["resize"] == 36
     assert values["class_names"] == ["name 0", "name 1", "name 2"]
-    state, _ = tensor_files.read_safetensors(tmp_path / "native" / "model.safetensors")
+    state, _ = files.read_safetensors(tmp_path / "native" / "model.safetensors")
     assert state["params/block0/attention/query/dense/kernel"].shape == (4, 4)
 
 
@@ -687,7 +687,7 @@ def test_the_old_weights_file_of_hugging_face(tmp_path):
     pretrained.save(model, tmp_path / "x", "huggingface")
     edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
     weights = tmp_path / "x" / "model.safetensors"
-    tensor_files.write_torch(tmp_path / "x" / "pytorch_model.bin", read_state(weights))
+    files.write_torch(tmp_path / "x" / "pytorch_model.bin", read_state(weights))
     weights.unlink()
     assert_same_trees(pretrained.load(tmp_path / "x").variables, model.variables)
 

@@ -14,7 +14,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.layers.layers import drop_path_rates
 from bvit_jax.models.execution.stages import POLICIES
 from bvit_jax.models.real_block import RealBlock, RealConfig
-from bvit_jax.state_dicts import abstract_variables
+from bvit_jax.weights.state_dicts import abstract_variables
 from tests.test_models import images_for, random_variables
 
 TINY = {

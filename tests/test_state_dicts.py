@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from bvit_jax import parity
-from bvit_jax import torch_names as names
-from bvit_jax.state_dicts import StateDictError, from_state_dict, to_state_dict
+from bvit_jax.weights import names
+from bvit_jax.weights.state_dicts import StateDictError, from_state_dict, to_state_dict
 
 from .weights import TINY, abstract_of, assert_same_trees, random_variables, tiny_config
 

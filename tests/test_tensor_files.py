@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bvit_jax import tensor_files
 from bvit_jax.errors import UserError
+from bvit_jax.weights import files as tensor_files
 
 from .weights import assert_same_states
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, models, pretrained
+from bvit_jax import data, models
 from bvit_jax.build import build
 from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.data import transforms
@@ -22,6 +22,7 @@ from bvit_jax.step import Normalization, jit_train_step, make_eval_step, make_tr
 from bvit_jax.teacher import load_teacher
 from bvit_jax.train_state import create_state
 from bvit_jax.training import train_and_evaluate
+from bvit_jax.weights import pretrained
 from configs import digits
 from tests.configs import tiny
 from tests.processes import (

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from bvit_jax import adapt, models, pretrained
-from bvit_jax.formats import FORMATS, huggingface
+from bvit_jax import models
 from bvit_jax.predict import load_image
-from bvit_jax.state_dicts import to_state_dict
+from bvit_jax.weights import adapt, pretrained
+from bvit_jax.weights.formats import FORMATS, huggingface
+from bvit_jax.weights.state_dicts import to_state_dict
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

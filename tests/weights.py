@@ -7,9 +7,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bvit_jax import models
-from bvit_jax.formats import deit_preprocessing
-from bvit_jax.pretrained import Pretrained
-from bvit_jax.state_dicts import Variables, abstract_variables
+from bvit_jax.weights.formats import deit_preprocessing
+from bvit_jax.weights.pretrained import Pretrained
+from bvit_jax.weights.state_dicts import Variables, abstract_variables
 
 _DEIT = {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 16, "image_size": 32}
 _PYRAMID = {

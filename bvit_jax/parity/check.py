@@ -23,8 +23,8 @@ from bvit_jax.optim import optimizer as optim
 from bvit_jax.parity import merging
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
 from bvit_jax.parity.subject import Subject, subject_of
-from bvit_jax.state_dicts import Variables, abstract_variables, from_state_dict, to_state_dict
-from bvit_jax.torch_names import REFERENCE
+from bvit_jax.weights.names import REFERENCE
+from bvit_jax.weights.state_dicts import Variables, abstract_variables, from_state_dict, to_state_dict
 
 GRADIENT_FLOOR = 1e-4  # of the largest gradient
 CANCELLED = 1e-13  # of the largest gradient: below it there is only noise

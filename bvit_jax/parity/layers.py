@@ -26,8 +26,8 @@ from bvit_jax.errors import UserError
 from bvit_jax.layers.layers import BatchNorm, BinaryDense, BinaryPatchConv, LayerScale, RPReLU
 from bvit_jax.parity.golden import GoldenFile, compare
 from bvit_jax.parity.reference import config_of
-from bvit_jax.state_dicts import Variables, abstract_variables, from_state_dict
-from bvit_jax.torch_names import REFERENCE
+from bvit_jax.weights.names import REFERENCE
+from bvit_jax.weights.state_dicts import Variables, abstract_variables, from_state_dict
 
 NARROW = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -9,13 +9,13 @@ import numpy as np
 from jax import Array
 
 from bvit_jax.errors import UserError
-from bvit_jax.formats import timm
 from bvit_jax.models.bivit.first_values import first_batch
 from bvit_jax.models.bivit.release import ReleaseMerging
 from bvit_jax.models.real_block import RealConfig
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
-from bvit_jax.state_dicts import from_state_dict, to_state_dict
-from bvit_jax.torch_names import BIVIT_SWIN
+from bvit_jax.weights.formats import timm
+from bvit_jax.weights.names import BIVIT_SWIN
+from bvit_jax.weights.state_dicts import from_state_dict, to_state_dict
 
 CASE = "bivit_merging"
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax import models
 from bvit_jax.errors import UserError, nearest
-from bvit_jax.formats.reference import MODEL_TYPES, NORM_EPSILON, from_config_values
+from bvit_jax.weights.formats.reference import MODEL_TYPES, NORM_EPSILON, from_config_values
 
 _DEIT_DIRECTORY, _BINARYVIT_DIRECTORY = "deit-small-patch16-224", "binaryvit-small-patch4-224"
 

@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 from bvit_jax import models
 from bvit_jax.errors import UserError
-from bvit_jax.formats import FORMATS, Format, bivit, reference, timm
 from bvit_jax.losses import classification
 from bvit_jax.models import ModelOutput
 from bvit_jax.models.factory import DEITS
 from bvit_jax.parity.reference import config_of
+from bvit_jax.weights.formats import FORMATS, Format, bivit, reference, timm
 
 Targets = Mapping[str, Array]  # ``teacher_logits`` and, where there are any, ``labels``
 

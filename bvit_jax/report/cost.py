@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import models, pretrained, runs
+from bvit_jax import models, runs
 from bvit_jax.cost import KINDS, LayerCost, ModelCost, cost_of
 from bvit_jax.cost.speedup import speedups
 from bvit_jax.report.text import megabytes, short, table
+from bvit_jax.weights import pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ def subject_of(config: ConfigDict) -> Subject:
 
 
 def read_subject(path: Path) -> Subject:
-    """Returns the model of a training run, or of any checkpoint that `bvit_jax.pretrained.load` reads.
+    """Returns the model of a training run, or of any checkpoint that `bvit_jax.weights.pretrained.load`
+    reads.
 
     Raises:
       UserError: there is none.

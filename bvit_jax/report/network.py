@@ -21,13 +21,13 @@ from bvit_jax.commands import add_noema
 from bvit_jax.errors import UserError
 from bvit_jax.models.factory import SWINS
 from bvit_jax.predict import load_image, prepared
-from bvit_jax.pretrained import Pretrained
 from bvit_jax.report import html_page
 from bvit_jax.report import network_figures as figures
 from bvit_jax.report import network_pictures as draw
 from bvit_jax.report.curves import Lines, load_pyplot, read_metrics
 from bvit_jax.report.network_figures import Block, LatentWeights, Seen
-from bvit_jax.torch_names import path_name
+from bvit_jax.weights.names import path_name
+from bvit_jax.weights.pretrained import Pretrained
 
 DPI = 100
 

@@ -26,7 +26,7 @@ from bvit_jax.models.factory import DEITS, SWINS
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.models.swin import MERGE, stage_window
 from bvit_jax.models.windows import Window
-from bvit_jax.pretrained import Pretrained
+from bvit_jax.weights.pretrained import Pretrained
 
 Params = Mapping[str, Any]
 

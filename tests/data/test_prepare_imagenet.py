@@ -19,12 +19,13 @@ from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as official
 from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
-from bvit_jax import data, labels
+from bvit_jax import data
 from bvit_jax.data import mini_imagenet
 from bvit_jax.data.prepare import imagenet, prepare
 from bvit_jax.data.prepare.__main__ import main
 from bvit_jax.data.prepare.imagenet import TRAIN_TAR, VAL_TAR, imagenet_source
 from bvit_jax.errors import UserError
+from bvit_jax.weights import labels
 from tests.data.prepared import contents, jpeg, records, shards, value
 
 ROOT = Path(__file__).parents[2]

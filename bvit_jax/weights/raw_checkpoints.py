@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from bvit_jax import tensor_files
-from bvit_jax.document import KEY as DOCUMENT_KEY
-from bvit_jax.document import find_document
 from bvit_jax.errors import UserError, nearest
-from bvit_jax.formats import RawCheckpoint, huggingface
-from bvit_jax.tensor_files import StateDict
+from bvit_jax.weights import files as tensor_files
+from bvit_jax.weights.document import KEY as DOCUMENT_KEY
+from bvit_jax.weights.document import find_document
+from bvit_jax.weights.files import StateDict
+from bvit_jax.weights.formats import RawCheckpoint, huggingface
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 OLD_WEIGHTS_FILE = "pytorch_model.bin"  # of Hugging Face, before safetensors

@@ -1,4 +1,4 @@
-"""Models with their weights, read from and written to files of any format of `bvit_jax.formats`.
+"""Models with their weights, read from and written to files of any format of `bvit_jax.weights.formats`.
 
 The native format is a directory with ``config.json`` and ``model.safetensors``, or one file of either
 ``.safetensors`` or ``.pth`` that holds both. What this project knows about a model - its settings,
@@ -23,13 +23,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from bvit_jax import labels, models, tensor_files
-from bvit_jax.document import KEY as DOCUMENT_KEY
-from bvit_jax.document import Document
+from bvit_jax import models
 from bvit_jax.errors import UserError, nearest
-from bvit_jax.formats import FORMATS, Preprocessing, RawCheckpoint, Understood, huggingface, reference
-from bvit_jax.raw_checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_raw
-from bvit_jax.state_dicts import (
+from bvit_jax.weights import files as tensor_files
+from bvit_jax.weights import labels
+from bvit_jax.weights.document import KEY as DOCUMENT_KEY
+from bvit_jax.weights.document import Document
+from bvit_jax.weights.formats import FORMATS, Preprocessing, RawCheckpoint, Understood, huggingface, reference
+from bvit_jax.weights.names import Naming, path_name
+from bvit_jax.weights.raw_checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_raw
+from bvit_jax.weights.state_dicts import (
     StateDict,
     Variables,
     abstract_variables,
@@ -37,7 +40,6 @@ from bvit_jax.state_dicts import (
     from_state_dict,
     to_state_dict,
 )
-from bvit_jax.torch_names import Naming, path_name
 
 NATIVE = "native"
 

@@ -8,13 +8,13 @@ from ml_collections import ConfigDict
 
 from bvit_jax import models
 from bvit_jax.errors import UserError
-from bvit_jax.formats import FORMATS
 from bvit_jax.layers.layers import bias_init, kernel_init
 from bvit_jax.models.factory import DEITS
-from bvit_jax.positions import resize_positions
-from bvit_jax.pretrained import Pretrained
-from bvit_jax.state_dicts import StateDict, abstract_variables
-from bvit_jax.torch_names import path_name
+from bvit_jax.weights.formats import FORMATS
+from bvit_jax.weights.names import path_name
+from bvit_jax.weights.positions import resize_positions
+from bvit_jax.weights.pretrained import Pretrained
+from bvit_jax.weights.state_dicts import StateDict, abstract_variables
 
 
 def resized(pretrained: Pretrained, image_size: int) -> Pretrained:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
-from bvit_jax.formats.base import (
+from bvit_jax.weights.formats.base import (
     ASSUMED_PREPROCESSING,
     Preprocessing,
     RawCheckpoint,
@@ -24,8 +24,8 @@ from bvit_jax.formats.base import (
     deit_preprocessing,
     square_side,
 )
-from bvit_jax.formats.swin_constants import window_constants
-from bvit_jax.torch_names import MICROSOFT_SWIN, TIMM_DEIT, TIMM_SWIN, Naming
+from bvit_jax.weights.formats.swin_constants import window_constants
+from bvit_jax.weights.names import MICROSOFT_SWIN, TIMM_DEIT, TIMM_SWIN, Naming
 
 NAME = "timm"
 MICROSOFT = "microsoft"

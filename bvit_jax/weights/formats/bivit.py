@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from bvit_jax.errors import UserError
-from bvit_jax.formats import timm
-from bvit_jax.formats.base import Preprocessing, RawCheckpoint, Understood, check_epsilon
-from bvit_jax.formats.swin_constants import window_constants
 from bvit_jax.models.factory import BACKBONES
-from bvit_jax.torch_names import BIVIT_DEIT, BIVIT_SWIN, Naming
+from bvit_jax.weights.formats import timm
+from bvit_jax.weights.formats.base import Preprocessing, RawCheckpoint, Understood, check_epsilon
+from bvit_jax.weights.formats.swin_constants import window_constants
+from bvit_jax.weights.names import BIVIT_DEIT, BIVIT_SWIN, Naming
 
 NAME = "bivit"
 SWIN, DEIT = "bivit_release_swin", "bivit_release_deit"

@@ -6,14 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from bvit_jax.formats import bivit, huggingface, reference, timm
-from bvit_jax.formats.base import (
-    Preprocessing,
-    RawCheckpoint,
-    Understood,
-    deit_preprocessing,
-)
-from bvit_jax.torch_names import Naming
+from bvit_jax.weights.formats import bivit, huggingface, reference, timm
+from bvit_jax.weights.formats.base import Preprocessing, RawCheckpoint, Understood, deit_preprocessing
+from bvit_jax.weights.names import Naming
 
 __all__ = [
     "FORMATS",

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bvit_jax.errors import UserError
-from bvit_jax.formats.base import Preprocessing
+from bvit_jax.weights.formats.base import Preprocessing
 
 KEY = "bvit_jax"  # in other people's files, and the value of "format" in ours
 

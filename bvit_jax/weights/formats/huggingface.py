@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bvit_jax.errors import UserError
-from bvit_jax.formats.base import (
+from bvit_jax.weights.formats.base import (
     ASSUMED_PREPROCESSING,
     Preprocessing,
     RawCheckpoint,
@@ -17,9 +17,9 @@ from bvit_jax.formats.base import (
     check_epsilon,
     deit_preprocessing,
 )
-from bvit_jax.formats.reference import MODEL_TYPES, labels_of
-from bvit_jax.formats.swin_constants import window_constants
-from bvit_jax.torch_names import (
+from bvit_jax.weights.formats.reference import MODEL_TYPES, labels_of
+from bvit_jax.weights.formats.swin_constants import window_constants
+from bvit_jax.weights.names import (
     HUGGING_FACE_DEIT,
     HUGGING_FACE_DEIT_HEADS,
     HUGGING_FACE_SWIN,

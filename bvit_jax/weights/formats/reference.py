@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from bvit_jax.errors import UserError
-from bvit_jax.formats.base import (
+from bvit_jax.models.binaryvit import BinaryViT
+from bvit_jax.weights.formats.base import (
     RawCheckpoint,
     Understood,
     check_epsilon,
     deit_preprocessing,
     square_side,
 )
-from bvit_jax.models.binaryvit import BinaryViT
-from bvit_jax.torch_names import REFERENCE, Naming
+from bvit_jax.weights.names import REFERENCE, Naming
 
 NAME = "reference"
 MODELS = ("binaryvit", "extra_res", "deit")

@@ -15,7 +15,7 @@ from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from bvit_jax.document import Document
+    from bvit_jax.weights.document import Document
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 MAX_SIZE = 1 << 16  # pixels

@@ -7,7 +7,7 @@ import numpy as np
 
 from bvit_jax.models.swin import MERGE, stage_window
 from bvit_jax.models.windows import relative_positions, shift_mask
-from bvit_jax.torch_names import Naming
+from bvit_jax.weights.names import Naming
 
 
 def window_constants(config: Mapping[str, Any], naming: Naming) -> dict[str, np.ndarray]:
