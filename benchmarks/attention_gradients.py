@@ -29,7 +29,7 @@ from bvit_jax.build import Run, build, open_splits
 from bvit_jax.layers.layers import BitDense
 from bvit_jax.losses.classification import training_loss
 from bvit_jax.models.bivit.paper import FIRST_SCALE
-from bvit_jax.sharding import replicate, shard_batch
+from bvit_jax.runtime.mesh import replicate, shard_batch
 from configs import bivit_digits
 
 PARTS = ("query", "key", "value")

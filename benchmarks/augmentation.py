@@ -27,7 +27,7 @@ from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing, mix_targets
 from bvit_jax.errors import UserError
 from bvit_jax.losses.classification import label_targets
-from bvit_jax.sharding import batch_sharded, make_mesh, replicated
+from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 
 DEIT = Augmentation(Erasing(prob=0.25), Mixing(mixup_alpha=0.8, cutmix_alpha=1.0))
 SMOOTHING = 0.1

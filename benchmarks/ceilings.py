@@ -40,8 +40,8 @@ import jax.numpy as jnp
 from floor import MATRIX_DTYPES, best_rate, format_rate
 from jax import Array
 
-from bvit_jax.chips import chip_of
 from bvit_jax.errors import UserError
+from bvit_jax.runtime.chips import chip_of
 
 ROUND_SECONDS = 0.3  # at least, of a round
 WORD_BITS = 32
@@ -88,7 +88,7 @@ def measure(sizes: Sizes, rounds: int = 3) -> dict[str, Any]:
     """Returns the ceilings of the first device, ready for JSON.
 
     ``bytes_per_second`` and ``operations_per_second`` hold the rates of all rounds by name; ``published`` is
-    what the maker says of the chip where `bvit_jax.chips` knows it, else None.
+    what the maker says of the chip where `bvit_jax.runtime.chips` knows it, else None.
     """
     device = jax.devices()[0]
     chip = chip_of(device.device_kind)

@@ -35,7 +35,7 @@ from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.errors import UserError
 from bvit_jax.metrics import MetricWindow, MetricWriter
 from bvit_jax.models import create_model
-from bvit_jax.sharding import make_mesh, replicated
+from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.train_state import TrainState, create_state
 

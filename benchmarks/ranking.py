@@ -33,7 +33,7 @@ from workload import parse_override
 from bvit_jax.errors import UserError
 from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.models import create_model
-from bvit_jax.sharding import make_mesh, replicated
+from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.train_state import create_state
 

@@ -19,7 +19,7 @@ from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
 from bvit_jax.first_batch import jit_start, make_start, starts_from_a_batch
 from bvit_jax.optim import optimizer as optim
-from bvit_jax.sharding import batch_sharded, check_batch_size, make_mesh, replicated
+from bvit_jax.runtime.mesh import batch_sharded, check_batch_size, make_mesh, replicated
 from bvit_jax.step import TrainStep, jit_train_step, make_train_step
 from bvit_jax.teacher import Teacher, load_teacher, make_ranking
 from bvit_jax.train_state import TrainState, abstract_state, create_state

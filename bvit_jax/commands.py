@@ -19,9 +19,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from bvit_jax import allocator, compilation, distributed
 from bvit_jax.errors import UserError
-from bvit_jax.interruption import SIGNAL, Interrupted
+from bvit_jax.runtime import allocator, compilation, distributed
+from bvit_jax.runtime.interruption import SIGNAL, Interrupted
 
 GRACE = 2  # seconds
 STDERR = 2  # the file descriptor, in which C++ writes too

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 
-from bvit_jax import distributed
 from bvit_jax.errors import UserError
+from bvit_jax.runtime import distributed
 
 PACKAGE = Path(__file__).parent
 CALLS = 3  # lines of this package that are named, the operation's first

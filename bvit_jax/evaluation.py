@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from bvit_jax import config as config_lib
 from bvit_jax import data, runs
 from bvit_jax.checkpoint import Kind
-from bvit_jax.interruption import Interrupted
-from bvit_jax.sharding import check_batch_size, local_rows, make_mesh, replicated, shard_batch
+from bvit_jax.runtime.interruption import Interrupted
+from bvit_jax.runtime.mesh import check_batch_size, local_rows, make_mesh, replicated, shard_batch
 from bvit_jax.step import Normalization, default_images_at_once, jit_eval_step, make_eval_step
 from bvit_jax.train_state import TrainState
 

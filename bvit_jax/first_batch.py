@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.models.bivit.first_values import SEEN, first_batch
-from bvit_jax.sharding import batch_sharded, replicated
+from bvit_jax.runtime.mesh import batch_sharded, replicated
 from bvit_jax.step import MICROBATCHES_KEY, Examples, step_keys
 from bvit_jax.train_state import TrainState
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
 from bvit_jax.augment.normalization import Normalization
-from bvit_jax.sharding import batch_sharded, replicated
+from bvit_jax.runtime.mesh import batch_sharded, replicated
 from bvit_jax.step import step_keys
 
 COLUMNS = 8

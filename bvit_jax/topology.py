@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from bvit_jax.chips import GIB, Chip, chip_named
 from bvit_jax.errors import UserError, nearest
+from bvit_jax.runtime.chips import GIB, Chip, chip_named
 
 # In place of asking the metadata server of a TPU machine; and the log of libtpu is not the user's.
 ENVIRONMENT = {

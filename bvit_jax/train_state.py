@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
 
 from bvit_jax.layers.kernels import noted_kernels, pack_signs
-from bvit_jax.sharding import state_sharding, with_sharding
+from bvit_jax.runtime.mesh import state_sharding, with_sharding
 
 
 @register_pytree_with_keys_class

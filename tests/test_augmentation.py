@@ -16,7 +16,7 @@ from bvit_jax.augment.mixing import Mixing, mix_images
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.losses.classification import label_targets
 from bvit_jax.models import ModelOutput
-from bvit_jax.sharding import batch_sharded, make_mesh, replicated
+from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from bvit_jax.step import make_train_step
 from bvit_jax.train_state import create_state
 

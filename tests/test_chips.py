@@ -1,4 +1,4 @@
-from bvit_jax.chips import CHIPS, chip_named, chip_of
+from bvit_jax.runtime.chips import CHIPS, chip_named, chip_of
 from bvit_jax.topology import FAMILIES
 
 

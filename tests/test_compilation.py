@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bvit_jax import compilation, distributed
-from bvit_jax.compilation import compile_ahead, lower, use_cache
 from bvit_jax.errors import UserError
+from bvit_jax.runtime import compilation, distributed
+from bvit_jax.runtime.compilation import compile_ahead, lower, use_cache
 
 
 def test_it_returns_what_compile_returns() -> None:

@@ -14,7 +14,7 @@ from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.convert import main
 from bvit_jax.models import create_model
 from bvit_jax.optim import optimizer as optim
-from bvit_jax.sharding import make_mesh, replicated
+from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.train_state import create_state
 from bvit_jax.weights import files, pretrained
 from configs import deit_digits, digits

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bvit_jax.errors import UserError
-from bvit_jax.feed import AHEAD, Feed
-from bvit_jax.sharding import batch_sharded, make_mesh
+from bvit_jax.runtime.feed import AHEAD, Feed
+from bvit_jax.runtime.mesh import batch_sharded, make_mesh
 
 
 def batches(made, count, seconds=0.0, error=None):

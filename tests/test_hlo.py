@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from bvit_jax import hlo
 from bvit_jax.hlo import Collective
 from bvit_jax.layers import closed_form
-from bvit_jax.sharding import batch_sharded, make_mesh, replicated
+from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 
 MERGED = """\
 HloModule jit_step, is_scheduled=true

@@ -19,7 +19,7 @@ from bvit_jax.build import build
 from bvit_jax.checkpoint import Checkpoints, is_saved
 from bvit_jax.dry_run import dry_run
 from bvit_jax.errors import UserError
-from bvit_jax.sharding import replicate
+from bvit_jax.runtime.mesh import replicate
 from bvit_jax.topology import DoesNotFit
 from bvit_jax.train_state import create_state
 from bvit_jax.training import train_and_evaluate

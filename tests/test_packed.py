@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from jax import Array
 
-from bvit_jax import allocator, config, models, runs
+from bvit_jax import config, models, runs
 from bvit_jax.binary import bits as packed
 from bvit_jax.errors import UserError
 from bvit_jax.models.blocks import BinaryFeedForward, BlockConfig
 from bvit_jax.models.execution import packed_feed_forward
-from bvit_jax.sharding import make_mesh
+from bvit_jax.runtime import allocator
+from bvit_jax.runtime.mesh import make_mesh
 
 TINY = models.model_config(
     "binaryvit",
@@ -199,7 +200,7 @@ def test_choice_of_a_run() -> None:
 STEPS = """
 import resource
 import jax, jax.numpy as jnp, numpy as np
-from bvit_jax.allocator import keep_freed_memory
+from bvit_jax.runtime.allocator import keep_freed_memory
 
 def faults_of_the_last(action, times):
     for _ in range(times):

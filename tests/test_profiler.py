@@ -7,7 +7,7 @@ import pytest
 from bvit_jax import config as config_lib
 from bvit_jax.errors import UserError
 from bvit_jax.models import model_config
-from bvit_jax.profiler import Profile
+from bvit_jax.runtime.profiler import Profile
 
 
 @pytest.fixture

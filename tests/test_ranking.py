@@ -14,7 +14,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.losses import ranking
 from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.models import create_model, model_config
-from bvit_jax.sharding import make_mesh, replicated, shard_batch
+from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch
 from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.teacher import load_teacher, make_ranking
 from bvit_jax.train_state import create_state

@@ -14,7 +14,7 @@ from bvit_jax import dry_run as dry_run_lib
 from bvit_jax.build import Run
 from bvit_jax.dry_run import dry_run
 from bvit_jax.errors import UserError
-from bvit_jax.sharding import batch_sharded
+from bvit_jax.runtime.mesh import batch_sharded
 from bvit_jax.topology import (
     ENVIRONMENT,
     DoesNotFit,

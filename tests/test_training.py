@@ -17,7 +17,7 @@ from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.optim import optimizer as optim
-from bvit_jax.sharding import make_mesh, replicated, shard_batch
+from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch
 from bvit_jax.step import Normalization, jit_train_step, make_eval_step, make_train_step
 from bvit_jax.teacher import load_teacher
 from bvit_jax.train_state import create_state

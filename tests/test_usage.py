@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import usage
-from bvit_jax.sharding import batch_sharded, make_mesh, replicated
+from bvit_jax.runtime import usage
+from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 
 
 def test_memory_of_the_process_where_devices_do_not_count():

@@ -10,7 +10,7 @@ from bvit_jax.binary import products
 from bvit_jax.layers import closed_form, layers
 from bvit_jax.layers.layers import BatchNorm
 from bvit_jax.models.execution import grid_products
-from bvit_jax.sharding import batch_sharded, make_mesh, replicated
+from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from tests.test_products import RULES, forward_and_gradients, numbers, product_inputs
 
 

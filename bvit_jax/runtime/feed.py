@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from bvit_jax.sharding import shard_batch
+from bvit_jax.runtime.mesh import shard_batch
 
 AHEAD = 2  # batches that wait on the devices
 
