@@ -24,8 +24,8 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     commands.no_arguments(argv)
     commands.start_jax()
-    from bvit_jax.checkpoint import Kind
     from bvit_jax.evaluation import evaluate_workdir, to_json
+    from bvit_jax.workdir.checkpoint import Kind
 
     workdir = Path(commands.required("workdir", _WORKDIR.value)).expanduser()
     kind = cast(Kind, _CHECKPOINT.value)

@@ -31,13 +31,13 @@ from machine import cpu_model
 from workload import MODELS, Plan, known_model, parse_override
 
 from bvit_jax import health
-from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.errors import UserError
-from bvit_jax.metrics import MetricWindow, MetricWriter
 from bvit_jax.models import create_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.train_state import TrainState, create_state
+from bvit_jax.workdir.checkpoint import Checkpoints
+from bvit_jax.workdir.metrics import MetricWindow, MetricWriter
 
 IMAGENET = 1_281_167
 LOG, SAVE = "log", "checkpoint"

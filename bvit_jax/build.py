@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bvit_jax import data, health, models, pictures, runs
+from bvit_jax import data, health, models, pictures
 from bvit_jax.augment.augmentation import Augmentation
 from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing
@@ -23,6 +23,7 @@ from bvit_jax.runtime.mesh import batch_sharded, check_batch_size, make_mesh, re
 from bvit_jax.step import TrainStep, jit_train_step, make_train_step
 from bvit_jax.teacher import Teacher, load_teacher, make_ranking
 from bvit_jax.train_state import TrainState, abstract_state, create_state
+from bvit_jax.workdir import runs
 
 
 def open_splits(config: ConfigDict) -> data.Split:

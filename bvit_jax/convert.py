@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bvit_jax import models, runs
+from bvit_jax import models
 from bvit_jax.commands import add_noema, exit_status, positive
 from bvit_jax.errors import UserError
 from bvit_jax.weights import adapt, labels, pretrained
@@ -24,6 +24,7 @@ from bvit_jax.weights.formats import FORMATS
 from bvit_jax.weights.names import path_name
 from bvit_jax.weights.pretrained import NATIVE, Pretrained
 from bvit_jax.weights.state_dicts import StateDictError
+from bvit_jax.workdir import runs
 
 
 def convert(arguments: argparse.Namespace) -> Pretrained:

@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, runs
-from bvit_jax.checkpoint import Kind
+from bvit_jax import data
 from bvit_jax.runtime.interruption import Interrupted
 from bvit_jax.runtime.mesh import check_batch_size, local_rows, make_mesh, replicated, shard_batch
 from bvit_jax.step import Normalization, default_images_at_once, jit_eval_step, make_eval_step
 from bvit_jax.train_state import TrainState
+from bvit_jax.workdir import runs
+from bvit_jax.workdir.checkpoint import Kind
 
 COUNTS = ("images", "bad_images")  # the same whatever the variables
 BATCHES_IN_FLIGHT = 2  # while the device computes, the next batches are loaded

@@ -11,12 +11,12 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from bvit_jax import runs
 from bvit_jax.errors import UserError
 from bvit_jax.models.factory import DEITS, SWINS
 from bvit_jax.weights.names import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import StateDict, StateDictError, Variables, check_fit
+from bvit_jax.workdir import runs
 
 MAX_OPTIONAL_NDIM = 1  # of arrays that the model or the file may lack: scales, shifts, biases, flags
 # Settings of models that change no shape.

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from bvit_jax import models, runs
+from bvit_jax import models
 from bvit_jax.commands import add_noema, exit_status, positive
 from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
 from bvit_jax.step import Normalization
 from bvit_jax.weights.formats import Preprocessing
 from bvit_jax.weights.pretrained import Pretrained
+from bvit_jax.workdir import runs
 
 IMAGES_AT_ONCE = 8
 MAX_ASPECT = 50  # the short side is resized to hundreds of pixels, and the long one with it

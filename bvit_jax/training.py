@@ -12,14 +12,12 @@ import jax
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, health, initial, models, pictures, runs
+from bvit_jax import data, health, initial, models, pictures
 from bvit_jax.build import Run, abstract_batch, build, open_splits
-from bvit_jax.checkpoint import Checkpoints, is_saved
 from bvit_jax.clock import Clock
 from bvit_jax.debugging import named_nans
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, deciding_top1, eval_batches, evaluate_state
-from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
 from bvit_jax.runtime import distributed, usage
 from bvit_jax.runtime.chips import chip_of
 from bvit_jax.runtime.compilation import compile_ahead, lower
@@ -28,6 +26,9 @@ from bvit_jax.runtime.interruption import Interrupted, Interruption
 from bvit_jax.runtime.mesh import local_rows, replicate, replicated
 from bvit_jax.runtime.profiler import Profile
 from bvit_jax.teacher import Teacher
+from bvit_jax.workdir import runs
+from bvit_jax.workdir.checkpoint import Checkpoints, is_saved
+from bvit_jax.workdir.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from bvit_jax import config as config_lib
 from bvit_jax import models
-from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.optim import optimizer as optim
 from bvit_jax.runtime.mesh import make_mesh
 from bvit_jax.train_state import abstract_state
+from bvit_jax.workdir.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 TIMES = (

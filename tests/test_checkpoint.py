@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import checkpoint
-from bvit_jax.checkpoint import Checkpoints, restore_variables
 from bvit_jax.errors import UserError
+from bvit_jax.workdir import checkpoint
+from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
 
 METADATA = {"mean": 0.1 + 0.2, "window": {"loss": [1e-300, 3]}, "best": None, "name": "ü"}
 
@@ -392,7 +392,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from bvit_jax import checkpoint
-from bvit_jax.checkpoint import Checkpoints
+from bvit_jax.workdir.checkpoint import Checkpoints
 from bvit_jax.errors import UserError
 
 run = Checkpoints(Path(sys.argv[1]), 1)
@@ -424,7 +424,7 @@ import jax, jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from bvit_jax import checkpoint
-from bvit_jax.checkpoint import Checkpoints, restore_variables
+from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
 
 def mesh(*shape):
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
@@ -468,7 +468,7 @@ import itertools, sys
 from pathlib import Path
 import jax.numpy as jnp
 from bvit_jax import checkpoint
-from bvit_jax.checkpoint import Checkpoints
+from bvit_jax.workdir.checkpoint import Checkpoints
 
 run = Checkpoints(Path(sys.argv[1]), 1)
 first = (run.latest_step() or 0) + 1

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from bvit_jax import config as config_lib
-from bvit_jax import runs
-from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.convert import main
 from bvit_jax.models import create_model
 from bvit_jax.optim import optimizer as optim
 from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.train_state import create_state
 from bvit_jax.weights import files, pretrained
+from bvit_jax.workdir import runs
+from bvit_jax.workdir.checkpoint import Checkpoints
 from configs import deit_digits, digits
 
 from .weights import assert_same_trees, tiny_pretrained

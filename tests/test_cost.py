@@ -13,7 +13,6 @@ from jax import lax
 
 from bvit_jax import commands, models
 from bvit_jax import config as config_lib
-from bvit_jax.checkpoint import FOLDER
 from bvit_jax.cost import cost_of
 from bvit_jax.cost.speedup import speedups
 from bvit_jax.layers.kernels import noted_kernels
@@ -22,6 +21,7 @@ from bvit_jax.models.head import ModelOutput
 from bvit_jax.report.__main__ import main
 from bvit_jax.report.cost import Subject, measure, speedup_table
 from bvit_jax.weights.state_dicts import abstract_variables
+from bvit_jax.workdir.checkpoint import FOLDER
 
 # ml_collections loads the file of a configuration in a way that importlib calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import models, runs
-from bvit_jax.checkpoint import Checkpoints
+from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import deciding_top1, evaluate_workdir
 from bvit_jax.runtime.mesh import make_mesh
 from bvit_jax.step import make_train_step
 from bvit_jax.train_state import TrainState, abstract_state, create_state
 from bvit_jax.training import train_and_evaluate
+from bvit_jax.workdir import runs
+from bvit_jax.workdir.checkpoint import Checkpoints
 from tests.configs import tiny
 from tests.processes import metrics_of
 from tests.small import NORMALIZE, SIZE, Small, assert_close, batch_of, optimizer, wide

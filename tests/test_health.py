@@ -16,13 +16,13 @@ from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.binary import products
-from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.layers import kernels as signs
 from bvit_jax.layers import layers, sown
 from bvit_jax.models.blocks import BinaryAttention
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from bvit_jax.step import jit_train_step, make_train_step
 from bvit_jax.train_state import abstract_state, create_state
+from bvit_jax.workdir.checkpoint import Checkpoints
 
 SIZE, BATCH = 16, 16
 TINY = {

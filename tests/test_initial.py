@@ -14,9 +14,8 @@ import pytest
 
 from bvit_jax import config as config_lib
 from bvit_jax import dry_run as dry_run_lib
-from bvit_jax import initial, models, runs, training
+from bvit_jax import initial, models, training
 from bvit_jax.build import build
-from bvit_jax.checkpoint import Checkpoints, is_saved
 from bvit_jax.dry_run import dry_run
 from bvit_jax.errors import UserError
 from bvit_jax.runtime.mesh import replicate
@@ -27,6 +26,8 @@ from bvit_jax.weights import pretrained
 from bvit_jax.weights.formats import Preprocessing
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import StateDictError
+from bvit_jax.workdir import runs
+from bvit_jax.workdir.checkpoint import Checkpoints, is_saved
 from tests.configs import from_teacher, tiny
 from tests.processes import ROOT, finish, metrics_of, run, start_many
 from tests.small import SIZE, Small, optimizer

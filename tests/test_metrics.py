@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bvit_jax.errors import UserError
-from bvit_jax.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
+from bvit_jax.workdir.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
 
 
 def steps(count=50):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from bvit_jax import config as config_lib
-from bvit_jax import models, runs
+from bvit_jax import models
 from bvit_jax.report import network as network_report
 from bvit_jax.report import network_figures
 from bvit_jax.report import network_pictures as draw
@@ -21,6 +21,7 @@ from bvit_jax.report.network import Sample, describe
 from bvit_jax.weights import pretrained
 from bvit_jax.weights.formats import deit_preprocessing
 from bvit_jax.weights.pretrained import Pretrained
+from bvit_jax.workdir import runs
 from configs import digits
 
 from .test_convert import make_run

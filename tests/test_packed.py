@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from jax import Array
 
-from bvit_jax import config, models, runs
+from bvit_jax import config, models
 from bvit_jax.binary import bits as packed
 from bvit_jax.errors import UserError
 from bvit_jax.models.blocks import BinaryFeedForward, BlockConfig
 from bvit_jax.models.execution import packed_feed_forward
 from bvit_jax.runtime import allocator
 from bvit_jax.runtime.mesh import make_mesh
+from bvit_jax.workdir import runs
 
 TINY = models.model_config(
     "binaryvit",

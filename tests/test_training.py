@@ -12,7 +12,6 @@ from PIL import Image
 from bvit_jax import config as config_lib
 from bvit_jax import data, models
 from bvit_jax.build import build
-from bvit_jax.checkpoint import Checkpoints
 from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
 from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
@@ -23,6 +22,7 @@ from bvit_jax.teacher import load_teacher
 from bvit_jax.train_state import create_state
 from bvit_jax.training import train_and_evaluate
 from bvit_jax.weights import pretrained
+from bvit_jax.workdir.checkpoint import Checkpoints
 from configs import digits
 from tests.configs import tiny
 from tests.processes import (

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import models, runs
+from bvit_jax import models
 from bvit_jax.cost import KINDS, LayerCost, ModelCost, cost_of
 from bvit_jax.cost.speedup import speedups
 from bvit_jax.report.text import megabytes, short, table
 from bvit_jax.weights import pretrained
+from bvit_jax.workdir import runs
 
 
 @dataclasses.dataclass(frozen=True)

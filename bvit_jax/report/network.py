@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from bvit_jax import models, runs
+from bvit_jax import models
 from bvit_jax.commands import add_noema
 from bvit_jax.errors import UserError
 from bvit_jax.models.factory import SWINS
@@ -28,6 +28,7 @@ from bvit_jax.report.curves import Lines, load_pyplot, read_metrics
 from bvit_jax.report.network_figures import Block, LatentWeights, Seen
 from bvit_jax.weights.names import path_name
 from bvit_jax.weights.pretrained import Pretrained
+from bvit_jax.workdir import runs
 
 DPI = 100
 

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import models
-from bvit_jax.checkpoint import CHECKSUMS, FOLDER, Kind, restore_variables
 from bvit_jax.errors import UserError
 from bvit_jax.runtime.mesh import make_mesh, replicated, with_sharding
 from bvit_jax.step import default_packed
@@ -23,6 +22,7 @@ from bvit_jax.weights.files import sha256
 from bvit_jax.weights.formats import FORMATS, Preprocessing, reference
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import Variables, abstract_variables, to_state_dict
+from bvit_jax.workdir.checkpoint import CHECKSUMS, FOLDER, Kind, restore_variables
 
 CLASSES_FILE = "classes.json"
 
