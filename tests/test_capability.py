@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bvit_jax import capability, models
+from bvit_jax import models
+from bvit_jax.cost import capability
 from bvit_jax.errors import UserError
 from bvit_jax.report.__main__ import main
 from bvit_jax.report.capability import ABLATION, all_derivations, one_as_text, summary

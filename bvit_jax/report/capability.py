@@ -4,8 +4,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bvit_jax import capability, models
-from bvit_jax.capability import Derivation
+from bvit_jax import models
+from bvit_jax.cost import capability
+from bvit_jax.cost.capability import Derivation
 from bvit_jax.report.text import table
 
 ABLATION: dict[str, dict[str, Any]] = {  # the rows of configs/react_deit_small.py
