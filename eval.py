@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     commands.no_arguments(argv)
     commands.start_jax()
-    from bvit_jax.evaluation import evaluate_workdir, to_json
+    from bvit_jax.training.evaluation import evaluate_workdir, to_json
     from bvit_jax.workdir.checkpoint import Kind
 
     workdir = Path(commands.required("workdir", _WORKDIR.value)).expanduser()

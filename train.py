@@ -43,8 +43,8 @@ def main(argv: list[str]) -> None:
     else:
         commands.start_jax()
     from bvit_jax.dry_run import dry_run, table
-    from bvit_jax.evaluation import to_json
-    from bvit_jax.training import train_and_evaluate
+    from bvit_jax.training.evaluation import to_json
+    from bvit_jax.training.loop import train_and_evaluate
 
     config = commands.loaded_config(_CONFIG.value)
     if _DRY_RUN.value and _DEBUG_NANS.value:

@@ -24,12 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bvit_jax import data, initial
-from bvit_jax.build import Run, build, open_splits
+from bvit_jax import data
 from bvit_jax.layers.layers import BitDense
 from bvit_jax.losses.classification import training_loss
 from bvit_jax.models.bivit.paper import FIRST_SCALE
 from bvit_jax.runtime.mesh import replicate, shard_batch
+from bvit_jax.training import initial
+from bvit_jax.training.setup import Run, build, open_splits
 from configs import bivit_digits
 
 PARTS = ("query", "key", "value")

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bvit_jax.training import train_and_evaluate
+from bvit_jax.training.loop import train_and_evaluate
 from configs import bivit_digits
 
 # Of each row: whether attention has the learned scale, and whether the loss has the ranking term.

@@ -38,7 +38,8 @@ from bvit_jax.optim.optimizer import make_optimizer
 from bvit_jax.runtime.allocator import keep_freed_memory
 from bvit_jax.runtime.compilation import lower, release_memory
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
-from bvit_jax.step import (
+from bvit_jax.training.steps.state import TrainState, create_state
+from bvit_jax.training.steps.train import (
     Normalization,
     default_images_at_once,
     default_packed,
@@ -47,7 +48,6 @@ from bvit_jax.step import (
     make_eval_step,
     make_train_step,
 )
-from bvit_jax.train_state import TrainState, create_state
 
 NORMALIZE = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CACHE_HIT = "/jax/compilation_cache/cache_hits"  # an event of jax.monitoring

@@ -30,12 +30,12 @@ from jax_side import NORMALIZE, FixedTeacher, fixed_optimizer, model_of, random_
 from machine import cpu_model
 from workload import MODELS, Plan, known_model, parse_override
 
-from bvit_jax import health
 from bvit_jax.errors import UserError
 from bvit_jax.models import create_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
-from bvit_jax.step import jit_train_step, make_train_step
-from bvit_jax.train_state import TrainState, create_state
+from bvit_jax.training.steps import health
+from bvit_jax.training.steps.state import TrainState, create_state
+from bvit_jax.training.steps.train import jit_train_step, make_train_step
 from bvit_jax.workdir.checkpoint import Checkpoints
 from bvit_jax.workdir.metrics import MetricWindow, MetricWriter
 

@@ -34,8 +34,8 @@ from bvit_jax.errors import UserError
 from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.models import create_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
-from bvit_jax.step import jit_train_step, make_train_step
-from bvit_jax.train_state import create_state
+from bvit_jax.training.steps.state import create_state
+from bvit_jax.training.steps.train import jit_train_step, make_train_step
 
 DEIT_TINY = {"width": 192, "depth": 12, "num_heads": 3, "mlp_dim": 768}
 BOTH_TOKENS = {"distillation_token": True, "distillation_head": True}

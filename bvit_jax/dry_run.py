@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import hlo, initial, models
+from bvit_jax import hlo, models
 from bvit_jax.augment.normalization import Normalization
-from bvit_jax.build import Run, abstract_batch, build, open_splits
 from bvit_jax.errors import UserError
 from bvit_jax.fitting import largest_batch
 from bvit_jax.runtime.chips import GIB, Chip, chip_of
 from bvit_jax.runtime.mesh import replicated, with_sharding
-from bvit_jax.teacher import Teacher, check_heads, needs_teacher
 from bvit_jax.topology import DoesNotFit, Topology, compile_step, open_topology
+from bvit_jax.training import initial
+from bvit_jax.training.setup import Run, abstract_batch, build, open_splits
+from bvit_jax.training.teacher import Teacher, check_heads, needs_teacher
 
 # The real-valued model that has the settings of a binary one.
 logger = logging.getLogger(__name__)

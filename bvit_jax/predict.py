@@ -21,7 +21,7 @@ from bvit_jax import models
 from bvit_jax.commands import add_noema, exit_status, positive
 from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
-from bvit_jax.step import Normalization
+from bvit_jax.training.steps.train import Normalization
 from bvit_jax.weights.formats import Preprocessing
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.workdir import runs

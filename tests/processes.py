@@ -16,7 +16,7 @@ from bvit_jax import config as config_lib
 from bvit_jax import models
 from bvit_jax.optim import optimizer as optim
 from bvit_jax.runtime.mesh import make_mesh
-from bvit_jax.train_state import abstract_state
+from bvit_jax.training.steps.state import abstract_state
 from bvit_jax.workdir.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent

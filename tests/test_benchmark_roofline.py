@@ -94,7 +94,7 @@ def test_the_floor_is_that_of_the_formula(load, kind, dtype, flops, size, flops_
 
 def test_counts_the_work_of_a_model(load):
     """One block of a DeiT: the products of its patches, attention, MLP and head, by hand."""
-    jax_side, train_state = load("jax_side"), importlib.import_module("bvit_jax.train_state")
+    jax_side, train_state = load("jax_side"), importlib.import_module("bvit_jax.training.steps.state")
     jax = importlib.import_module("jax")
     settings = {"image_size": 8, "patch_size": 4, "num_classes": 3, "width": 4, "depth": 1, "num_heads": 2}
     model = jax_side.create_model({"name": "deit", "mlp_dim": 6, **settings}, "float32")

@@ -13,7 +13,7 @@ from bvit_jax.convert import main
 from bvit_jax.models import create_model
 from bvit_jax.optim import optimizer as optim
 from bvit_jax.runtime.mesh import make_mesh, replicated
-from bvit_jax.train_state import create_state
+from bvit_jax.training.steps.state import create_state
 from bvit_jax.weights import files, pretrained
 from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint import Checkpoints

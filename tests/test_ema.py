@@ -11,11 +11,11 @@ import pytest
 
 from bvit_jax import models
 from bvit_jax.errors import UserError
-from bvit_jax.evaluation import deciding_top1, evaluate_workdir
 from bvit_jax.runtime.mesh import make_mesh
-from bvit_jax.step import make_train_step
-from bvit_jax.train_state import TrainState, abstract_state, create_state
-from bvit_jax.training import train_and_evaluate
+from bvit_jax.training.evaluation import deciding_top1, evaluate_workdir
+from bvit_jax.training.loop import train_and_evaluate
+from bvit_jax.training.steps.state import TrainState, abstract_state, create_state
+from bvit_jax.training.steps.train import make_train_step
 from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint import Checkpoints
 from tests.configs import tiny

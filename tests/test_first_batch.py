@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from bvit_jax import models
-from bvit_jax.build import build
 from bvit_jax.data import open_train_split
-from bvit_jax.first_batch import starts_from_a_batch
 from bvit_jax.runtime.mesh import shard_batch
-from bvit_jax.training import train_and_evaluate
+from bvit_jax.training.loop import train_and_evaluate
+from bvit_jax.training.setup import build
+from bvit_jax.training.steps.first_batch import starts_from_a_batch
 from bvit_jax.workdir import runs
 from tests.configs import tiny
 from tests.processes import metrics_of

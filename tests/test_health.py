@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from bvit_jax import health, models
+from bvit_jax import models
 from bvit_jax.augment.augmentation import Augmentation
 from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing
@@ -20,8 +20,9 @@ from bvit_jax.layers import kernels as signs
 from bvit_jax.layers import layers, sown
 from bvit_jax.models.blocks import BinaryAttention
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
-from bvit_jax.step import jit_train_step, make_train_step
-from bvit_jax.train_state import abstract_state, create_state
+from bvit_jax.training.steps import health
+from bvit_jax.training.steps.state import abstract_state, create_state
+from bvit_jax.training.steps.train import jit_train_step, make_train_step
 from bvit_jax.workdir.checkpoint import Checkpoints
 
 SIZE, BATCH = 16, 16

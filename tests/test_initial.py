@@ -14,14 +14,15 @@ import pytest
 
 from bvit_jax import config as config_lib
 from bvit_jax import dry_run as dry_run_lib
-from bvit_jax import initial, models, training
-from bvit_jax.build import build
+from bvit_jax import models
 from bvit_jax.dry_run import dry_run
 from bvit_jax.errors import UserError
 from bvit_jax.runtime.mesh import replicate
 from bvit_jax.topology import DoesNotFit
-from bvit_jax.train_state import create_state
-from bvit_jax.training import train_and_evaluate
+from bvit_jax.training import initial, loop
+from bvit_jax.training.loop import train_and_evaluate
+from bvit_jax.training.setup import build
+from bvit_jax.training.steps.state import create_state
 from bvit_jax.weights import pretrained
 from bvit_jax.weights.formats import Preprocessing
 from bvit_jax.weights.pretrained import Pretrained
@@ -256,7 +257,7 @@ def test_a_run_starts_from_its_teacher_and_continues_without_the_file(
     config.init.path = str(tmp_path / "copy")
     shutil.copytree(teacher, tmp_path / "copy")
     created: list[Any] = []
-    original = training.build
+    original = loop.build
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         built = original(*args, **kwargs)
@@ -269,7 +270,7 @@ def test_a_run_starts_from_its_teacher_and_continues_without_the_file(
         object.__setattr__(built, "create", noted)
         return built
 
-    monkeypatch.setattr(training, "build", spy)
+    monkeypatch.setattr(loop, "build", spy)
     assert not is_saved(tmp_path / "whole")
     printed = train_and_evaluate(config, tmp_path / "whole")
     assert is_saved(tmp_path / "whole")

@@ -7,11 +7,11 @@ import pytest
 
 from bvit_jax import config as config_lib
 from bvit_jax import models
-from bvit_jax.build import build
 from bvit_jax.errors import UserError
 from bvit_jax.models.execution.stages import Execution
-from bvit_jax.step import make_train_step
-from bvit_jax.train_state import create_state
+from bvit_jax.training.setup import build
+from bvit_jax.training.steps.state import create_state
+from bvit_jax.training.steps.train import make_train_step
 from tests.configs import tiny
 from tests.small import NORMALIZE, optimizer
 

@@ -8,8 +8,8 @@ from bvit_jax.augment.augmentation import Augmentation
 from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing
 from bvit_jax.augment.normalization import Normalization
-from bvit_jax.pictures import Seen, draw, jit_look, make_look
 from bvit_jax.runtime.mesh import make_mesh
+from bvit_jax.training.steps.preview import Seen, draw, jit_look, make_look
 
 NORMALIZE = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 KEY = jax.random.key(0)

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.predict import load_image, main, predict
-from bvit_jax.step import Normalization
+from bvit_jax.training.steps.train import Normalization
 from bvit_jax.weights import pretrained
 from bvit_jax.weights.formats import Preprocessing, deit_preprocessing
 from bvit_jax.workdir import runs

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from bvit_jax import dry_run as dry_run_lib
-from bvit_jax.build import build
 from bvit_jax.config import validate
 from bvit_jax.errors import UserError
 from bvit_jax.losses import ranking
 from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.models import create_model, model_config
 from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch
-from bvit_jax.step import jit_train_step, make_train_step
-from bvit_jax.teacher import load_teacher, make_ranking
-from bvit_jax.train_state import create_state
+from bvit_jax.training.setup import build
+from bvit_jax.training.steps.state import create_state
+from bvit_jax.training.steps.train import jit_train_step, make_train_step
+from bvit_jax.training.teacher import load_teacher, make_ranking
 from tests.configs import one_block
 from tests.processes import ROOT
 from tests.small import NORMALIZE, assert_close, optimizer, wide

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from bvit_jax.build import build
 from bvit_jax.errors import UserError
 from bvit_jax.models import model_config
 from bvit_jax.runtime.mesh import local_rows, make_mesh, replicate, shard_batch, state_sharding
+from bvit_jax.training.setup import build
 
 from .configs import tiny
 

@@ -11,16 +11,16 @@ from PIL import Image
 
 from bvit_jax import config as config_lib
 from bvit_jax import data, models
-from bvit_jax.build import build
 from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
-from bvit_jax.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.optim import optimizer as optim
 from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch
-from bvit_jax.step import Normalization, jit_train_step, make_eval_step, make_train_step
-from bvit_jax.teacher import load_teacher
-from bvit_jax.train_state import create_state
-from bvit_jax.training import train_and_evaluate
+from bvit_jax.training.evaluation import build_eval_step, eval_batches, evaluate
+from bvit_jax.training.loop import train_and_evaluate
+from bvit_jax.training.setup import build
+from bvit_jax.training.steps.state import create_state
+from bvit_jax.training.steps.train import Normalization, jit_train_step, make_eval_step, make_train_step
+from bvit_jax.training.teacher import load_teacher
 from bvit_jax.weights import pretrained
 from bvit_jax.workdir.checkpoint import Checkpoints
 from configs import digits

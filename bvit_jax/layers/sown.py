@@ -1,6 +1,7 @@
 """What layers tell of themselves while a network is examined, and at no other time.
 
-Figures are sown into the linen collections ``health``, which only `bvit_jax.health` makes mutable, and
+Figures are sown into the linen collections ``health``, which only `bvit_jax.training.steps.health` makes
+mutable, and
 ``balance``, which only `bvit_jax.report.network_figures` does. Where neither is, nothing is traced, so that a
 training step is the same program with and without these calls.
 """

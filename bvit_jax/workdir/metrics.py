@@ -245,7 +245,8 @@ def format_line(step: int, total: int, metrics: Mapping[str, Number]) -> str:
     """Returns one line for the log: the step, then the metrics, known ones with their units.
 
     Known are ``epoch``, ``loss``, ``learning_rate``, ``images_per_second``, ``seconds_left`` and the
-    totals of `bvit_jax.health`, shown in that order; the others follow as given, without some that
+    totals of `bvit_jax.training.steps.health`, shown in that order; the others follow as given, without some
+    that
     the files alone hold.
     """
     known = {

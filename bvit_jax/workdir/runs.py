@@ -16,7 +16,7 @@ from bvit_jax import config as config_lib
 from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.runtime.mesh import make_mesh, replicated, with_sharding
-from bvit_jax.step import default_packed
+from bvit_jax.training.steps.train import default_packed
 from bvit_jax.weights import labels, pretrained
 from bvit_jax.weights.files import sha256
 from bvit_jax.weights.formats import FORMATS, Preprocessing, reference

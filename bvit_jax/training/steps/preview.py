@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.runtime.mesh import batch_sharded, replicated
-from bvit_jax.step import step_keys
+from bvit_jax.training.steps.train import step_keys
 
 COLUMNS = 8
 MIN_TILE = 96  # pixels; smaller images are enlarged by a whole factor

@@ -11,18 +11,19 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bvit_jax import data, health, models, pictures
+from bvit_jax import data, models
 from bvit_jax.augment.augmentation import Augmentation
 from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
-from bvit_jax.first_batch import jit_start, make_start, starts_from_a_batch
 from bvit_jax.optim import optimizer as optim
 from bvit_jax.runtime.mesh import batch_sharded, check_batch_size, make_mesh, replicated
-from bvit_jax.step import TrainStep, jit_train_step, make_train_step
-from bvit_jax.teacher import Teacher, load_teacher, make_ranking
-from bvit_jax.train_state import TrainState, abstract_state, create_state
+from bvit_jax.training.steps import health, preview
+from bvit_jax.training.steps.first_batch import jit_start, make_start, starts_from_a_batch
+from bvit_jax.training.steps.state import TrainState, abstract_state, create_state
+from bvit_jax.training.steps.train import TrainStep, jit_train_step, make_train_step
+from bvit_jax.training.teacher import Teacher, load_teacher, make_ranking
 from bvit_jax.workdir import runs
 
 
@@ -49,13 +50,15 @@ class Run:
       schedule: learning rate of each step.
       state: shapes and shardings of the state.
       create: makes the initial state of a key, where it will live; of a key and the arrays of
-        `bvit_jax.initial.load`, whole on every device, the state that starts from those.
+        `bvit_jax.training.initial.load`, whole on every device, the state that starts from those.
       gather: returns parameters and statistics whole on every device.
       step: the training step, to be compiled by its first call or ahead of time.
-      start: what comes before the first step, see `bvit_jax.first_batch`; None if nothing does.
+      start: what comes before the first step, see `bvit_jax.training.steps.first_batch`; None if nothing
+      does.
       plain_step: the same without rematerialisation, scans and microbatches, to count its operations.
-      health: the health of a binary network, see `bvit_jax.health`; None if it is not measured.
-      look: what the model sees of a batch, see `bvit_jax.pictures`.
+      health: the health of a binary network, see `bvit_jax.training.steps.health`; None if it is not
+      measured.
+      look: what the model sees of a batch, see `bvit_jax.training.steps.preview`.
       steps_per_epoch, total_steps: lengths in steps.
     """
 
@@ -134,7 +137,7 @@ def build(
     # Layers in a scan cannot tell of themselves, and what a loop repeats is counted once.
     plain = models.create_model(config.model, jnp.dtype(config.compute_dtype))
     measure = health.make_health_step(plain, normalize, augmentation=augmentation)
-    look = pictures.make_look(normalize, augmentation=augmentation)
+    look = preview.make_look(normalize, augmentation=augmentation)
     kept = {"ema": config.ema.decay > 0, "health": config.health}
     state = abstract_state(model, optimizer, image_size, mesh, **kept)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -160,7 +163,7 @@ def build(
         start=jit_start(start, mesh, shardings) if starts_from_a_batch(state) else None,
         plain_step=jit_train_step(make_step(plain, 1), mesh, shardings),
         health=health.jit_health_step(measure, mesh) if config.health else None,
-        look=pictures.jit_look(look, mesh),
+        look=preview.jit_look(look, mesh),
         steps_per_epoch=steps_per_epoch,
         total_steps=config.epochs * steps_per_epoch,
     )

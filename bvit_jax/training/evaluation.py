@@ -15,8 +15,8 @@ from bvit_jax import config as config_lib
 from bvit_jax import data
 from bvit_jax.runtime.interruption import Interrupted
 from bvit_jax.runtime.mesh import check_batch_size, local_rows, make_mesh, replicated, shard_batch
-from bvit_jax.step import Normalization, default_images_at_once, jit_eval_step, make_eval_step
-from bvit_jax.train_state import TrainState
+from bvit_jax.training.steps.state import TrainState
+from bvit_jax.training.steps.train import Normalization, default_images_at_once, jit_eval_step, make_eval_step
 from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint import Kind
 
@@ -67,7 +67,7 @@ def evaluate(
     Where images could not be decoded, also their number, ``bad_images``.
 
     Args:
-      step: a compiled evaluation step, from `bvit_jax.step.jit_eval_step`.
+      step: a compiled evaluation step, from `bvit_jax.training.steps.train.jit_eval_step`.
       variables: parameters and running statistics.
       batches: this process's part of the split.
       mesh: the mesh that the step was compiled for.

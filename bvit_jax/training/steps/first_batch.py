@@ -14,8 +14,8 @@ from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.models.bivit.first_values import SEEN, first_batch
 from bvit_jax.runtime.mesh import batch_sharded, replicated
-from bvit_jax.step import MICROBATCHES_KEY, Examples, step_keys
-from bvit_jax.train_state import TrainState
+from bvit_jax.training.steps.state import TrainState
+from bvit_jax.training.steps.train import MICROBATCHES_KEY, Examples, step_keys
 
 Start = Callable[[TrainState, Mapping[str, Array], Array], TrainState]
 

@@ -33,8 +33,8 @@ from bvit_jax.augment.normalization import Normalization
 from bvit_jax.layers import sown
 from bvit_jax.layers.kernels import Signs, active_weights, flipped, noted_kernels, pack_signs
 from bvit_jax.runtime.mesh import batch_sharded, replicated
-from bvit_jax.step import step_keys
-from bvit_jax.train_state import TrainState
+from bvit_jax.training.steps.state import TrainState
+from bvit_jax.training.steps.train import step_keys
 
 KINDS = ("flipped", "active_weights", "active_inputs", "zeros", "dead_heads")
 

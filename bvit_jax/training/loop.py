@@ -12,12 +12,8 @@ import jax
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, health, initial, models, pictures
-from bvit_jax.build import Run, abstract_batch, build, open_splits
-from bvit_jax.clock import Clock
-from bvit_jax.debugging import named_nans
+from bvit_jax import data, models
 from bvit_jax.errors import UserError
-from bvit_jax.evaluation import build_eval_step, deciding_top1, eval_batches, evaluate_state
 from bvit_jax.runtime import distributed, usage
 from bvit_jax.runtime.chips import chip_of
 from bvit_jax.runtime.compilation import compile_ahead, lower
@@ -25,7 +21,13 @@ from bvit_jax.runtime.feed import Feed
 from bvit_jax.runtime.interruption import Interrupted, Interruption
 from bvit_jax.runtime.mesh import local_rows, replicate, replicated
 from bvit_jax.runtime.profiler import Profile
-from bvit_jax.teacher import Teacher
+from bvit_jax.training import initial
+from bvit_jax.training.clock import Clock
+from bvit_jax.training.evaluation import build_eval_step, deciding_top1, eval_batches, evaluate_state
+from bvit_jax.training.nans import named_nans
+from bvit_jax.training.setup import Run, abstract_batch, build, open_splits
+from bvit_jax.training.steps import health, preview
+from bvit_jax.training.teacher import Teacher
 from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint import Checkpoints, is_saved
 from bvit_jax.workdir.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
@@ -192,7 +194,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
                 if step == start + 1:
                     seen = run.look(batch, start, key_train)
                     if is_main:
-                        writer.add_images(step, "batch", pictures.draw(seen, train_split.class_names))
+                        writer.add_images(step, "batch", preview.draw(seen, train_split.class_names))
                 if step == 1 and take_first_batch is not None:
                     state = take_first_batch(state, batch, key_train)
                 profile.before(step)
