@@ -6,8 +6,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from bvit_jax import commands, topology
+from bvit_jax import commands
 from bvit_jax.errors import UserError
+from bvit_jax.plan import topology
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
         topology.prepare()  # the chips of this machine, if any, are left alone
     else:
         commands.start_jax()
-    from bvit_jax.dry_run import dry_run, table
+    from bvit_jax.plan.dry_run import dry_run, table
     from bvit_jax.training.evaluation import to_json
     from bvit_jax.training.loop import train_and_evaluate
 

@@ -140,7 +140,7 @@ class Compilation:
       compiler_flops: the compiler's count of floating-point operations, where there is one. XLA counts
         the body of a loop once, however often it runs.
       compiler_bytes: its count of the bytes of operands and results, likewise.
-      accessed_bytes: the same by `bvit_jax.hlo.hbm_bytes`, the body of a loop as often as it runs.
+      accessed_bytes: the same by `bvit_jax.plan.hlo.hbm_bytes`, the body of a loop as often as it runs.
       work: what the model asks for by an arithmetic count, where the side counts it.
     """
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from bvit_jax.topology import ENVIRONMENT
+from bvit_jax.plan.topology import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,5 +1,5 @@
+from bvit_jax.plan.topology import FAMILIES
 from bvit_jax.runtime.chips import CHIPS, chip_named, chip_of
-from bvit_jax.topology import FAMILIES
 
 
 def test_the_names_of_jax_lead_to_the_chips() -> None:

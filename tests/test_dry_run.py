@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from bvit_jax import dry_run as dry_run_lib
-from bvit_jax.dry_run import dry_run, table
 from bvit_jax.errors import UserError
-from bvit_jax.topology import DoesNotFit
+from bvit_jax.plan import dry_run as dry_run_lib
+from bvit_jax.plan.dry_run import dry_run, table
+from bvit_jax.plan.topology import DoesNotFit
 from bvit_jax.training.setup import build
 from tests.configs import one_block
 from tests.processes import ROOT, run

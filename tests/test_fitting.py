@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from bvit_jax.fitting import largest_batch
+from bvit_jax.plan.fitting import largest_batch
 
 GIB = 2**30
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from bvit_jax import hlo
-from bvit_jax.hlo import Collective
 from bvit_jax.layers import closed_form
+from bvit_jax.plan import hlo
+from bvit_jax.plan.hlo import Collective
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 
 MERGED = """\

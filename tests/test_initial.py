@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from bvit_jax import config as config_lib
-from bvit_jax import dry_run as dry_run_lib
 from bvit_jax import models
-from bvit_jax.dry_run import dry_run
 from bvit_jax.errors import UserError
+from bvit_jax.plan import dry_run as dry_run_lib
+from bvit_jax.plan.dry_run import dry_run
+from bvit_jax.plan.topology import DoesNotFit
 from bvit_jax.runtime.mesh import replicate
-from bvit_jax.topology import DoesNotFit
 from bvit_jax.training import initial, loop
 from bvit_jax.training.loop import train_and_evaluate
 from bvit_jax.training.setup import build

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import dry_run as dry_run_lib
 from bvit_jax.config import validate
 from bvit_jax.errors import UserError
 from bvit_jax.losses import ranking
 from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.models import create_model, model_config
+from bvit_jax.plan import dry_run as dry_run_lib
 from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch
 from bvit_jax.training.setup import build
 from bvit_jax.training.steps.state import create_state

@@ -10,11 +10,10 @@ import pytest
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from bvit_jax import dry_run as dry_run_lib
-from bvit_jax.dry_run import dry_run
 from bvit_jax.errors import UserError
-from bvit_jax.runtime.mesh import batch_sharded
-from bvit_jax.topology import (
+from bvit_jax.plan import dry_run as dry_run_lib
+from bvit_jax.plan.dry_run import dry_run
+from bvit_jax.plan.topology import (
     ENVIRONMENT,
     DoesNotFit,
     compile_step,
@@ -22,6 +21,7 @@ from bvit_jax.topology import (
     open_topology,
     parse,
 )
+from bvit_jax.runtime.mesh import batch_sharded
 from bvit_jax.training.setup import Run
 from tests.configs import one_block
 from tests.processes import ROOT, run

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import hlo
 from bvit_jax.binary import products
 from bvit_jax.layers import closed_form, layers
 from bvit_jax.layers.layers import BatchNorm
 from bvit_jax.models.execution import grid_products
+from bvit_jax.plan import hlo
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from tests.test_products import RULES, forward_and_gradients, numbers, product_inputs
 

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 STATISTICS = "batch_statistics"  # the name by which a rematerialisation policy finds means and variances
-BATCH_NORM_SCOPE = "batch_norm"  # by which `bvit_jax.hlo` tells the collectives of batch norms
+BATCH_NORM_SCOPE = "batch_norm"  # by which `bvit_jax.plan.hlo` tells the collectives of batch norms
 
 
 def _sum_to_channels(x: Array) -> Array:

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import hlo, models
+from bvit_jax import models
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
-from bvit_jax.fitting import largest_batch
+from bvit_jax.plan import hlo
+from bvit_jax.plan.fitting import largest_batch
+from bvit_jax.plan.topology import DoesNotFit, Topology, compile_step, open_topology
 from bvit_jax.runtime.chips import GIB, Chip, chip_of
 from bvit_jax.runtime.mesh import replicated, with_sharding
-from bvit_jax.topology import DoesNotFit, Topology, compile_step, open_topology
 from bvit_jax.training import initial
 from bvit_jax.training.setup import Run, abstract_batch, build, open_splits
 from bvit_jax.training.teacher import Teacher, check_heads, needs_teacher
@@ -47,10 +48,10 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
         beside the state), ``temporaries_mb``, ``program_mb`` and ``total_mb``, and where the chip is known
         ``chip_mb``, what a program may use.
       - ``gflops_per_step``, ``gb_accessed_per_step``, in whatever memory, and ``gb_of_memory_per_step``, in
-        the chip's main memory (`bvit_jax.hlo.hbm_bytes`); and the same three an image.
+        the chip's main memory (`bvit_jax.plan.hlo.hbm_bytes`); and the same three an image.
       - where the chip is known ``flops_ms`` and ``bytes_ms``, the least time that these take by the chip's
         peaks, the larger of the two, ``bound_ms``, and of all devices ``images_per_second_bound``.
-      - ``collectives`` by kind and ``collectives_for`` by purpose (`bvit_jax.hlo`): count, and bytes of
+      - ``collectives`` by kind and ``collectives_for`` by purpose (`bvit_jax.plan.hlo`): count, and bytes of
         their results.
 
     Raises:
