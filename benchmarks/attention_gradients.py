@@ -25,7 +25,7 @@ import numpy as np
 from flax import linen as nn
 
 from bvit_jax import data
-from bvit_jax.layers.layers import BitDense
+from bvit_jax.layers.dense import BitDense
 from bvit_jax.losses.classification import training_loss
 from bvit_jax.models.bivit.paper import FIRST_SCALE
 from bvit_jax.runtime.mesh import replicate, shard_batch

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.config import default_config
-from bvit_jax.layers.layers import BatchNorm, LayerNorm
+from bvit_jax.layers.norm import BatchNorm, LayerNorm
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.optim.optimizer import make_optimizer
 

@@ -9,7 +9,7 @@ import pytest
 
 from bvit_jax import models
 from bvit_jax.errors import UserError
-from bvit_jax.layers.layers import BatchNorm
+from bvit_jax.layers.norm import BatchNorm
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from bvit_jax.weights.state_dicts import abstract_variables
 

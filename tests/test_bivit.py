@@ -11,8 +11,8 @@ from jax.lax import stop_gradient
 from bvit_jax import models
 from bvit_jax.binary.quantize import sign_slope
 from bvit_jax.errors import UserError
+from bvit_jax.layers.dense import BitDense
 from bvit_jax.layers.kernels import noted_kernels
-from bvit_jax.layers.layers import BitDense
 from bvit_jax.models.bivit import paper
 from bvit_jax.models.bivit.first_values import first_batch
 from bvit_jax.weights.state_dicts import abstract_variables

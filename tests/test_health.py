@@ -16,8 +16,8 @@ from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.binary import products
+from bvit_jax.layers import dense, sown
 from bvit_jax.layers import kernels as signs
-from bvit_jax.layers import layers, sown
 from bvit_jax.models.blocks import BinaryAttention
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from bvit_jax.training.steps import health
@@ -161,7 +161,7 @@ def test_layers_are_found_where_blocks_are_rematerialised():
     class Remat(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.remat(layers.BinaryDense)(5, name="dense")(x)
+            return nn.remat(dense.BinaryDense)(5, name="dense")(x)
 
     x = jnp.linspace(-2, 2, 24).reshape(2, 3, 4)
     with signs.noted_kernels() as kernels:
@@ -199,7 +199,7 @@ def slow_figures(model, state, images, dropout_key):
 
         def note(call, args, kwargs, context):
             result, module = call(*args, **kwargs), context.module
-            if isinstance(module, layers.BinaryDense | layers.BinaryPatchConv):
+            if isinstance(module, dense.BinaryDense | dense.BinaryPatchConv):
                 inputs["/".join(module.path)] = args[0] + module.variables["params"]["move"].reshape(-1)
             if isinstance(module, BinaryAttention) and context.method_name == "_heads":
                 inputs["/".join([*module.path, args[1]])] = result

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from bvit_jax.layers import layers
+from bvit_jax.layers import activation, dense, grid, norm
+from bvit_jax.layers import init as initializers
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -29,7 +30,7 @@ def test_rprelu_equals_torch(units):
     params = {ours: jnp.array(units[f"rprelu/p/{theirs}"]) for ours, theirs in names.items()}
 
     def apply(params, x):
-        return layers.RPReLU().apply({"params": params}, x)
+        return activation.RPReLU().apply({"params": params}, x)
 
     y, transpose = jax.vjp(apply, params, jnp.array(units["rprelu/x"]))
     to_params, to_x = transpose(jnp.array(units["rprelu/gy"]))
@@ -41,28 +42,28 @@ def test_rprelu_equals_torch(units):
 
 def test_rprelu_at_zero_takes_the_slope():
     params = {"move1": jnp.array([1.0]), "slope": jnp.array([0.25]), "move2": jnp.array([3.0])}
-    apply = lambda x: layers.RPReLU().apply({"params": params}, x)[0]  # noqa: E731
+    apply = lambda x: activation.RPReLU().apply({"params": params}, x)[0]  # noqa: E731
     y, gradient = jax.value_and_grad(apply)(jnp.array([1.0]))
     assert (y, gradient[0]) == (3.0, 0.25)  # PyTorch's prelu does the same
 
 
 def test_initial_values():
     x = jnp.zeros((2, 3, 4))
-    rprelu = layers.RPReLU().init(jax.random.key(0), x)["params"]
-    scale = layers.LayerScale(0.1).init(jax.random.key(0), x)["params"]
-    dense = layers.BinaryDense(5).init(jax.random.key(0), x)["params"]
+    rprelu = activation.RPReLU().init(jax.random.key(0), x)["params"]
+    scale = activation.LayerScale(0.1).init(jax.random.key(0), x)["params"]
+    kernels = dense.BinaryDense(5).init(jax.random.key(0), x)["params"]
     expected = {"move1": 0, "slope": 0.25, "move2": 0}
     for name, value in expected.items():
         np.testing.assert_array_equal(rprelu[name], np.full(4, value))
     close(scale["alpha"], np.full(4, 0.1), 1e-7)
     np.testing.assert_array_equal(scale["move"], np.zeros(4))
-    np.testing.assert_array_equal(dense["move"], np.zeros(4))
-    assert dense["kernel"].shape == (4, 5)
+    np.testing.assert_array_equal(kernels["move"], np.zeros(4))
+    assert kernels["kernel"].shape == (4, 5)
 
 
 def test_layer_scale():
     params = {"alpha": jnp.array([2.0, 0.5]), "move": jnp.array([1.0, -1.0])}
-    y = layers.LayerScale(0.1).apply({"params": params}, jnp.array([[3.0, 4.0]]))
+    y = activation.LayerScale(0.1).apply({"params": params}, jnp.array([[3.0, 4.0]]))
     np.testing.assert_array_equal(y, [[7, 1]])
 
 
@@ -70,7 +71,7 @@ def test_layer_scale():
 
 
 def test_batch_norm_equals_torch(units):
-    module = layers.BatchNorm()
+    module = norm.BatchNorm()
     variables = module.init(jax.random.key(0), jnp.array(units["bn/x"][0]), train=True)
     statistics = jax.tree.map(lambda a: a.astype(jnp.float64), variables["batch_stats"])
     np.testing.assert_array_equal(statistics["mean"], np.zeros(6))  # init takes no part
@@ -92,7 +93,7 @@ def test_batch_norm_equals_torch(units):
 
 def test_running_variance_is_unbiased():
     x = jnp.array([[0.0], [2.0]])
-    module = layers.BatchNorm()
+    module = norm.BatchNorm()
     variables = module.init(jax.random.key(0), x, train=True)
     y, updates = module.apply(variables, x, train=True, mutable=["batch_stats"])
     close(updates["batch_stats"]["mean"], [0.1])
@@ -102,7 +103,7 @@ def test_running_variance_is_unbiased():
 
 def test_batch_norm_of_one_value_is_finite():
     x = jnp.array([[3.0]])
-    module = layers.BatchNorm()
+    module = norm.BatchNorm()
     variables = module.init(jax.random.key(0), x, train=True)
     y, updates = module.apply(variables, x, train=True, mutable=["batch_stats"])
     assert np.isfinite(y).all()
@@ -111,7 +112,7 @@ def test_batch_norm_of_one_value_is_finite():
 
 def test_batch_norm_gradient_is_the_derivative():
     x, scale, bias = numbers(3, 4, 2), numbers(2, seed=1), numbers(2, seed=2)
-    module = layers.BatchNorm()
+    module = norm.BatchNorm()
     statistics = {"mean": jnp.zeros(2), "var": jnp.ones(2)}
 
     def apply(x, scale, bias):
@@ -126,7 +127,7 @@ def test_norms_survive_a_large_mean(norm):
     # E[x²] - E[x]² would leave nothing in float32.
     x = 1000 + 1e-2 * numbers(64, 64)
     x = x.astype(np.float32)
-    module = layers.make_norm(norm, 1e-5, None)
+    module = norm.make_norm(norm, 1e-5, None)
     axis = 0 if norm == "batch_norm" else 1
     variables = module.init(jax.random.key(0), jnp.array(x), train=True)
     variables = jax.tree.map(lambda a: a.astype(jnp.float32), variables)
@@ -141,7 +142,7 @@ def test_norms_survive_a_large_mean(norm):
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-12])
 def test_layer_norm_in_float64(epsilon):
     x = 5 + 1e-3 * numbers(2, 3, 8)
-    module = layers.LayerNorm(epsilon)
+    module = norm.LayerNorm(epsilon)
     variables = {"params": {"scale": numbers(8, seed=1), "bias": numbers(8, seed=2)}}
     centred = x - x.mean(-1, keepdims=True)
     expected = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + epsilon)
@@ -152,7 +153,7 @@ def test_layer_norm_in_float64(epsilon):
 @pytest.mark.parametrize("norm", ["batch_norm", "layer_norm"])
 def test_norms_compute_bfloat16_in_float32(norm):
     x = jnp.array(numbers(4, 5, 6), jnp.bfloat16)
-    module = layers.make_norm(norm, 1e-5, None)
+    module = norm.make_norm(norm, 1e-5, None)
     variables = module.init(jax.random.key(0), x, train=True)
     variables = jax.tree.map(lambda a: a.astype(jnp.float32), variables)
     y = module.apply(variables, x, train=True, mutable=["batch_stats"])[0]
@@ -185,7 +186,7 @@ def test_average_pool(size):
         for j in range(SIDE):
             expected[:, i // size, j // size] += grid[:, i, j] / size**2
     expected = expected.reshape(2, -1, CHANNELS)
-    check_linear(lambda x: layers.average_pool(x, size), x, expected)
+    check_linear(lambda x: grid.average_pool(x, size), x, expected)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])
@@ -198,8 +199,8 @@ def test_upsample(factor):
         for j in range(wide):
             expected[:, i, j] = grid[:, i // factor, j // factor]
     expected = expected.reshape(2, -1, CHANNELS)
-    check_linear(lambda x: layers.upsample(x, factor), x, expected)
-    close(layers.average_pool(layers.upsample(jnp.array(x), factor), factor), x)
+    check_linear(lambda x: grid.upsample(x, factor), x, expected)
+    close(grid.average_pool(grid.upsample(jnp.array(x), factor), factor), x)
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -214,7 +215,7 @@ def test_average_line(size, axis):
                 target, source = [slice(None)] * 4, [slice(None)] * 4
                 target[axis], source[axis] = i, neighbour
                 expected[tuple(target)] += x[tuple(source)] / size
-    check_linear(lambda x: layers.average_line(x, size, axis), x, expected)
+    check_linear(lambda x: grid.average_line(x, size, axis), x, expected)
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -223,9 +224,9 @@ def test_average_row_is_average_line_of_the_grid(size, axis):
     x, gradient = jnp.array(numbers(2, 16, 3)), jnp.array(numbers(2, 16, 3, seed=1))
 
     def by_grid(x):
-        return layers.to_tokens(layers.average_line(layers.to_grid(x), size, axis))
+        return grid.to_tokens(grid.average_line(grid.to_grid(x), size, axis))
 
-    rows, to_rows = jax.vjp(lambda x: layers.average_row(x, size, axis), x)
+    rows, to_rows = jax.vjp(lambda x: grid.average_row(x, size, axis), x)
     lines, to_lines = jax.vjp(by_grid, x)
     np.testing.assert_array_equal(rows, lines)
     np.testing.assert_array_equal(to_rows(gradient)[0], to_lines(gradient)[0])
@@ -239,7 +240,7 @@ def test_average_line_equals_torch():
         for axis, kernel in ((1, (size, 1)), (2, (1, size))):
             padding = tuple(k // 2 for k in kernel)
             theirs = torch.nn.functional.avg_pool2d(images, kernel, 1, padding)
-            close(layers.average_line(jnp.array(x), size, axis), theirs.movedim(1, -1))
+            close(grid.average_line(jnp.array(x), size, axis), theirs.movedim(1, -1))
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -249,12 +250,12 @@ def test_average_channels(size, train):
     expected = np.zeros((2, 3, 8 // size))
     for channel in range(8):
         expected[..., channel // size] += x[..., channel] / size
-    check_linear(lambda x: layers.average_channels(x, size, train=train), x, expected)
+    check_linear(lambda x: grid.average_channels(x, size, train=train), x, expected)
 
 
 def test_extract_patches():
     x = numbers(2, 4, 6, 3)
-    patches = layers.extract_patches(jnp.array(x), 2)
+    patches = grid.extract_patches(jnp.array(x), 2)
     assert patches.shape == (2, 6, 12)
     for i in range(2):
         for j in range(3):
@@ -264,8 +265,8 @@ def test_extract_patches():
 
 def test_to_grid_and_back():
     x = jnp.array(tokens())
-    assert layers.to_grid(x).shape == (2, SIDE, SIDE, CHANNELS)
-    np.testing.assert_array_equal(layers.to_tokens(layers.to_grid(x)), x)
+    assert grid.to_grid(x).shape == (2, SIDE, SIDE, CHANNELS)
+    np.testing.assert_array_equal(grid.to_tokens(grid.to_grid(x)), x)
 
 
 # --- drop path ---------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def test_to_grid_and_back():
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     rate, x = 0.25, jnp.array(1 + np.abs(numbers(4000, 3, 2)))
-    drop = layers.DropPath(rate)
+    drop = activation.DropPath(rate)
     y = drop.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
     kept = np.asarray(y / x)
     for sample in (kept.min(axis=(1, 2)), kept.max(axis=(1, 2))):
@@ -283,7 +284,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 
 
 def test_drop_path_depends_on_the_key():
-    x, drop = jnp.ones((64, 2, 2)), layers.DropPath(0.5)
+    x, drop = jnp.ones((64, 2, 2)), activation.DropPath(0.5)
     a, b, c = (
         np.asarray(drop.apply({}, x, train=True, rngs={"dropout": jax.random.key(seed)}))
         for seed in (0, 0, 1)
@@ -294,13 +295,13 @@ def test_drop_path_depends_on_the_key():
 
 def test_drop_path_without_a_rate_needs_no_key():
     x = jnp.ones((2, 3, 4))
-    np.testing.assert_array_equal(layers.DropPath(0.0).apply({}, x, train=True), x)
+    np.testing.assert_array_equal(activation.DropPath(0.0).apply({}, x, train=True), x)
 
 
 def test_drop_path_rates_rise_linearly():
-    close(layers.drop_path_rates(0.3, 4), [0, 0.1, 0.2, 0.3])
-    assert layers.drop_path_rates(0.3, 1) == (0,)
-    assert layers.drop_path_rates(0.0, 3) == (0, 0, 0)
+    close(activation.drop_path_rates(0.3, 4), [0, 0.1, 0.2, 0.3])
+    assert activation.drop_path_rates(0.3, 1) == (0,)
+    assert activation.drop_path_rates(0.0, 3) == (0, 0, 0)
 
 
 # --- initialisers ------------------------------------------------------------------------------
@@ -310,9 +311,9 @@ def test_drop_path_rates_rise_linearly():
 def test_torch_uniform(fan_in):
     bound = 1 / math.sqrt(fan_in)
     for init in (
-        layers.torch_uniform(fan_in),
-        layers.kernel_init("torch", fan_in),
-        layers.bias_init("torch", fan_in),
+        initializers.torch_uniform(fan_in),
+        initializers.kernel_init("torch", fan_in),
+        initializers.bias_init("torch", fan_in),
     ):
         w = np.asarray(init(jax.random.key(0), (400, 500), jnp.float32))
         assert w.dtype == np.float32
@@ -325,7 +326,7 @@ def test_torch_uniform_has_the_spread_of_torch():
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     for module, fan_in in ((torch.nn.Linear(48, 3000), 48), (torch.nn.Conv2d(3, 3000, 4), 48)):
-        init = layers.torch_uniform(fan_in)
+        init = initializers.torch_uniform(fan_in)
         for theirs in (module.weight, module.bias):
             ours = np.asarray(init(jax.random.key(1), tuple(theirs.shape), jnp.float32))
             theirs = theirs.detach().numpy()
@@ -334,13 +335,13 @@ def test_torch_uniform_has_the_spread_of_torch():
 
 
 def test_trunc_normal():
-    w = np.asarray(layers.kernel_init("trunc_normal", 48)(jax.random.key(0), (400, 500)))
+    w = np.asarray(initializers.kernel_init("trunc_normal", 48)(jax.random.key(0), (400, 500)))
     assert abs(w.std() / 0.02 - 1) < 0.02
-    assert not layers.bias_init("trunc_normal", 48)(jax.random.key(0), (5,)).any()
+    assert not initializers.bias_init("trunc_normal", 48)(jax.random.key(0), (5,)).any()
 
 
 def test_positions_have_a_standard_deviation_of_one_fiftieth():
-    w = np.asarray(layers.normal_init(jax.random.key(0), (400, 500)))
+    w = np.asarray(initializers.normal_init(jax.random.key(0), (400, 500)))
     assert abs(w.std() / 0.02 - 1) < 0.01
 
 
@@ -348,10 +349,10 @@ def test_positions_have_a_standard_deviation_of_one_fiftieth():
 def test_layers_initialise_with_their_own_fan_in(weight_init):
     image, x = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 2, 48))
     kernels = {
-        "dense": layers.BinaryDense(64, weight_init=weight_init).init(jax.random.key(0), x),
-        "conv": layers.BinaryPatchConv(64, 4, weight_init=weight_init).init(jax.random.key(0), image),
-        "real dense": layers.real_dense(64, 48, weight_init, jnp.float32, None).init(jax.random.key(0), x),
-        "real conv": layers.real_patch_conv(64, 4, 48, weight_init, jnp.float32, None, use_bias=True).init(
+        "dense": dense.BinaryDense(64, weight_init=weight_init).init(jax.random.key(0), x),
+        "conv": dense.BinaryPatchConv(64, 4, weight_init=weight_init).init(jax.random.key(0), image),
+        "real dense": dense.real_dense(64, 48, weight_init, jnp.float32, None).init(jax.random.key(0), x),
+        "real conv": dense.real_patch_conv(64, 4, 48, weight_init, jnp.float32, None, use_bias=True).init(
             jax.random.key(0), image
         ),
     }

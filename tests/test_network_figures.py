@@ -13,7 +13,7 @@ from bvit_jax import models
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.binary import products, quantize
 from bvit_jax.layers import kernels as signs
-from bvit_jax.layers.layers import BinaryDense
+from bvit_jax.layers.dense import BinaryDense
 from bvit_jax.models.windows import Window
 from bvit_jax.report import network_figures
 from bvit_jax.report.network_figures import (

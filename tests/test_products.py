@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bvit_jax.binary import products, quantize
-from bvit_jax.layers import layers
+from bvit_jax.layers import dense
 
 DTYPES = ("float64", "float32", "bfloat16")
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
@@ -141,13 +141,13 @@ def test_rounding_makes_no_zeros_before_the_sign():
 @pytest.mark.parametrize("bits", [1, 4, 8, 32])
 def test_linear_layers_equal_torch(units, bits):
     case = {name: units[f"linear{bits}/{name}"] for name in ("x", "w", "gy", "y", "gx", "gw")}
-    layer = layers.BinaryDense(12, weight_bits=bits, act_bits=1, dtype=jnp.float64)
+    layer = dense.BinaryDense(12, weight_bits=bits, act_bits=1, dtype=jnp.float64)
     check_layer(layer, case, case["w"].T, lambda gw: gw.T, lambda x: x, lambda y: y)
 
 
 def test_convolution_equals_torch(units):
     case = {name: units[f"conv/{name}"] for name in ("x", "w", "gy", "y", "gx", "gw")}
-    layer = layers.BinaryPatchConv(12, 2, dtype=jnp.float64)
+    layer = dense.BinaryPatchConv(12, 2, dtype=jnp.float64)
     check_layer(
         layer,
         case,

@@ -11,7 +11,7 @@ import pytest
 from bvit_jax import models
 from bvit_jax.config import CHOICES
 from bvit_jax.errors import UserError
-from bvit_jax.layers.layers import drop_path_rates
+from bvit_jax.layers.activation import drop_path_rates
 from bvit_jax.models.execution.stages import POLICIES
 from bvit_jax.models.real_block import RealBlock, RealConfig
 from bvit_jax.weights.state_dicts import abstract_variables

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bvit_jax.binary import products
-from bvit_jax.layers import closed_form, layers
-from bvit_jax.layers.layers import BatchNorm
+from bvit_jax.layers import closed_form, grid
+from bvit_jax.layers.norm import BatchNorm
 from bvit_jax.models.execution import grid_products
 from bvit_jax.plan import hlo
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
@@ -57,13 +57,13 @@ def test_the_largest_sums_are_exact(terms):
 @pytest.mark.parametrize(
     ("by_product", "plain"),
     [
-        (lambda x: grid_products.tile_channels(x, 3), lambda x: layers.tile_channels(x, 3)),
+        (lambda x: grid_products.tile_channels(x, 3), lambda x: grid.tile_channels(x, 3)),
         (
             lambda x: grid_products.mean_channels(x, 4),
-            lambda x: layers.average_channels(x, 4, train=True),
+            lambda x: grid.average_channels(x, 4, train=True),
         ),
-        (lambda x: grid_products.repeat_tokens(x, 2), lambda x: layers.upsample(x, 2)),
-        (lambda x: grid_products.mean_tokens(x, 2), lambda x: layers.average_pool(x, 2)),
+        (lambda x: grid_products.repeat_tokens(x, 2), lambda x: grid.upsample(x, 2)),
+        (lambda x: grid_products.mean_tokens(x, 2), lambda x: grid.average_pool(x, 2)),
     ],
     ids=["tile_channels", "mean_channels", "repeat_tokens", "mean_tokens"],
 )

@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 from bvit_jax.cost.memory import largest_live_set, saved_for_backward
 from bvit_jax.cost.program import Node, Operation, Path, Program, trace
 from bvit_jax.cost.values import LAYOUT, Value, analyse
-from bvit_jax.layers.layers import ACTIVATION_SCOPE, POOLING_SCOPE, SOFTMAX_SCOPE
+from bvit_jax.layers.activation import ACTIVATION_SCOPE, SOFTMAX_SCOPE
+from bvit_jax.layers.grid import POOLING_SCOPE
 from bvit_jax.weights.state_dicts import abstract_variables
 
 BINARY = "binary"

@@ -10,16 +10,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.layers.layers import (
-    BinaryPatchConv,
-    RPReLU,
-    average_pool,
-    drop_path_rates,
-    normal_init,
-    real_patch_conv,
-    to_grid,
-    to_tokens,
-)
+from bvit_jax.layers.activation import RPReLU, drop_path_rates
+from bvit_jax.layers.dense import BinaryPatchConv, real_patch_conv
+from bvit_jax.layers.grid import average_pool, to_grid, to_tokens
+from bvit_jax.layers.init import normal_init
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
 from bvit_jax.models.execution.stages import Execution, run_blocks

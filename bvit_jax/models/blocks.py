@@ -19,17 +19,10 @@ from jax.typing import DTypeLike
 from bvit_jax.binary import products, quantize
 from bvit_jax.binary.products import accumulator_dtype
 from bvit_jax.layers import sown
-from bvit_jax.layers.layers import (
-    BinaryDense,
-    DropPath,
-    LayerScale,
-    NormName,
-    RPReLU,
-    WeightInit,
-    advance_statistics,
-    make_norm,
-    softmax,
-)
+from bvit_jax.layers.activation import DropPath, LayerScale, RPReLU, softmax
+from bvit_jax.layers.dense import BinaryDense
+from bvit_jax.layers.init import WeightInit
+from bvit_jax.layers.norm import NormName, advance_statistics, make_norm
 from bvit_jax.models.execution import packed_feed_forward
 from bvit_jax.models.execution.variants import Forms, plain_forms, whole_forms
 from bvit_jax.models.head import Attention
@@ -40,10 +33,10 @@ class BlockConfig:
     """What the blocks of one model have in common, whatever their width.
 
     Attributes:
-      weight_bits, act_bits, clip_val: see `bvit_jax.layers.layers.BinaryDense`.
+      weight_bits, act_bits, clip_val: see `bvit_jax.layers.dense.BinaryDense`.
       norm, norm_epsilon: normalisation after every product and before every branch.
       batch_norm_group: consecutive images whose statistics a batch norm takes, 0 for the global batch;
-        see `bvit_jax.layers.layers.BatchNorm`.
+        see `bvit_jax.layers.norm.BatchNorm`.
       layer_scale: whether the two main branches end in a `LayerScale`.
       pool_branches: kernel sizes of the pooling branches, 3 and 5 in the paper.
       dropout, attention_dropout: rates.
@@ -51,7 +44,7 @@ class BlockConfig:
       dtype: compute dtype; activations are kept in it.
       whole: whether products are kept as whole numbers, and what a backward pass computes from them again is
         arranged for it: see `bvit_jax.models.execution.stages.Execution`.
-      one_pass_norms: see `bvit_jax.layers.layers.BatchNorm`.
+      one_pass_norms: see `bvit_jax.layers.norm.BatchNorm`.
       packed: whether the feed-forward branches are computed by
       `bvit_jax.models.execution.packed_feed_forward` where it
         does the same; how it runs, not what it is.

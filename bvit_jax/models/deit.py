@@ -5,7 +5,8 @@ from typing import ClassVar
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.layers.layers import LayerNorm, drop_path_rates
+from bvit_jax.layers.activation import drop_path_rates
+from bvit_jax.layers.norm import LayerNorm
 from bvit_jax.models.embedding import ImageEmbedding
 from bvit_jax.models.execution.stages import Execution, run_blocks
 from bvit_jax.models.head import ModelOutput, classify, model_output

@@ -5,7 +5,10 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from bvit_jax.layers.layers import WeightInit, make_norm, normal_init, real_patch_conv, to_tokens
+from bvit_jax.layers.dense import real_patch_conv
+from bvit_jax.layers.grid import to_tokens
+from bvit_jax.layers.init import WeightInit, normal_init
+from bvit_jax.layers.norm import make_norm
 from bvit_jax.models.blocks import NormName
 
 

@@ -12,7 +12,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from bvit_jax.errors import UserError, nearest
-from bvit_jax.layers.layers import NormName, WeightInit
+from bvit_jax.layers.init import WeightInit
+from bvit_jax.layers.norm import NormName
 from bvit_jax.models.binaryvit import STRIDE, BinaryViT
 from bvit_jax.models.bivit.paper import BiViTDeiT, BiViTSwin
 from bvit_jax.models.bivit.release import BiViTReleaseDeiT, BiViTReleaseSwin
@@ -108,7 +109,7 @@ def create_model(
       dtype: dtype of the activations; parameters are float32 whatever it is.
       remat, scan_blocks: how it runs, which is no part of its description; see
         `bvit_jax.models.execution.stages.Execution`.
-      one_pass_norms: likewise, of models with batch norms; see `bvit_jax.layers.layers.BatchNorm`.
+      one_pass_norms: likewise, of models with batch norms; see `bvit_jax.layers.norm.BatchNorm`.
       packed: likewise, of models for which `packs_signs` is true; see `bvit_jax.models.blocks.BlockConfig`.
 
     Raises:

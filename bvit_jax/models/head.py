@@ -9,7 +9,9 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from bvit_jax.layers.layers import POOLING_SCOPE, WeightInit, real_dense
+from bvit_jax.layers.dense import real_dense
+from bvit_jax.layers.grid import POOLING_SCOPE
+from bvit_jax.layers.init import WeightInit
 
 
 class Attention(NamedTuple):

@@ -7,7 +7,7 @@ Source: BinaryViT (CVPRW 2023), section 3 and table of ablations, in the behavio
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.layers.layers import drop_path_rates
+from bvit_jax.layers.activation import drop_path_rates
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
 from bvit_jax.models.execution.stages import Execution, run_blocks

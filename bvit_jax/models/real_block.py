@@ -9,16 +9,11 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from bvit_jax.layers.layers import (
-    ACTIVATION_SCOPE,
-    DropPath,
-    LayerNorm,
-    WeightInit,
-    accumulator_dtype,
-    normal_init,
-    real_dense,
-    softmax,
-)
+from bvit_jax.binary.products import accumulator_dtype
+from bvit_jax.layers.activation import ACTIVATION_SCOPE, DropPath, softmax
+from bvit_jax.layers.dense import real_dense
+from bvit_jax.layers.init import WeightInit, normal_init
+from bvit_jax.layers.norm import LayerNorm
 from bvit_jax.models.head import Attention
 from bvit_jax.models.windows import Window
 

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.layers.layers import LayerNorm, drop_path_rates, kernel_init, to_grid, to_tokens
+from bvit_jax.layers.activation import drop_path_rates
+from bvit_jax.layers.grid import to_grid, to_tokens
+from bvit_jax.layers.init import kernel_init
+from bvit_jax.layers.norm import LayerNorm
 from bvit_jax.models.embedding import ImageEmbedding
 from bvit_jax.models.execution.stages import Execution, run_blocks
 from bvit_jax.models.head import ModelOutput, average_tokens, classify, model_output

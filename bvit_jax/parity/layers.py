@@ -23,7 +23,9 @@ from ml_collections import ConfigDict
 from bvit_jax import models
 from bvit_jax.binary.products import accumulator_dtype
 from bvit_jax.errors import UserError
-from bvit_jax.layers.layers import BatchNorm, BinaryDense, BinaryPatchConv, LayerScale, RPReLU
+from bvit_jax.layers.activation import LayerScale, RPReLU
+from bvit_jax.layers.dense import BinaryDense, BinaryPatchConv
+from bvit_jax.layers.norm import BatchNorm
 from bvit_jax.parity.golden import GoldenFile, compare
 from bvit_jax.parity.reference import config_of
 from bvit_jax.weights.names import REFERENCE

@@ -10,7 +10,7 @@ import jax
 from bvit_jax.errors import UserError
 from bvit_jax.runtime import distributed
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 CALLS = 3  # lines of this package that are named, the operation's first
 
 

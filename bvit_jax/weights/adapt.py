@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax import models
 from bvit_jax.errors import UserError
-from bvit_jax.layers.layers import bias_init, kernel_init
+from bvit_jax.layers.init import bias_init, kernel_init
 from bvit_jax.models.factory import DEITS
 from bvit_jax.weights.formats import FORMATS
 from bvit_jax.weights.names import path_name

@@ -12,7 +12,7 @@ from jax import Array
 from bvit_jax.binary import products
 from bvit_jax.binary import zero_point as quantize
 from bvit_jax.layers import sown
-from bvit_jax.layers.layers import LayerNorm
+from bvit_jax.layers.norm import LayerNorm
 from bvit_jax.models.head import Attention
 from bvit_jax.models.real_block import RealBlock
 

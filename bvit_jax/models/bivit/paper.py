@@ -22,7 +22,8 @@ from jax import Array, lax
 from bvit_jax.binary import products, quantize
 from bvit_jax.binary.zero_point import learned_step
 from bvit_jax.layers import sown
-from bvit_jax.layers.layers import BitDense, kernel_init
+from bvit_jax.layers.dense import BitDense
+from bvit_jax.layers.init import kernel_init
 from bvit_jax.models.bivit.block import BiViTBlock, Quantized
 from bvit_jax.models.bivit.first_values import learned_values
 from bvit_jax.models.deit import DeiT

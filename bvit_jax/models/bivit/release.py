@@ -22,7 +22,8 @@ from jax import Array
 from bvit_jax.binary import products
 from bvit_jax.binary import zero_point as quantize
 from bvit_jax.layers import sown
-from bvit_jax.layers.layers import UncentredDense, kernel_init
+from bvit_jax.layers.dense import UncentredDense
+from bvit_jax.layers.init import kernel_init
 from bvit_jax.models.bivit.block import BiViTBlock, Quantized
 from bvit_jax.models.bivit.first_values import SEEN, is_first_batch, learned_values, unless
 from bvit_jax.models.deit import DeiT

@@ -30,7 +30,7 @@ def tile_channels(x: Array, times: int) -> Array:
 
 
 def mean_channels(x: Array, size: int) -> Array:
-    """Averages each ``size`` neighbouring channels, as `bvit_jax.layers.layers.average_channels` does.
+    """Averages each ``size`` neighbouring channels, as `bvit_jax.layers.grid.average_channels` does.
 
     Returns:
       (..., channels / size) in the accumulator of x's dtype.
@@ -39,7 +39,7 @@ def mean_channels(x: Array, size: int) -> Array:
 
 
 def repeat_tokens(x: Array, factor: int) -> Array:
-    """Repeats each token of a square grid ``factor``×``factor`` times, as `bvit_jax.layers.layers.upsample`
+    """Repeats each token of a square grid ``factor``×``factor`` times, as `bvit_jax.layers.grid.upsample`
     does.
 
     Args:
@@ -55,7 +55,7 @@ def repeat_tokens(x: Array, factor: int) -> Array:
 
 def mean_tokens(x: Array, size: int) -> Array:
     """Averages each ``size``×``size`` square of a square token grid, as
-    `bvit_jax.layers.layers.average_pool` does.
+    `bvit_jax.layers.grid.average_pool` does.
 
     Args:
       x: (..., tokens, channels).

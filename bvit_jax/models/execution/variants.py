@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from bvit_jax.binary.products import accumulator_dtype
-from bvit_jax.layers import layers
+from bvit_jax.layers import grid
 from bvit_jax.models.execution import grid_products
 
 
@@ -38,12 +38,12 @@ class Forms:
 
 
 def plain_forms(*, train: bool) -> Forms:
-    """Returns the forms of `bvit_jax.layers.layers`."""
+    """Returns the forms of `bvit_jax.layers.grid`."""
     return Forms(
-        pool=layers.average_pool,
-        repeat=layers.upsample,
+        pool=grid.average_pool,
+        repeat=grid.upsample,
         average_line=_average_line,
-        tile=layers.tile_channels,
+        tile=grid.tile_channels,
         mean_channels=partial(_mean_channels, train=train),
         settle=lambda x: x,
     )
@@ -54,7 +54,7 @@ def whole_forms(dtype: DTypeLike) -> Forms:
     return Forms(
         pool=lambda x, size: grid_products.mean_tokens(x, size).astype(x.dtype),
         repeat=lambda x, factor: grid_products.repeat_tokens(x.astype(dtype), factor),
-        average_line=lambda x, size, axis: layers.average_row(_accumulated(x), size, axis),
+        average_line=lambda x, size, axis: grid.average_row(_accumulated(x), size, axis),
         tile=grid_products.tile_channels,
         mean_channels=grid_products.mean_channels,
         settle=partial(_settle, dtype=dtype),
@@ -66,11 +66,11 @@ def _accumulated(x: Array) -> Array:
 
 
 def _average_line(x: Array, size: int, axis: int) -> Array:
-    return layers.to_tokens(layers.average_line(layers.to_grid(x), size, axis))
+    return grid.to_tokens(grid.average_line(grid.to_grid(x), size, axis))
 
 
 def _mean_channels(x: Array, size: int, *, train: bool) -> Array:
-    return layers.average_channels(_accumulated(x), size, train=train)
+    return grid.average_channels(_accumulated(x), size, train=train)
 
 
 def _settle(x: Array, dtype: DTypeLike) -> Array:

@@ -1,0 +1,68 @@
+"""RPReLU, LayerScale, stochastic depth, softmax."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from bvit_jax.layers import closed_form
+
+# Scopes by which `bvit_jax.cost` tells what the operations of a layer are.
+ACTIVATION_SCOPE = "activation"
+
+SOFTMAX_SCOPE = "softmax"
+
+
+class RPReLU(nn.Module):
+    """``prelu(x - move1) + move2`` with a slope per channel; slope 0.25 and moves 0 at first."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = (x.shape[-1],)
+        move1 = self.param("move1", nn.initializers.zeros, channels)
+        slope = self.param("slope", nn.initializers.constant(0.25), channels)
+        move2 = self.param("move2", nn.initializers.zeros, channels)
+        return closed_form.rprelu(x, move1, slope, move2)
+
+
+class LayerScale(nn.Module):
+    """The affine before a residual addition: ``x * alpha + move``, per channel."""
+
+    alpha_init: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = (x.shape[-1],)
+        alpha = self.param("alpha", nn.initializers.constant(self.alpha_init), channels)
+        return x * alpha + self.param("move", nn.initializers.zeros, channels)
+
+
+class DropPath(nn.Module):
+    """Drops a whole sample of a residual branch with probability ``rate`` (stochastic depth).
+
+    A rate that is an array, as in a scan over blocks, may be traced; it must be below 1.
+    """
+
+    rate: float | Array
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        if not isinstance(self.rate, Array):
+            drop = nn.Dropout(self.rate, broadcast_dims=tuple(range(1, x.ndim)))
+            return drop(x, deterministic=not train)
+        if not train:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
+        return jnp.where(kept, x / (1 - self.rate).astype(x.dtype), 0)
+
+
+def drop_path_rates(last: float, depth: int) -> tuple[float, ...]:
+    """Returns the drop-path rate of each of ``depth`` blocks, rising linearly from 0 to ``last``."""
+    return tuple(last * i / max(depth - 1, 1) for i in range(depth))
+
+
+@jax.named_scope(SOFTMAX_SCOPE)
+def softmax(scores: Array) -> Array:
+    """Returns the softmax along the last axis."""
+    return nn.softmax(scores)
