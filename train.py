@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from bvit_jax import commands
+from bvit_jax import cli
 from bvit_jax.errors import UserError
 from bvit_jax.plan import topology
 
@@ -33,21 +33,21 @@ _TOPOLOGY = flags.DEFINE_string(
     "",
     "With --dry_run: TPU chips to compile for, such as v5e:16x16, in place of the devices that are here.",
 )
-commands.define_cluster_flags()
+cli.define_cluster_flags()
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
-    commands.no_arguments(argv)
+    cli.no_arguments(argv)
     if _TOPOLOGY.value:
         topology.prepare()  # the chips of this machine, if any, are left alone
     else:
-        commands.start_jax()
+        cli.start_jax()
     from bvit_jax.plan.dry_run import dry_run, table
     from bvit_jax.training.evaluation import to_json
     from bvit_jax.training.loop import train_and_evaluate
 
-    config = commands.loaded_config(_CONFIG.value)
+    config = cli.loaded_config(_CONFIG.value)
     if _DRY_RUN.value and _DEBUG_NANS.value:
         raise UserError("--debug_nans runs the steps that --dry_run leaves out; leave out one of them")
     if _DRY_RUN.value:
@@ -56,10 +56,10 @@ def main(argv: list[str]) -> None:
     elif _TOPOLOGY.value:
         raise UserError(f"--topology={_TOPOLOGY.value} is for planning only; add --dry_run")
     else:
-        workdir = commands.required("workdir", _WORKDIR.value)
+        workdir = cli.required("workdir", _WORKDIR.value)
         figures = train_and_evaluate(config, Path(workdir).expanduser(), debug_nans=_DEBUG_NANS.value)
-    commands.print_result(to_json(figures))
+    cli.print_result(to_json(figures))
 
 
 if __name__ == "__main__":
-    commands.run(main, default_config=Path(__file__).parent / "configs" / "digits.py")
+    cli.run(main, default_config=Path(__file__).parent / "configs" / "digits.py")

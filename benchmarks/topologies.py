@@ -24,7 +24,7 @@ from jax_side import load_config
 from workload import parse_override
 
 from bvit_jax import config as config_lib
-from bvit_jax.commands import positive
+from bvit_jax.cli import positive
 from bvit_jax.errors import UserError
 from bvit_jax.plan import topology
 from bvit_jax.plan.dry_run import dry_run

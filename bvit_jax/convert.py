@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from bvit_jax import models
-from bvit_jax.commands import add_noema, exit_status, positive
+from bvit_jax.cli import add_noema, exit_status, positive
 from bvit_jax.errors import UserError
 from bvit_jax.weights import adapt, labels, pretrained
 from bvit_jax.weights.formats import FORMATS

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bvit_jax import commands
+from bvit_jax import cli
 from bvit_jax.errors import UserError
 from bvit_jax.report import curves, network
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     if config_flags and not arguments.takes_config:
         parser.error(f"unrecognized arguments: {' '.join(config_flags)}")
     arguments.config_flags = config_flags
-    return commands.exit_status(lambda: arguments.run(arguments))
+    return cli.exit_status(lambda: arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def _cost(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is not None:
         subject = cost.read_subject(arguments.checkpoint.expanduser())
     else:
-        subject = cost.subject_of(commands.parse_config(config_flags))
+        subject = cost.subject_of(cli.parse_config(config_flags))
     report = cost.figures(subject, arguments.depth)
     sys.stdout.write(json.dumps(report, indent=2) + "\n" if arguments.json else cost.as_text(report))
 
@@ -81,7 +81,7 @@ def _capability(arguments: argparse.Namespace) -> None:
     if arguments.all:
         derivations = capability.all_derivations()
     else:
-        derivations = [capability.derivation_of(commands.parse_config(config_flags))]
+        derivations = [capability.derivation_of(cli.parse_config(config_flags))]
     if arguments.json:
         sys.stdout.write(json.dumps(capability.figures(derivations), indent=2) + "\n")
     else:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bvit_jax import commands, models
+from bvit_jax import cli, models
 from bvit_jax.report.cost import Subject, measure
 from bvit_jax.report.text import markdown
 
@@ -122,6 +122,6 @@ def _cells(row: Row, configs: Path) -> tuple[str, ...]:
 
 def _settings(row: Row, configs: Path) -> ConfigDict:
     if not row.model[0]:
-        return commands.parse_config([f"--config={configs / row.config}"]).model
+        return cli.parse_config([f"--config={configs / row.config}"]).model
     name, settings = row.model
     return models.model_config(name, **settings)

@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from bvit_jax import models
-from bvit_jax.commands import add_noema
+from bvit_jax.cli import add_noema
 from bvit_jax.errors import UserError
+from bvit_jax.inference.classify import load_image, prepared
 from bvit_jax.models.factory import SWINS
-from bvit_jax.predict import load_image, prepared
 from bvit_jax.report import html_page
 from bvit_jax.report import network_figures as figures
 from bvit_jax.report import network_pictures as draw

@@ -1,0 +1,245 @@
+"""Rematerialised and scanned blocks compute what plain ones do, with the same variables."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bvit_jax import models
+from bvit_jax.config import CHOICES
+from bvit_jax.errors import UserError
+from bvit_jax.layers.activation import drop_path_rates
+from bvit_jax.models.execution.stages import POLICIES
+from bvit_jax.models.real_block import RealBlock, RealConfig
+from bvit_jax.weights.state_dicts import abstract_variables
+from tests.models.test_models import images_for, random_variables
+
+TINY = {
+    "deit": {"width": 8, "depth": 3, "num_heads": 2, "mlp_dim": 16, "image_size": 8, "patch_size": 4},
+    "extra_res": {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 8, "image_size": 8, "patch_size": 4},
+    "binaryvit": {
+        "width": (4,),
+        "depth": (2,),
+        "num_heads": (1,),
+        "mlp_dim": (4,),
+        "reduction": (2,),
+        "image_size": 8,
+        "patch_size": 4,
+    },
+    # Shifted and not in turns, and one that is left over.
+    "swin": {
+        "width": 8,
+        "depth": (5,),
+        "num_heads": (2,),
+        "window_size": 2,
+        "mlp_ratio": 1,
+        "image_size": 8,
+        "patch_size": 2,
+    },
+}
+TINY |= dict.fromkeys(("bivit_deit", "bivit_release_deit"), TINY["deit"])
+TINY |= dict.fromkeys(("bivit_swin", "bivit_release_swin"), TINY["swin"])
+SCAN, BLOCK, DOTS, PRODUCTS = {"scan_blocks": True}, *({"remat": r} for r in ("block", "dots", "products"))
+ONE_PASS = {"one_pass_norms": True}
+
+
+def tiny(name, dtype=jnp.float32, execution=None, **settings):
+    config = models.model_config(name, num_classes=3, **{**TINY[name], **settings})
+    return models.create_model(config, dtype, **(execution or {})), config
+
+
+def training_step(name, execution, dtype=jnp.float64, key=None, **settings):
+    """Returns the output with what lies inside it, the new statistics and the gradients."""
+    model, config = tiny(name, dtype, execution, **settings)
+    variables = random_variables(model, config, np.dtype(dtype))
+    images = images_for(config, dtype=np.dtype(dtype))
+    rngs = {} if key is None else {"dropout": key}
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            output, updates = model.apply(
+                variables | {"params": params},
+                images,
+                train=True,
+                capture=True,
+                mutable=["batch_stats"],
+                rngs=rngs,
+            )
+            return jnp.mean(jnp.square(output.logits)), (output, updates)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    return run(variables["params"])
+
+
+@functools.cache
+def plain_step(name):
+    return training_step(name, {})
+
+
+@pytest.mark.usefixtures("x64", "compile_quickly")
+@pytest.mark.parametrize("act_bits", [1, 32])
+@pytest.mark.parametrize("weight_bits", [1, 2])
+def test_products_of_any_bits_are_kept(weight_bits, act_bits):
+    settings = {"weight_bits": weight_bits, "act_bits": act_bits, "mlp_dim": 24, "batch_norm_group": 2}
+    steps = [training_step("extra_res", e, **settings) for e in ({}, PRODUCTS)]
+    assert_close(*steps)
+
+
+def assert_close(actual, expected, atol=1e-12, rtol=1e-10):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.usefixtures("x64", "compile_quickly")
+@pytest.mark.parametrize(
+    ("name", "execution"),
+    [
+        ("deit", SCAN),
+        ("deit", DOTS),
+        ("deit", SCAN | BLOCK),
+        ("extra_res", SCAN | DOTS),
+        ("extra_res", BLOCK),
+        ("binaryvit", SCAN),
+        ("binaryvit", PRODUCTS),
+        ("extra_res", SCAN | PRODUCTS),
+        ("swin", SCAN | BLOCK),
+        ("bivit_deit", SCAN | BLOCK),
+        ("bivit_swin", DOTS),
+        ("bivit_release_deit", SCAN | DOTS),
+        ("bivit_release_swin", SCAN),
+    ],
+)
+def test_nothing_changes_but_how_it_runs(name, execution):
+    """Logits, hidden states, attentions, running statistics and gradients, under the same names."""
+    assert_close(training_step(name, execution), plain_step(name))
+
+
+@pytest.mark.usefixtures("x64", "compile_quickly")
+@pytest.mark.parametrize(("name", "execution"), [("binaryvit", PRODUCTS | ONE_PASS), ("extra_res", ONE_PASS)])
+def test_norms_in_one_pass_change_nothing_but_roundings(name, execution):
+    # Here the running means are random, and some variances so small that a difference of squares shows.
+    assert_close(training_step(name, execution), plain_step(name), atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_variables_and_description_stay_the_same(name):
+    plain, config = tiny(name)
+    model, same = tiny(name, execution=SCAN | DOTS)
+    assert same == config
+    assert not {"remat", "scan_blocks", "execution"} & set(config)
+    assert abstract_variables(model, config.image_size) == abstract_variables(plain, config.image_size)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_scanned_blocks_are_traced_once(name):
+    def size_of(depth, execution):
+        settings = {"depth": depth}
+        if name == "binaryvit" or name.endswith("swin"):
+            settings = {"depth": (depth,)}
+        model, config = tiny(name, execution=execution, **settings)
+        variables = random_variables(model, config)
+        text = str(jax.make_jaxpr(model.apply)(variables, images_for(config)))
+        return len(re.findall(r"dot_general\[|custom_vjp_call\[", text))
+
+    assert size_of(4, SCAN) == size_of(6, SCAN) < size_of(4, {})
+
+
+@pytest.mark.usefixtures("x64", "compile_quickly")
+def test_rematerialisation_keeps_the_dropout():
+    rates = {"dropout": 0.2, "attention_dropout": 0.2, "drop_path": 0.5, "depth": 2}
+    steps = [training_step("deit", e, key=jax.random.key(1), **rates) for e in ({}, BLOCK)]
+    assert_close(*steps)
+
+
+@pytest.mark.usefixtures("x64", "compile_quickly")
+@pytest.mark.parametrize("train", [True, False])
+def test_each_scanned_block_has_its_drop_path_and_its_key(train):
+    rate, depth = 0.6, 3
+    model, config = tiny("deit", jnp.float64, SCAN, drop_path=rate, depth=depth)
+    variables = random_variables(model, config, np.float64)
+    images = images_for(config, batch=16, dtype=np.float64)
+    rngs = {"dropout": jax.random.key(3)} if train else {}
+    output = jax.jit(lambda v: model.apply(v, images, train=train, capture=True, rngs=rngs))(variables)
+
+    class Keys(type(model)):  # the key that a stage draws
+        def __call__(self, images):
+            return self.make_rng("dropout")
+
+    key = Keys().apply({}, images, rngs=rngs) if train else None
+    for i, drop_path in enumerate(drop_path_rates(rate, depth)):
+        rates = jnp.float32(drop_path) if train else 0.0
+        block = RealBlock(2, 16, rates, RealConfig(dtype=jnp.float64))
+        keys = {"dropout": jax.random.fold_in(key, i)} if train else {}
+        own = {"params": variables["params"][f"block{i}"]}
+        expected, _ = block.apply(own, output.hidden_states[i], train=train, rngs=keys)
+        np.testing.assert_allclose(output.hidden_states[i + 1], expected, rtol=1e-10, atol=1e-12)
+        skipped = np.all(output.hidden_states[i + 1] == output.hidden_states[i], axis=(1, 2))
+        assert not skipped.any() or train
+        assert not skipped.any() or i > 0  # whose rate is 0
+    assert skipped.any() == train  # both branches of the last: 0.6² of 16 images
+
+
+def temporaries(execution):
+    settings = {"width": 16, "depth": 8, "num_heads": 1, "mlp_dim": 32, "image_size": 32}
+    model, config = tiny("deit", execution=execution, **settings)
+    variables = abstract_variables(model, config.image_size)
+    images = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+
+    def loss(params, images):
+        return jnp.mean(jnp.square(model.apply({"params": params}, images, train=True).logits))
+
+    compiled = jax.jit(jax.grad(loss)).lower(variables["params"], images).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_rematerialisation_saves_memory():
+    # In a scan, because XLA's CPU backend merges what unrolled blocks compute again with the first time.
+    assert temporaries(SCAN | BLOCK) < 0.4 * temporaries(SCAN)
+
+
+@pytest.mark.parametrize("name", ["deit", "extra_res"])
+def test_a_block_keeps_what_the_policy_says(name):
+    """Of what a plain model would keep for the backward pass, by automatic differentiation's account."""
+
+    def kept(execution):
+        settings = {"width": 16, "mlp_dim": 64, "depth": 2}
+        model, config = tiny(name, execution=execution, **settings)
+        variables = random_variables(model, config)
+        images = images_for(config, batch=16)
+
+        def loss(params):
+            updated = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+            return jnp.mean(updated[0].logits)
+
+        _, backward = jax.eval_shape(lambda p: jax.vjp(loss, p), variables["params"])
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+    whole, dots, block = (kept(execution) for execution in ({}, DOTS, BLOCK))
+    assert block < dots < whole
+    if name == "extra_res":
+        assert block < kept(PRODUCTS) < dots
+
+
+def test_the_policies_are_those_of_the_settings():
+    assert CHOICES["remat"] == ("none", *POLICIES)
+
+
+def test_an_unknown_policy_is_named():
+    with pytest.raises(UserError, match=r"config.remat is 'all'; of deit, expected one of none, block, dots"):
+        tiny("deit", execution={"remat": "all"})
+    with pytest.raises(
+        UserError, match=r"config.remat is 'products'; of deit, expected one of none, block, dots$"
+    ):
+        tiny("deit", execution=PRODUCTS)
+
+
+def test_a_model_without_batch_norms_has_none_in_one_pass():
+    for name, settings in (("deit", {}), ("extra_res", {"norm": "layer_norm"})):
+        with pytest.raises(UserError, match=f"config.one_pass_norms is True: {name} has no batch norms"):
+            tiny(name, execution=ONE_PASS, **settings)
