@@ -28,7 +28,7 @@ def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def whole_dtype(terms: int) -> jnp.dtype:
+def integer_dtype(terms: int) -> jnp.dtype:
     """Returns the smallest dtype that holds every sum of ``terms`` values in {-1, 0, 1}."""
     return next(jnp.dtype(d) for d in (jnp.int8, jnp.int16, jnp.int32) if terms <= jnp.iinfo(d).max)
 
@@ -53,15 +53,15 @@ BITS = CONV._replace(codes=quantize.weight_bit)
 class ProductConfig(NamedTuple):
     """The static part of a product: the weights' rule, whether and how the input is binarised, the dtype.
 
-    With ``whole`` the product is kept before its scale, as whole numbers of `whole_dtype`, which is exact,
-    and named `PRODUCT` for a rematerialisation policy.
+    With ``integer_products`` the product before its scale is cast to `integer_dtype`, which is exact, and
+    named `PRODUCT` for a rematerialisation policy.
     """
 
     rule: WeightRule
     binary_input: bool
     dtype: DTypeLike
     sign: Callable[[Array], Array] = quantize.sign  # any whose slope is `quantize.sign_slope`
-    whole: bool = False
+    integer_products: bool = False
 
     def operand(self, shifted: Array) -> Array:
         """Returns what is multiplied with the weights' codes, in a dtype that holds it exactly."""
@@ -99,8 +99,8 @@ def _scaled_product(operand: Array, kernel: Array, config: ProductConfig) -> Arr
     codes = _matrix(kernel, config).astype(operand.dtype)
     accumulator = accumulator_dtype(operand.dtype)
     y = jnp.matmul(operand, codes, preferred_element_type=accumulator)
-    if config.whole:
-        y = checkpoint_name(y.astype(whole_dtype(codes.shape[0])) if config.binary_input else y, PRODUCT)
+    if config.integer_products:
+        y = checkpoint_name(y.astype(integer_dtype(codes.shape[0])) if config.binary_input else y, PRODUCT)
     return y.astype(accumulator_dtype(config.dtype)) * quantize.weight_scale(kernel)
 
 
@@ -139,33 +139,33 @@ binary_product.defvjp(_binary_product_forward, _binary_product_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def binary_scores(q: Array, k: Array, dtype: DTypeLike, whole: bool = False) -> Array:
+def binary_scores(q: Array, k: Array, dtype: DTypeLike, integer_products: bool = False) -> Array:
     """Returns the products of the signs of queries and keys, head by head.
 
     Args:
       q: (batch, queries, heads, size), real; its gradient is that of `quantize.sign`.
       k: (batch, keys, heads, size), likewise.
       dtype: compute dtype, of the products in the backward pass.
-      whole: that of `ProductConfig`.
+      integer_products: that of `ProductConfig`.
 
     Returns:
       (batch, heads, queries, keys), whole numbers, in the accumulator of ``dtype``.
     """
-    return _binary_scores(q, k, dtype, whole)
+    return _binary_scores(q, k, dtype, integer_products)
 
 
-def _binary_scores(q: Array, k: Array, dtype: DTypeLike, whole: bool) -> Array:
+def _binary_scores(q: Array, k: Array, dtype: DTypeLike, integer_products: bool) -> Array:
     signs = (quantize.sign(a).astype(CODE_DTYPE) for a in (q, k))
     scores = jnp.einsum("bqhd,bkhd->bhqk", *signs, preferred_element_type=jnp.float32)
-    if whole:
-        scores = checkpoint_name(scores.astype(whole_dtype(q.shape[-1])), PRODUCT)
+    if integer_products:
+        scores = checkpoint_name(scores.astype(integer_dtype(q.shape[-1])), PRODUCT)
     return scores.astype(accumulator_dtype(dtype))
 
 
 def _binary_scores_backward(
-    dtype: DTypeLike, whole: bool, residuals: tuple[Array, Array], gradient: Array
+    dtype: DTypeLike, integer_products: bool, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
-    del whole
+    del integer_products
     q, k = residuals
     accumulator = accumulator_dtype(dtype)
     product = partial(jnp.einsum, preferred_element_type=accumulator)
@@ -177,7 +177,8 @@ def _binary_scores_backward(
 
 # Not the functions themselves forwards, within which no rematerialisation policy would see the product.
 binary_scores.defvjp(
-    lambda q, k, dtype, whole: (_binary_scores(q, k, dtype, whole), (q, k)), _binary_scores_backward
+    lambda q, k, dtype, integer_products: (_binary_scores(q, k, dtype, integer_products), (q, k)),
+    _binary_scores_backward,
 )
 
 
@@ -193,37 +194,37 @@ def _through_sign(gradient: Array, x: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def binary_context(codes: Array, v: Array, dtype: DTypeLike, whole: bool = False) -> Array:
+def binary_context(codes: Array, v: Array, dtype: DTypeLike, integer_products: bool = False) -> Array:
     """Returns the sums of the signs of the values that each query attends to, head by head.
 
     Args:
       codes: attention codes in {0, 1}, (batch, heads, queries, keys).
       v: (batch, keys, heads, size), real; its gradient is that of `quantize.sign`.
       dtype: compute dtype, of the products in the backward pass.
-      whole: that of `ProductConfig`.
+      integer_products: that of `ProductConfig`.
 
     Returns:
       (batch, queries, heads, size), whole numbers, in the accumulator of ``dtype``.
     """
-    return _binary_context(codes, v, dtype, whole)
+    return _binary_context(codes, v, dtype, integer_products)
 
 
-def _binary_context(codes: Array, v: Array, dtype: DTypeLike, whole: bool) -> Array:
+def _binary_context(codes: Array, v: Array, dtype: DTypeLike, integer_products: bool) -> Array:
     signs = quantize.sign(v).astype(CODE_DTYPE)
     context = jnp.einsum(
         "bhqk,bkhd->bqhd", codes.astype(CODE_DTYPE), signs, preferred_element_type=jnp.float32
     )
-    if whole:
+    if integer_products:
         # Heads side by side: a TPU would pad each of them.
-        kept = context.astype(whole_dtype(v.shape[1])).reshape(*context.shape[:2], -1)
+        kept = context.astype(integer_dtype(v.shape[1])).reshape(*context.shape[:2], -1)
         context = checkpoint_name(kept, PRODUCT).reshape(context.shape)
     return context.astype(accumulator_dtype(dtype))
 
 
 def _binary_context_backward(
-    dtype: DTypeLike, whole: bool, residuals: tuple[Array, Array], gradient: Array
+    dtype: DTypeLike, integer_products: bool, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
-    del whole
+    del integer_products
     codes, v = residuals
     product = partial(jnp.einsum, preferred_element_type=accumulator_dtype(dtype))
     gradient = gradient.astype(dtype)
@@ -233,7 +234,10 @@ def _binary_context_backward(
 
 
 binary_context.defvjp(
-    lambda codes, v, dtype, whole: (_binary_context(codes, v, dtype, whole), (codes, v)),
+    lambda codes, v, dtype, integer_products: (
+        _binary_context(codes, v, dtype, integer_products),
+        (codes, v),
+    ),
     _binary_context_backward,
 )
 

@@ -25,7 +25,7 @@ class BinaryDense(nn.Module):
 
     ``W · sign(x + move)``. With one activation bit the input goes through the sign; the reference
     quantises activations for exactly one bit, so any other number leaves them real. Weights of 2 to
-    8 bits are quantised per tensor after clipping to ±``clip_val``. ``whole`` is that of
+    8 bits are quantised per tensor after clipping to ±``clip_val``. ``integer_products`` is that of
     `bvit_jax.binary.products.ProductConfig`. Returns the accumulator.
     """
 
@@ -37,7 +37,7 @@ class BinaryDense(nn.Module):
     clip_val: float = 2.5
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
-    whole: bool = False
+    integer_products: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -97,7 +97,7 @@ class BinaryPatchConv(nn.Module):
     clip_val: float = 2.5
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
-    whole: bool = False
+    integer_products: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -115,13 +115,15 @@ def _quantized_product(layer: BinaryDense | BinaryPatchConv, x: Array, move: Arr
     if layer.act_bits == 1 and sown.watched(layer):
         sown.watch_sign(layer, x.astype(accumulator_dtype(layer.dtype)) + move)
     if layer.weight_bits == 1:
-        config = products.ProductConfig(layer.rule, layer.act_bits == 1, layer.dtype, whole=layer.whole)
+        config = products.ProductConfig(
+            layer.rule, layer.act_bits == 1, layer.dtype, integer_products=layer.integer_products
+        )
         return products.binary_product(x, move, kernel, config)
     x = x.astype(accumulator_dtype(layer.dtype)) + move
     x = (quantize.sign(x) if layer.act_bits == 1 else x).astype(layer.dtype)
     kernel = quantize.quantize_weight(kernel, layer.weight_bits, layer.clip_val)
     y = products.real_product(x, kernel.reshape(x.shape[-1], layer.features))
-    return checkpoint_name(y, products.PRODUCT) if layer.whole else y
+    return checkpoint_name(y, products.PRODUCT) if layer.integer_products else y
 
 
 def real_dense(features: int, fan_in: int, weight_init: WeightInit, dtype: DTypeLike, name: str) -> nn.Dense:

@@ -24,7 +24,7 @@ from bvit_jax.layers.dense import BinaryDense
 from bvit_jax.layers.init import WeightInit
 from bvit_jax.layers.norm import NormName, advance_statistics, make_norm
 from bvit_jax.models.execution import packed_feed_forward
-from bvit_jax.models.execution.variants import Forms, plain_forms, whole_forms
+from bvit_jax.models.execution.variants import Variants, integer_variants, plain_variants
 from bvit_jax.models.head import Attention
 
 
@@ -42,12 +42,11 @@ class BlockConfig:
       dropout, attention_dropout: rates.
       weight_init: initialiser of the weight matrices.
       dtype: compute dtype; activations are kept in it.
-      whole: whether products are kept as whole numbers, and what a backward pass computes from them again is
-        arranged for it: see `bvit_jax.models.execution.stages.Execution`.
+      integer_products: whether products are saved for the backward pass as integers and the steps between
+        them use `bvit_jax.models.execution.variants.integer_variants`; execution detail.
       one_pass_norms: see `bvit_jax.layers.norm.BatchNorm`.
-      packed: whether the feed-forward branches are computed by
-      `bvit_jax.models.execution.packed_feed_forward` where it
-        does the same; how it runs, not what it is.
+      packed: whether `bvit_jax.models.execution.packed_feed_forward` computes the feed-forward branches where
+        it gives the same results; execution detail.
     """
 
     weight_bits: int = 1
@@ -62,22 +61,24 @@ class BlockConfig:
     attention_dropout: float = 0.0
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
-    whole: bool = False
+    integer_products: bool = False
     one_pass_norms: bool = False
     packed: bool = False
 
     def quantizer(self) -> dict:
         """Returns the keyword arguments of a quantised product."""
-        names = ("weight_bits", "act_bits", "clip_val", "weight_init", "dtype", "whole")
+        names = ("weight_bits", "act_bits", "clip_val", "weight_init", "dtype", "integer_products")
         return {name: getattr(self, name) for name in names}
 
     def make_norm(self, name: str) -> nn.Module:
         """Returns the normalisation called ``name``, a child of the calling module."""
         return make_norm(self.norm, self.norm_epsilon, name, self.batch_norm_group, self.one_pass_norms)
 
-    def forms(self, *, train: bool) -> Forms:
+    def variants(self, *, train: bool) -> Variants:
         """Returns how the steps between products are computed."""
-        return whole_forms(self.dtype) if self.whole and train else plain_forms(train=train)
+        return (
+            integer_variants(self.dtype) if self.integer_products and train else plain_variants(train=train)
+        )
 
 
 class BinaryUnit(nn.Module):
@@ -91,7 +92,7 @@ class BinaryUnit(nn.Module):
         c = self.config
         y = BinaryDense(self.features, name="dense", **c.quantizer())(x)
         y = c.make_norm("norm")(y, train=train) + shortcut
-        return RPReLU(name="rprelu")(c.forms(train=train).settle(y)).astype(c.dtype)
+        return RPReLU(name="rprelu")(c.variants(train=train).materialize(y)).astype(c.dtype)
 
 
 class BinaryAttention(nn.Module):
@@ -111,12 +112,12 @@ class BinaryAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> tuple[Array, Attention]:
-        c, forms = self.config, self.config.forms(train=train)
+        c, variants = self.config, self.config.variants(train=train)
         width = x.shape[-1]
         q = BinaryUnit(width, c, name="query")(x, x, train=train)
         z = x
         if self.reduction > 1:
-            z = forms.pool(x, self.reduction)
+            z = variants.pool(x, self.reduction)
             z = BinaryUnit(width, c, name="reduce")(z, z, train=train)
         k = BinaryUnit(width, c, name="key")(z, z, train=train)
         v = BinaryUnit(width, c, name="value")(z, z, train=train)
@@ -132,8 +133,8 @@ class BinaryAttention(nn.Module):
         context = c.make_norm("norm")(context, train=train)
         shortcut = k.astype(context.dtype) + v
         if self.reduction > 1:
-            shortcut = forms.repeat(shortcut, self.reduction)
-        context = RPReLU(name="rprelu")(forms.settle(context + q + shortcut))
+            shortcut = variants.repeat(shortcut, self.reduction)
+        context = RPReLU(name="rprelu")(variants.materialize(context + q + shortcut))
         return context.astype(c.dtype), attention
 
     def _heads(self, x: Array, move: str) -> Array:
@@ -146,7 +147,7 @@ class BinaryAttention(nn.Module):
         c = self.config
         for name, x in (("query_move", q), ("key_move", k), ("value_move", v)):
             sown.watch_sign(self, x, name)
-        scores = products.binary_scores(q, k, c.dtype, c.whole) / math.sqrt(q.shape[-1])
+        scores = products.binary_scores(q, k, c.dtype, c.integer_products) / math.sqrt(q.shape[-1])
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
         probs = softmax(scores)
         codes = quantize.prob_codes(probs, scale)
@@ -159,7 +160,7 @@ class BinaryAttention(nn.Module):
             # What is left stays in {0, 1}, so that the product stays exact.
             codes = codes * jax.random.bernoulli(self.make_rng("dropout"), kept, codes.shape)
             scale = scale / kept  # not in place: outside of jit it may be the caller's own array
-        return products.binary_context(codes, v, c.dtype, c.whole) * scale, attention
+        return products.binary_context(codes, v, c.dtype, c.integer_products) * scale, attention
 
     def _attend_real(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
@@ -180,12 +181,12 @@ class BinaryFeedForward(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         if self._packs(x, train):
             return self._packed(x, train)
-        forms = self.config.forms(train=train)
+        variants = self.config.variants(train=train)
         width = x.shape[-1]
         expansion = self.mlp_dim // width
-        tiled = forms.tile(x, expansion)
+        tiled = variants.tile(x, expansion)
         u = BinaryUnit(self.mlp_dim, self.config, name="expand")(x, tiled, train=train)
-        shortcut = forms.mean_channels(u, expansion)
+        shortcut = variants.mean_channels(u, expansion)
         return BinaryUnit(width, self.config, name="contract")(u, shortcut, train=train)
 
     def _packs(self, x: Array, train: bool) -> bool:
@@ -238,22 +239,22 @@ class BinaryBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> tuple[Array, Attention]:
-        c, forms = self.config, self.config.forms(train=train)
+        c, variants = self.config, self.config.variants(train=train)
         width = x.shape[-1]
         normed = c.make_norm("attention_norm")(x, train=train)
         normed = normed.astype(c.dtype)
         attend = BinaryAttention(self.num_heads, self.reduction, c, name="attention")
         y, attention = attend(normed, train=train)
         y = BinaryUnit(width, c, name="attention_output")(y, y, train=train)
-        x = forms.settle(x + self._branch_end(y, "attention_scale", train=train))
+        x = variants.materialize(x + self._branch_end(y, "attention_scale", train=train))
 
         normed = c.make_norm("mlp_norm")(x, train=train).astype(c.dtype)
         y = BinaryFeedForward(self.mlp_dim, c, name="mlp")(normed, train=train)
-        x = forms.settle(x + self._branch_end(y, "mlp_scale", train=train))
+        x = variants.materialize(x + self._branch_end(y, "mlp_scale", train=train))
 
         for size in sorted(c.pool_branches):
             for axis, direction in ((1, "h"), (2, "w")):
-                pooled = forms.average_line(normed, size, axis)
+                pooled = variants.average_line(normed, size, axis)
                 x = x + LayerScale(0.0, name=f"pool_{direction}{size}")(pooled)
         return x.astype(c.dtype), attention
 

@@ -44,7 +44,16 @@ BACKBONES = {  # the real-valued model whose layers a binary one has
 DEITS = ("deit", "bivit_deit", "bivit_release_deit")  # the backbone, real-valued or binary
 SWINS = ("swin", "bivit_swin", "bivit_release_swin")
 MAX_SIZE = 1 << 24  # of anything: beyond it something is damaged
-_NOT_SETTINGS = {"parent", "name", "dtype", "packed", "whole", "one_pass_norms", "block", "execution"}
+_NOT_SETTINGS = {
+    "parent",
+    "name",
+    "dtype",
+    "packed",
+    "integer_products",
+    "one_pass_norms",
+    "block",
+    "execution",
+}
 
 
 def _defaults(name: str) -> dict[str, Any]:
@@ -127,7 +136,7 @@ def create_model(
         raise UserError(f"config.one_pass_norms is True: {name} has no batch norms; set it to False")
     if packs_signs(name):
         shared |= {
-            "whole": remat == "products",
+            "integer_products": remat == "products",
             "one_pass_norms": one_pass_norms,
             "packed": packed,
         }
@@ -137,7 +146,7 @@ def create_model(
 
 
 def _execution(name: str, remat: Remat, scan_blocks: bool) -> Execution:
-    known = hasattr(_default_block(name), "whole")
+    known = hasattr(_default_block(name), "integer_products")
     policies = ("none", *(policy for policy in POLICIES if known or policy != "products"))
     if remat not in policies:
         raise UserError(f"config.remat is {remat!r}; of {name}, expected one of {', '.join(policies)}")

@@ -128,7 +128,7 @@ def test_norms_survive_a_large_mean(kind):
     x = 1000 + 1e-2 * numbers(64, 64)
     x = x.astype(np.float32)
     module = norm.make_norm(kind, 1e-5, None)
-    axis = 0 if norm == "batch_norm" else 1
+    axis = 0 if kind == "batch_norm" else 1
     variables = module.init(jax.random.key(0), jnp.array(x), train=True)
     variables = jax.tree.map(lambda a: a.astype(jnp.float32), variables)
     y = module.apply(variables, jnp.array(x), train=True, mutable=["batch_stats"])[0]

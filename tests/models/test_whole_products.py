@@ -24,7 +24,9 @@ def test_whole_products_are_the_same_bits(rule_name, binary_input, dtype):
     gradient = numbers(3, 7, 12, seed=3)
 
     def run(whole):
-        config = products.ProductConfig(RULES[rule_name][0], binary_input, jnp.dtype(dtype), whole=whole)
+        config = products.ProductConfig(
+            RULES[rule_name][0], binary_input, jnp.dtype(dtype), integer_products=whole
+        )
         arguments = x, move.astype(parameter), kernel.astype(parameter)
         return forward_and_gradients(
             lambda x, move, kernel: products.binary_product(x, move, kernel, config), gradient, *arguments
@@ -40,13 +42,13 @@ def test_whole_products_are_the_same_bits(rule_name, binary_input, dtype):
     [(1, "int8"), (127, "int8"), (128, "int16"), (32767, "int16"), (32768, "int32"), (2**31 - 1, "int32")],
 )
 def test_whole_dtype_holds_the_largest_sum(terms, dtype):
-    assert products.whole_dtype(terms) == dtype
+    assert products.integer_dtype(terms) == dtype
     assert -terms >= jnp.iinfo(dtype).min
 
 
 @pytest.mark.parametrize("terms", [127, 128, 300])
 def test_the_largest_sums_are_exact(terms):
-    config = products.ProductConfig(products.CONV, True, jnp.float32, whole=True)
+    config = products.ProductConfig(products.CONV, True, jnp.float32, integer_products=True)
     signs = np.where(np.arange(terms) % 2, 1.0, -1.0).astype(np.float32)
     x = jnp.array([signs, -signs])
     y = products.binary_product(x, jnp.zeros(terms), jnp.array(signs)[:, None], config)
