@@ -6,6 +6,7 @@ Layout below the run's directory, Orbax underneath::
         state/            the arrays
         metadata/         JSON
         checksums.json    SHA-256 of the files above, written last and removed first
+        metadata.json     JSON that has replaced ``metadata/`` since, with its own SHA-256
 
 A step without ``checksums.json`` was not completely written, or not completely deleted, and does
 not exist for this module. The directory must be on a file system that all processes see.
@@ -37,6 +38,7 @@ FOLDER = "checkpoints"
 ITEMS = ("state", "metadata")
 METADATA = "metadata/metadata"  # where Orbax puts JSON values
 CHECKSUMS = "checksums.json"
+REPLACED = "metadata.json"
 NONE, ALL_DAMAGED = -1, -2  # in place of a step
 
 BARRIER_MILLISECONDS = 600_000
@@ -80,9 +82,9 @@ class Checkpoints:
         """Starts to save a tree of arrays and JSON values; returns when the arrays may change.
 
         What is written meanwhile becomes visible when it is complete. Before, this waits for the save
-        before it. Of a step that this object has saved or restored only the JSON values are written
-        again, if they have changed; one left by an earlier process is replaced. Checkpoints of later
-        steps are removed: this run has not reached them.
+        before it. If this object has already saved or restored the step, only its JSON values are
+        written, see `replace_metadata`; a step left by an earlier process is replaced. Checkpoints of
+        later steps are removed: this run has not reached them.
 
         Args:
           step: number of the steps taken.
@@ -96,9 +98,7 @@ class Checkpoints:
         self.wait()
         path, content = self._folder / str(step), {"best_step": best_step, "run": metadata}
         if step == self._current:
-            if content != self._content and jax.process_index() == 0:
-                _writing(self._folder, lambda: _replace_metadata(path, content))
-            self._content = content
+            self.replace_metadata(step, metadata, best_step)
             return
         if jax.process_index() == 0:
             _writing(self._folder, lambda: _make_invisible(path))
@@ -107,6 +107,31 @@ class Checkpoints:
         self._current, self._content = step, content
         self._finisher = threading.Thread(target=self._finish, args=(step, best_step), name="checkpoint")
         self._finisher.start()
+
+    def replace_metadata(self, step: int, metadata: dict[str, Any], best_step: int | None = None) -> None:
+        """Replaces the JSON values of the step that this object has saved or restored last.
+
+        The change is atomic: whenever the process ends, the checkpoint exists, with the old values or the
+        new ones. Waits for the save first, and deletes the checkpoints that are no longer kept.
+
+        Args:
+          step: of the last `save` or `restore`.
+          metadata: JSON values.
+          best_step: the checkpoint to keep as the best one, this or an earlier step.
+
+        Raises:
+          UserError: this or the save before it could not be written.
+        """
+        self.wait()
+        if step != self._current:
+            raise ValueError(f"step {step} is not the current one, {self._current}")
+        content = {"best_step": best_step, "run": metadata}
+        if content == self._content:
+            return
+        if jax.process_index() == 0:
+            _writing(self._folder, lambda: _replace_metadata(self._folder / str(step), content))
+            self._steps = _writing(self._folder, lambda: self._prune(step, best_step))
+        self._content = content
 
     def restore(self, abstract_state: State) -> tuple[State, dict[str, Any]] | None:
         """Returns the newest whole state and its metadata, or None if there is none.
@@ -315,7 +340,7 @@ def _check_shared(folder: Path) -> None:
 
 
 def _read(path: Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, Any]]:
-    _read_metadata(path)
+    metadata = _read_metadata(path)
     with ocp.Checkpointer(_handler()) as reader:
         saved = reader.metadata(path).item_metadata["state"].tree
         if partial:
@@ -329,14 +354,17 @@ def _read(path: Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, A
                     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
                     partial_restore=partial,
                 ),
-                metadata=ocp.args.JsonRestore(),
             ),
         )
-    return restored["state"], restored["metadata"]
+    return restored["state"], metadata
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    metadata = json.loads((path / METADATA).read_bytes())
+    replaced = path / REPLACED
+    if replaced.exists():
+        metadata = json.loads(replaced.read_bytes())["content"]
+    else:
+        metadata = json.loads((path / METADATA).read_bytes())
     if not isinstance(metadata, dict) or metadata.keys() != {"best_step", "run"}:
         raise UserError(
             f"checkpoint {path} was written by another version of this package, which must read it; or choose"
@@ -346,10 +374,21 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 
 
 def _replace_metadata(path: Path, content: dict[str, Any]) -> None:
-    """Writes metadata anew; in between the step does not exist."""
-    (path / CHECKSUMS).unlink()
-    (path / METADATA).write_text(json.dumps(content))
-    _write_checksums(path)
+    _write_json(path / REPLACED, {"sha256": _sha256_of_json(content), "content": content})
+
+
+def _sha256_of_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write_json(path: Path, values: Any) -> None:
+    """Writes a file that holds either what it held before or all of the new values."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w") as file:
+        json.dump(values, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _writing(folder: Path, write: Callable[[], T]) -> T:
@@ -383,13 +422,7 @@ def _sha256(path: Path) -> str:
 
 def _write_checksums(path: Path) -> None:
     files = sorted(f for item in ITEMS for f in (path / item).rglob("*") if f.is_file())
-    checksums = {str(f.relative_to(path)): _sha256(f) for f in files}
-    temporary = path / f"{CHECKSUMS}.tmp"
-    with temporary.open("w") as file:
-        json.dump(checksums, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path / CHECKSUMS)
+    _write_json(path / CHECKSUMS, {str(f.relative_to(path)): _sha256(f) for f in files})
 
 
 def _verify_checksums(path: Path) -> None:
@@ -399,7 +432,12 @@ def _verify_checksums(path: Path) -> None:
         for name, expected in json.loads((path / CHECKSUMS).read_bytes()).items():
             if _sha256(path / name) != expected:
                 raise ValueError("does not match its checksum")
-    except (FileNotFoundError, ValueError, AttributeError) as error:
+        name = REPLACED
+        if (path / REPLACED).exists():
+            replaced = json.loads((path / REPLACED).read_bytes())
+            if _sha256_of_json(replaced["content"]) != replaced["sha256"]:
+                raise ValueError("does not match its checksum")
+    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else str(error)
         raise DamagedError(
             f"checkpoint {path} is damaged: {name}: {reason};"

@@ -281,6 +281,38 @@ def test_of_a_saved_step_only_what_is_beside_the_arrays_is_written_again(checkpo
     assert (metadata, step) == ({"evaluated": True}, 1)
 
 
+def test_replacing_metadata_is_atomic_and_never_hides_the_checkpoint(checkpoints, monkeypatch, tmp_path):
+    run = checkpoints(keep=1)
+    for step in (1, 2):
+        run.save(step, make_state(step), {"evaluated": False}, best_step=1)
+    run.wait()
+    with monkeypatch.context() as patch:  # the process ends at the only moment that matters
+        patch.setattr(Path, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.replace_metadata(2, {"evaluated": True}, best_step=2)
+    assert checkpoints().restore(abstract(make_state()))[1] == {"evaluated": False}
+    assert steps_of(tmp_path) == ["1", "2"]
+    run.replace_metadata(2, {"evaluated": True}, best_step=2)
+    assert checkpoints().restore(abstract(make_state()))[1] == {"evaluated": True}
+    assert steps_of(tmp_path) == ["2"]  # the best one before is not kept any longer
+    with pytest.raises(ValueError, match="step 3 is not the current one, 2"):
+        run.replace_metadata(3, {}, best_step=2)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "change"])
+def test_damaged_metadata_that_was_replaced(checkpoints, tmp_path, damage):
+    run = checkpoints()
+    for step in (1, 2):
+        run.save(step, make_state(step), {"lines": 1})
+    run.replace_metadata(2, {"lines": 2})
+    file = tmp_path / "checkpoints" / "2" / "metadata.json"
+    content = file.read_text()
+    file.write_text(content[:-30] if damage == "truncate" else content.replace('"lines": 2', '"lines": 3'))
+    with pytest.raises(UserError, match=r"2 is damaged: metadata.json: "):
+        restore_variables(tmp_path, {}, "latest")
+    assert checkpoints().restore(abstract(make_state()))[1] == {"lines": 1}
+
+
 def test_what_cannot_be_read_at_the_moment_is_not_damaged(checkpoints, monkeypatch, tmp_path):
     run = checkpoints()
     for step in (1, 2):
