@@ -423,7 +423,7 @@ import resource, signal, sys
 from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
-from bvit_jax import checkpoint
+from bvit_jax.workdir import checkpoint
 from bvit_jax.workdir.checkpoint import Checkpoints
 from bvit_jax.errors import UserError
 
@@ -455,7 +455,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from bvit_jax import checkpoint
+from bvit_jax.workdir import checkpoint
 from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
 
 def mesh(*shape):
@@ -499,7 +499,7 @@ SAVE_FOREVER = """
 import itertools, sys
 from pathlib import Path
 import jax.numpy as jnp
-from bvit_jax import checkpoint
+from bvit_jax.workdir import checkpoint
 from bvit_jax.workdir.checkpoint import Checkpoints
 
 run = Checkpoints(Path(sys.argv[1]), 1)
