@@ -24,10 +24,10 @@ from jax_side import load_config
 from workload import parse_override
 
 from bvit_jax import config as config_lib
-from bvit_jax.cli import positive
 from bvit_jax.errors import UserError
 from bvit_jax.plan import topology
 from bvit_jax.plan.dry_run import dry_run
+from bvit_jax.runtime.arguments import positive
 
 TOLERANCE = 0.05  # of memory and time
 Figures = Mapping[str, Any]

@@ -1,267 +1,322 @@
-"""What the commands share: flags, logging, and one-line errors in place of tracebacks."""
+"""The command ``bvit``: ``bvit COMMAND --help``.
 
-import argparse
-import logging
-import multiprocessing
-import os
-import re
-import signal
+`main` runs a command and returns its exit status, in any process, as often as wanted. `run` is for a process
+of the command's own, which it changes and ends (`bvit_jax.runtime.process`). All commands have one policy for
+errors: what is wrong outside the program is one line on stderr, everything else is a bug and keeps its
+traceback.
+"""
+
+import functools
+import importlib
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
-from absl import app, flags
-from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
+from absl import flags
 
-from bvit_jax.errors import UserError
-from bvit_jax.runtime import allocator, compilation, distributed
+from bvit_jax.errors import UserError, nearest
+from bvit_jax.runtime import compilation, distributed, process
+from bvit_jax.runtime.arguments import config_of, parse_flags, parse_with_config
 from bvit_jax.runtime.interruption import SIGNAL, Interrupted
 
-GRACE = 2  # seconds
-STDERR = 2  # the file descriptor, in which C++ writes too
-# What jax and Gloo say where another process is gone.
-LOST = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|[Cc]onnection|heartbeat|peer")
+USAGE = 2  # exit status for a command line that is wrong, as argparse has it
 
 
-def run(main: Callable[[list[str]], None], default_config: Path | None = None) -> NoReturn:
-    """Parses the flags and runs ``main``; a `UserError` becomes one line and exit status 1.
+@dataclass(frozen=True)
+class Command:
+    """A command and how its process behaves.
+
+    Attributes:
+      text: what it does, in a line.
+      run: takes the arguments; returns an exit status, None for 0, and raises what is wrong.
+      logs: whether the package's log goes to stderr.
+      trains: whether it may be one process of several, save at SIGTERM, and leave threads behind.
+    """
+
+    text: str
+    run: Callable[[list[str]], int | None]
+    logs: bool = False
+    trains: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status; changes nothing else of the process.
 
     Args:
-      main: the command, given what is left of the arguments.
-      default_config: file that ``--config`` stands for where it is not given. The default of the
-        flag itself cannot be used: it is parsed, overrides included, before errors can be caught.
+      argv: the command and its arguments; those of the process if None.
+
+    Returns:
+      0, or 1 after an error that is one line on stderr, 2 for arguments that argparse refuses, 128 + SIGTERM
+      for a run that was asked to stop, or what the command documents.
     """
-    app.run(_guarded(main), flags_parser=partial(_parse, default_config))
+    name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0
+    if name not in COMMANDS:
+        return _fail(f"no command {name!r}{nearest(name, COMMANDS)}")
+    return _status(functools.partial(_run, COMMANDS[name], arguments))
 
 
-def define_cluster_flags() -> None:
-    """Defines the flags that `start_jax` reads."""
-    flags.DEFINE_bool(
+def run(*argv: str) -> NoReturn:
+    """Runs a command in a process of its own, and ends the process.
+
+    Args:
+      argv: the command, followed by the process's arguments; the command is among these if not given.
+    """
+    words = [*argv, *sys.argv[1:]]
+    command = COMMANDS.get(words[0]) if words else None
+    process.take()
+    if command is not None and command.logs:
+        process.log_to_stderr()
+    if command is not None and not command.trains:
+        process.exit_on_sigterm()
+    status = main(words)
+    process.end(status, at_once=status != 0 and command is not None and command.trains)
+
+
+def console() -> NoReturn:
+    """The console script."""
+    run()
+
+
+def usage() -> str:
+    """Returns what ``bvit --help`` prints."""
+    lines = [f"  {name:8}  {command.text}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: bvit COMMAND ...", "", *lines, "", "bvit COMMAND --help describes one.", ""])
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def _run(command: Command, arguments: list[str]) -> int:
+    status = command.run(arguments)
+    sys.stdout.flush()
+    return status or 0
+
+
+def _status(action: Callable[[], int]) -> int:
+    """Returns the exit status of an action, and writes its error as one line."""
+    try:
+        return action()
+    except SystemExit as end:  # argparse's, and that of SIGTERM where the process is ours
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else USAGE
+    except Interrupted as interrupted:
+        return _line(str(interrupted), 128 + SIGNAL)
+    except KeyboardInterrupt:
+        return _line("interrupted; run the same command again to continue", 130)
+    except BrokenPipeError:  # the reader of the output has seen enough
+        process.discard_stdout()
+        return 1
+    except UserError as error:
+        return _fail(str(error))
+    except Exception as error:
+        known = compilation.as_user_error("what the run computes", error)
+        if isinstance(known, UserError):
+            return _fail(str(known))
+        if distributed.is_active():  # the other processes must not wait until jax notices
+            traceback.print_exc()
+            return _fail(distributed.lost(error) or str(error))
+        if isinstance(error, OSError):
+            place = f": {error.filename}" if error.filename is not None else ""
+            return _fail(f"{error.strerror or error}{place}")
+        raise
+
+
+def _fail(message: str) -> int:
+    return _line(f"error: {message}", 1)
+
+
+def _line(message: str, status: int) -> int:
+    sys.stderr.write(" ".join(message.split()) + "\n")
+    return status
+
+
+# --- train, eval, plan ---------------------------------------------------------------------------
+
+
+def _train(arguments: list[str]) -> None:
+    """Trains a model: bvit train --config=digits --workdir=DIR"""
+    values = flags.FlagValues()
+    text, boolean = _definers(values)
+    text("workdir", None, "Directory of the run: checkpoints, metrics, config.json. Continues what is there.")
+    boolean("dry_run", False, "Build everything, compile it, print its cost as JSON, and stop.")
+    boolean("debug_nans", False, "Stop at the first operation that makes a NaN, and name it; slower.")
+    _define_topology(values, "With --dry_run: ")
+    _define_cluster(values)
+    if _asks_for_help(arguments, values, _train):
+        return
+    parse_with_config(values, arguments, default="digits")
+    if values.dry_run and values.debug_nans:
+        raise UserError("--debug_nans runs the steps that --dry_run leaves out; leave out one of them")
+    if values.dry_run:
+        _print_plan(values)
+        return
+    if values.topology:
+        raise UserError(f"--topology={values.topology} is for planning only; add --dry_run")
+    config, workdir = config_of(values), _workdir(values)
+    _start_jax(values)
+    from bvit_jax.training.evaluation import to_json
+    from bvit_jax.training.loop import train_and_evaluate
+
+    _print_result(to_json(train_and_evaluate(config, workdir, debug_nans=values.debug_nans)))
+
+
+def _plan(arguments: list[str]) -> None:
+    """Compiles a run and prints what it needs: bvit plan --config=digits [--topology=v5e:4x4]"""
+    values = flags.FlagValues()
+    _define_topology(values)
+    _define_cluster(values)
+    if not _asks_for_help(arguments, values, _plan):
+        parse_with_config(values, arguments, default="digits")
+        _print_plan(values)
+
+
+def _print_plan(values: flags.FlagValues) -> None:
+    from bvit_jax.plan import topology
+
+    config = config_of(values)
+    if values.topology:
+        topology.prepare()  # the chips of this machine, if any, are left alone
+    else:
+        _start_jax(values)
+    from bvit_jax.plan.dry_run import dry_run, table
+    from bvit_jax.training.evaluation import to_json
+
+    figures = dry_run(config, values.topology)
+    sys.stderr.write(table(figures) + "\n")
+    _print_result(to_json(figures))
+
+
+def _eval(arguments: list[str]) -> None:
+    """Evaluates a checkpoint: bvit eval --workdir=DIR [--checkpoint=best]; the last line is JSON."""
+    values = flags.FlagValues()
+    text, boolean = _definers(values)
+    text("workdir", None, "Directory that bvit train wrote.")
+    flags.DEFINE_enum(
+        "checkpoint",
+        "latest",
+        ["latest", "best"],
+        "Which checkpoint: the newest or the best by top-1.",
+        flag_values=values,
+    )
+    boolean(
+        "ema", None, "The moving average; by default where the run keeps one, --noema for the raw weights."
+    )
+    text("data_dir", None, "Data directory in place of the run's.")
+    text("split", None, "Split in place of the run's evaluation split.")
+    flags.DEFINE_integer("batch_size", None, "Global batch in place of the run's.", flag_values=values)
+    _define_cluster(values)
+    if _asks_for_help(arguments, values, _eval):
+        return
+    parse_flags(values, arguments)
+    workdir = _workdir(values)
+    _start_jax(values)
+    from bvit_jax.training.evaluation import evaluate_workdir, to_json
+    from bvit_jax.workdir.checkpoint import Kind
+
+    overrides = {
+        "data.data_dir": values.data_dir,
+        "data.eval_split": values.split,
+        "eval_batch_size": values.batch_size,
+    }
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    kind = cast(Kind, values.checkpoint)
+    _print_result(to_json(evaluate_workdir(workdir, kind, overrides, values.ema)))
+
+
+def _definers(values: flags.FlagValues) -> tuple[Any, Any]:
+    """Returns what defines a text and a boolean among the flags of one command."""
+    return (
+        functools.partial(flags.DEFINE_string, flag_values=values),
+        functools.partial(flags.DEFINE_bool, flag_values=values),
+    )
+
+
+def _define_topology(values: flags.FlagValues, condition: str = "") -> None:
+    text = "TPU chips to compile for, such as v5e:16x16, in place of the devices that are here."
+    flags.DEFINE_string("topology", "", condition + text, flag_values=values)
+
+
+def _define_cluster(values: flags.FlagValues) -> None:
+    """Defines the flags that `_start_jax` reads."""
+    text, boolean = _definers(values)
+    number = functools.partial(flags.DEFINE_integer, flag_values=values)
+    boolean(
         "distributed",
         None,
-        "Run as one of several processes. By default so where --coordinator is given and on TPU pods;"
+        "Run as one of several processes. The default where --coordinator is given and on TPU pods;"
         " --distributed alone also finds Slurm, Open MPI and Kubernetes.",
     )
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, the same for all processes.")
-    flags.DEFINE_integer("num_processes", None, "Number of processes.")
-    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-    flags.DEFINE_integer(
+    text("coordinator", "", "HOST:PORT of process 0, the same for all processes.")
+    number("num_processes", None, "Number of processes.")
+    number("process_id", None, "Number of this process, from 0.")
+    number(
         "startup_timeout", distributed.DEFAULT_TIMEOUT, "Seconds to wait for all processes.", lower_bound=1
     )
 
 
-def start_jax() -> None:
-    """Connects the processes of a run as the flags say, and keeps what they compile.
-
-    Afterwards only the first process logs progress.
-    """
-    values = flags.FLAGS
+def _start_jax(values: flags.FlagValues) -> None:
+    """Connects the processes of a run as the flags say; afterwards only the first one logs progress."""
     cluster = distributed.Cluster(
         values.coordinator, values.num_processes, values.process_id, values.startup_timeout
     )
-    allocator.keep_freed_memory()
+    process.prepare_to_compute()
     distributed.start(cluster, values.distributed)
-    compilation.use_cache()
     if jax.process_index() > 0:
-        logging.getLogger("bvit_jax").setLevel(logging.WARNING)
+        process.log_warnings_only()
 
 
-def print_result(line: str) -> None:
+def _asks_for_help(arguments: Sequence[str], values: flags.FlagValues, command: Callable[..., Any]) -> bool:
+    asked = not {"-h", "-help", "--help"}.isdisjoint(arguments)
+    if asked:
+        sys.stdout.write(f"{command.__doc__}\n\n{values.get_help(include_special_flags=False)}\n")
+    return asked
+
+
+def _workdir(values: flags.FlagValues) -> Path:
+    if not values.workdir:
+        raise UserError("--workdir is missing; pass --workdir=DIR")
+    return Path(values.workdir).expanduser()
+
+
+def _print_result(line: str) -> None:
     """Writes the result of a command to stdout, once for all processes."""
     if jax.process_index() == 0:
         sys.stdout.write(line + "\n")
 
 
-def exit_status(action: Callable[[], None]) -> int:
-    """Runs a command of one action and returns its exit status, 0 or 1.
-
-    A `UserError` or an error of the file system becomes one line. SIGTERM ends the command as an
-    exception does, so that what it has half written is removed.
-    """
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        action()
-        sys.stdout.flush()
-    except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 1
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        sys.stderr.write(f"error: {error.strerror or error}: {error.filename}\n")
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    return 0
+# --- the others ----------------------------------------------------------------------------------
 
 
-def add_noema(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag by which a command takes the raw weights of a run that keeps a moving average."""
-    parser.add_argument(
-        "--noema",
-        dest="ema",
-        action="store_false",
-        default=None,
-        help="of a run with a moving average, the raw weights",
-    )
+def _of(module: str) -> Callable[[list[str]], int | None]:
+    """Returns the command ``run`` of a module that is imported when it is needed."""
+
+    def imported(arguments: list[str]) -> int | None:
+        return importlib.import_module(module).run(arguments)
+
+    return imported
 
 
-def positive(text: str) -> int:
-    """Returns the number above 0 that an argument of a command is."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+COMMANDS = {
+    "train": Command("train a model, or continue a run", _train, logs=True, trains=True),
+    "eval": Command("evaluate a checkpoint of a run", _eval, logs=True, trains=True),
+    "plan": Command(
+        "compile a run and print what it needs, also for TPUs that are not there",
+        _plan,
+        logs=True,
+        trains=True,
+    ),
+    "predict": Command("classify image files", _of("bvit_jax.predict")),
+    "convert": Command("move weights between PyTorch and JAX", _of("bvit_jax.convert")),
+    "prepare": Command("prepare data sets for training", _of("bvit_jax.data.prepare.command"), logs=True),
+    "report": Command("pictures and tables of runs, networks and costs", _of("bvit_jax.report.command")),
+    "parity": Command("compare numbers with PyTorch's", _of("bvit_jax.parity.command")),
+}
 
-
-def no_arguments(argv: Sequence[str]) -> None:
-    """Raises `UserError` if words are left that are no flags."""
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}; flags start with --, see --help")
-
-
-def required(flag: str, value: str | None) -> str:
-    """Returns the value of a flag; raises `UserError` if it is missing."""
-    if not value:
-        raise UserError(f"--{flag} is missing; pass --{flag}=DIR")
-    return value
-
-
-def loaded_config(value: Any) -> ConfigDict:
-    """Returns the value of a config flag; raises `UserError` if its file could not be loaded."""
-    return _loaded(value, flags.FLAGS)
-
-
-def parse_config(arguments: Sequence[str]) -> ConfigDict:
-    """Returns the configuration that ``--config=FILE[:ARGUMENT]`` and ``--config.KEY=VALUE`` describe.
-
-    It is for commands whose other arguments are argparse's; the flags mean what they do for train.py.
-
-    Raises:
-      UserError: there is no such file, key or value, or another argument.
-    """
-    values, argv = flags.FlagValues(), ["", *arguments]
-    config_flags.DEFINE_config_file(
-        "config", None, "Experiment.", lock_config=True, flag_values=values, sys_argv=argv
-    )
-    no_arguments(_parsed(values, argv))
-    if values["config"].value is None:
-        raise UserError("--config is missing; pass --config=FILE, a file of configs/")
-    return _loaded(values["config"].value, values)
-
-
-def _loaded(value: Any, values: flags.FlagValues) -> ConfigDict:
-    if isinstance(value, ConfigDict):
-        return value
-    path = config_flags.get_config_filename(values["config"])
-    raise UserError(f"--config: cannot load {path}; expected a file of configs/")
-
-
-def _fail(message: str) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    sys.exit(1)
-
-
-def _parse(default_config: Path | None, argv: list[str]) -> list[str]:
-    given = any(re.match(r"--?config(=|$)", argument) for argument in argv)
-    if default_config is not None and not given:
-        argv = [argv[0], f"--config={default_config}", *argv[1:]]
-    try:
-        return _parsed(flags.FLAGS, argv)
-    except UserError as error:
-        _fail(str(error))
-
-
-def _parsed(values: flags.FlagValues, argv: list[str]) -> list[str]:
-    """Parses flags, among them one of a configuration; every mistake in them becomes a `UserError`."""
-    try:
-        return values(argv)
-    except flags.Error as error:
-        raise UserError(f"{error}; see --help") from error
-    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
-        # What ml_collections raises for a wrong key, value or path of --config.
-        message = str(error.args[0] if error.args else error)
-        kind = "unknown key " if isinstance(error, KeyError | AttributeError) else ""
-        message = message.replace("\\n", ". ").replace("\\", "").replace("'", "")
-        raise UserError(f"--config: {kind}{message}") from error
-
-
-def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    def guarded(argv: list[str]) -> None:
-        _start_logging()
-        try:
-            main(argv)
-        except UserError as error:
-            _end(f"error: {error}", 1)
-        except Interrupted as interrupted:
-            _end(str(interrupted), 128 + SIGNAL)
-        except KeyboardInterrupt:
-            _end("interrupted; run the same command again to continue", 130)
-        except Exception as error:
-            told = compilation.as_user_error("what the run computes", error)
-            if isinstance(told, UserError):
-                _end(f"error: {told}", 1)
-            if not distributed.is_active():
-                raise
-            # A step that runs in the thread that calls it raises ValueError.
-            if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and LOST.search(str(error)):
-                first = str(error).strip().splitlines()[0]
-                _end(
-                    f"error: the other processes of the run do not answer: {first}; start all of them again",
-                    1,
-                )
-            traceback.print_exc()  # and the others need not wait until jax notices
-            _end(f"error: {error}", 1)
-
-    return guarded
-
-
-def _end(message: str, status: int) -> NoReturn:
-    """Ends the process with one line, at once.
-
-    The interpreter's own way would wait for threads that compile and for processes that compute, and
-    report what Orbax has left unfinished after a failure. Nothing is written after the line: where
-    heartbeats of another process were missed, jax aborts this one meanwhile, with its stack.
-    """
-    sys.stderr.write(f"{' '.join(message.split())}\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
-    for child in multiprocessing.active_children():
-        child.terminate()
-    if distributed.is_active() and jax.process_index() == 0:
-        time.sleep(GRACE)  # the others' connections end with this process, and their own last words
-    os._exit(status)
-
-
-class _StderrHandler(logging.Handler):
-    """Writes to what ``sys.stderr`` is at the time: the progress line takes its place."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
-
-
-def _report_unraisable(event: "sys.UnraisableHookArgs") -> None:
-    """Passes over what TensorStore's threads raise, once an array, after Orbax has given up a checkpoint."""
-    if str(event.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(event)
-
-
-def _start_logging() -> None:
-    """Sends this package's log to stderr, one line an event."""
-    # Orbax and Grain log every call, and each part of a failure that is raised here as one error.
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _report_unraisable
-    handler = _StderrHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("bvit_jax")
-    logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
+if __name__ == "__main__":
+    run()

@@ -1,4 +1,4 @@
-"""Moves weights between PyTorch and JAX: ``python -m bvit_jax.convert SOURCE TARGET``
+"""Moves weights between PyTorch and JAX: ``bvit convert SOURCE TARGET``
 
 SOURCE is a checkpoint of the BinaryViT code (.pth), DeiT or Swin of Facebook, Microsoft or timm (.pth or
 .safetensors), a directory of Hugging Face's ViT, DeiT or Swin, a directory or file that this command
@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from bvit_jax import models
-from bvit_jax.cli import add_noema, exit_status, positive
 from bvit_jax.errors import UserError
+from bvit_jax.runtime import process
+from bvit_jax.runtime.arguments import add_noema, positive
 from bvit_jax.weights import adapt, labels, pretrained
 from bvit_jax.weights.formats import FORMATS
 from bvit_jax.weights.names import path_name
@@ -102,7 +103,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bvit_jax.convert",
+        prog="bvit convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -135,16 +136,12 @@ def _formats() -> str:
     return ", ".join([NATIVE, *FORMATS])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+def run(argv: list[str]) -> None:
+    """Runs the command."""
     arguments = _parser().parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # there is nothing to compute
-    return exit_status(lambda: _run(arguments))
-
-
-def _run(arguments: argparse.Namespace) -> None:
     try:
-        model = convert(arguments)
+        with process.on_cpu():  # there is nothing to compute
+            model = convert(arguments)
     except StateDictError as error:
         for problem in error.problems if arguments.verbose else []:
             print(problem, file=sys.stderr)
@@ -153,4 +150,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from bvit_jax import cli
+
+    cli.run("convert")

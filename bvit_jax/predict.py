@@ -1,6 +1,6 @@
-"""Classifies image files: ``python -m bvit_jax.predict --checkpoint PATH IMAGE...``
+"""Classifies image files: ``bvit predict --checkpoint PATH IMAGE...``
 
-PATH is the workdir of a training run, or anything that ``python -m bvit_jax.convert`` reads. Images are
+PATH is the workdir of a training run, or anything that ``bvit convert`` reads. Images are
 prepared as the checkpoint says.
 """
 
@@ -10,9 +10,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from bvit_jax.cli import add_noema, exit_status, positive
 from bvit_jax.errors import UserError
 from bvit_jax.inference.classify import predict
+from bvit_jax.runtime.arguments import add_noema, positive
 from bvit_jax.workdir import runs
 
 
@@ -33,10 +33,10 @@ def _run(arguments: argparse.Namespace) -> None:
             print(f"  {100 * guess.probability:5.1f} %  {guess.name}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+def run(argv: list[str]) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m bvit_jax.predict",
+        prog="bvit predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,8 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top", type=positive, default=5, help="classes to print for each image")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args(argv)
-    return exit_status(lambda: _run(arguments))
+    _run(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from bvit_jax import cli
+
+    cli.run("predict")

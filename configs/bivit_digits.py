@@ -10,8 +10,8 @@ from importlib import resources
 
 from ml_collections import ConfigDict
 
+from bvit_jax.configs import deit_digits, digits
 from bvit_jax.models import model_config
-from configs import deit_digits, digits
 
 
 def get_config() -> ConfigDict:

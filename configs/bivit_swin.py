@@ -16,9 +16,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bvit_jax.config import default_config
+from bvit_jax.configs.bivit_deit import augmented
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.models import model_config
-from configs.bivit_deit import augmented
 
 SIZES: dict[str, dict[str, Any]] = {"tiny": {"depth": (2, 2, 6, 2)}, "small": {"depth": (2, 2, 18, 2)}}
 

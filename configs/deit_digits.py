@@ -10,9 +10,9 @@ Hardware and cost: 13 minutes on two cores of an AMD EPYC that other programs us
 
 from ml_collections import ConfigDict
 
+from bvit_jax.configs import digits
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.models import model_config
-from configs import digits
 
 KINDS = ("plain", "distilled")
 

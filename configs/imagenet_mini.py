@@ -18,9 +18,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from bvit_jax.configs import binaryvit_small, deit_small
 from bvit_jax.errors import UserError
 from bvit_jax.models import model_config
-from configs import binaryvit_small, deit_small
 
 IMAGE_SIZE = 64
 

@@ -1,98 +1,12 @@
-"""Reports on runs, networks and what they cost: ``python -m bvit_jax.report COMMAND --help``."""
-
-import argparse
-import json
-import sys
-from pathlib import Path
-from typing import Any
+"""``python -m bvit_jax.report``, the same as ``bvit report``."""
 
 from bvit_jax import cli
-from bvit_jax.errors import UserError
-from bvit_jax.report import curves, network
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    parser = _parser()
-    arguments, config_flags = parser.parse_known_args(argv)
-    if config_flags and not arguments.takes_config:
-        parser.error(f"unrecognized arguments: {' '.join(config_flags)}")
-    arguments.config_flags = config_flags
-    return cli.exit_status(lambda: arguments.run(arguments))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bvit_jax.report", description=__doc__, allow_abbrev=False
-    )
-    parser.set_defaults(takes_config=False)
-    subparsers = parser.add_subparsers(dest="command", required=True)
-
-    def add(name: str, run: Any, text: str, takes_config: bool = False) -> argparse.ArgumentParser:
-        more = " --config=FILE[:ARGUMENT] and --config.KEY=VALUE are those of train.py."
-        command = subparsers.add_parser(
-            name, help=text, description=text + more * takes_config, allow_abbrev=False
-        )
-        command.set_defaults(run=run, takes_config=takes_config)
-        return command
-
-    curves.add_parser(subparsers)
-    network.add_parser(subparsers)
-
-    cost = add("cost", _cost, "what a model costs: parameters, operations, memory.", takes_config=True)
-    cost.add_argument("--checkpoint", type=Path, help="a run or a checkpoint, in place of --config")
-    cost.add_argument("--depth", type=int, default=0, help="add modules deeper than that to the one above")
-    cost.add_argument("--json", action="store_true", help="print JSON")
-
-    capability = add(
-        "capability", _capability, "representational capability, step by step.", takes_config=True
-    )
-    capability.add_argument("--all", action="store_true", help="the published networks and the ablation")
-    capability.add_argument("--json", action="store_true", help="print JSON")
-
-    add("table", _table, "print the table of models in README.md, in Markdown; needs configs/")
-    return parser
-
-
-def _cost(arguments: argparse.Namespace) -> None:
-    from bvit_jax.report import cost
-
-    config_flags = arguments.config_flags
-    if arguments.checkpoint is not None and config_flags:
-        raise UserError(
-            f"--checkpoint={arguments.checkpoint} describes its model; leave out {config_flags[0]}"
-        )
-    if arguments.depth < 0:
-        raise UserError(f"--depth is {arguments.depth}; expected 0, for every module, or more")
-    if arguments.checkpoint is not None:
-        subject = cost.read_subject(arguments.checkpoint.expanduser())
-    else:
-        subject = cost.subject_of(cli.parse_config(config_flags))
-    report = cost.figures(subject, arguments.depth)
-    sys.stdout.write(json.dumps(report, indent=2) + "\n" if arguments.json else cost.as_text(report))
-
-
-def _capability(arguments: argparse.Namespace) -> None:
-    from bvit_jax.report import capability
-
-    config_flags = arguments.config_flags
-    if arguments.all and config_flags:
-        raise UserError(f"--all takes no configuration; leave out {config_flags[0]}")
-    if arguments.all:
-        derivations = capability.all_derivations()
-    else:
-        derivations = [capability.derivation_of(cli.parse_config(config_flags))]
-    if arguments.json:
-        sys.stdout.write(json.dumps(capability.figures(derivations), indent=2) + "\n")
-    else:
-        sys.stdout.write(capability.as_text(derivations))
-
-
-def _table(_: argparse.Namespace) -> None:
-    from bvit_jax.report import models
-
-    sys.stdout.write(models.as_markdown() + "\n")
+    return cli.main(["report", *argv])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run("report")

@@ -6,9 +6,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bvit_jax import cli, models
+from bvit_jax import models
 from bvit_jax.report.cost import Subject, measure
 from bvit_jax.report.text import markdown
+from bvit_jax.runtime.arguments import parse_config
 
 BEGIN, END = "<!-- models: python -m bvit_jax.report table -->", "<!-- end of models -->"
 HEAD = ("model", "parameters", "packed", "OPs", "published top-1", "configuration", "verified here")
@@ -122,6 +123,6 @@ def _cells(row: Row, configs: Path) -> tuple[str, ...]:
 
 def _settings(row: Row, configs: Path) -> ConfigDict:
     if not row.model[0]:
-        return cli.parse_config([f"--config={configs / row.config}"]).model
+        return parse_config([f"--config={configs / row.config}"]).model
     name, settings = row.model
     return models.model_config(name, **settings)

@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 
 from bvit_jax import models
-from bvit_jax.cli import add_noema
 from bvit_jax.errors import UserError
 from bvit_jax.inference.classify import load_image, prepared
 from bvit_jax.models.factory import SWINS
@@ -26,6 +25,7 @@ from bvit_jax.report import network_figures as figures
 from bvit_jax.report import network_pictures as draw
 from bvit_jax.report.curves import Lines, load_pyplot, read_metrics
 from bvit_jax.report.network_figures import Block, LatentWeights, Seen
+from bvit_jax.runtime.arguments import add_noema
 from bvit_jax.weights.names import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.workdir import runs

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -20,6 +21,8 @@ from bvit_jax.errors import UserError
 DEFAULT_TIMEOUT = 300  # seconds
 # jax ends the process itself at its own limit, without a word about what to check: ours comes first.
 _MARGIN = 3600
+# What jax and Gloo say where another process is gone.
+_LOST = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|[Cc]onnection|heartbeat|peer")
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,15 @@ def is_active() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def lost(error: Exception) -> str:
+    """Returns what to say where an error means that another process of the run is gone, else ""."""
+    # A step that runs in the thread that calls it raises ValueError.
+    if not isinstance(error, jax.errors.JaxRuntimeError | ValueError) or not _LOST.search(str(error)):
+        return ""
+    first = str(error).strip().splitlines()[0]
+    return f"the other processes of the run do not answer: {first}; start all of them again"
+
+
 def check_same(values: Mapping[str, str]) -> None:
     """Raises `UserError` in all processes, naming one of the values, unless it is the same in all."""
     if not is_active():
@@ -106,7 +118,8 @@ def check_same(values: Mapping[str, str]) -> None:
 
 def _on_tpu() -> bool:
     """Returns whether this is a TPU host with the TPU's library: libtpu alone is only its compiler."""
-    if importlib.util.find_spec("libtpu") is None or os.environ.get("JAX_PLATFORMS", "tpu") != "tpu":
+    platforms = os.environ.get("JAX_PLATFORMS") or "tpu"
+    if importlib.util.find_spec("libtpu") is None or "tpu" not in platforms.split(","):
         return False
     return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 

@@ -11,8 +11,8 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from bvit_jax import cli, models
 from bvit_jax import config as config_lib
+from bvit_jax import models
 from bvit_jax.cost import cost_of
 from bvit_jax.cost.speedup import speedups
 from bvit_jax.layers.kernels import noted_kernels
@@ -20,6 +20,7 @@ from bvit_jax.models.factory import MODELS
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.report.__main__ import main
 from bvit_jax.report.cost import Subject, measure, speedup_table
+from bvit_jax.runtime.arguments import parse_config
 from bvit_jax.weights.state_dicts import abstract_variables
 from bvit_jax.workdir.checkpoint import FOLDER
 
@@ -225,7 +226,7 @@ CONFIGS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_of_every_configuration(name):
-    config = cli.parse_config([f"--config={REPOSITORY / 'configs' / name}"])
+    config = parse_config([f"--config={REPOSITORY / 'configs' / name}"])
     model = models.create_model(config.model)
     total = cost_of(model, config.model.image_size, training=False).total
     variables = abstract_variables(model, config.model.image_size)
@@ -536,7 +537,7 @@ def test_the_command_reads_a_checkpoint(capsys):
 
 
 def test_the_command_reads_the_configuration_of_a_run(tmp_path, capsys):
-    config = cli.parse_config([DIGITS, "--config.remat=block"])
+    config = parse_config([DIGITS, "--config.remat=block"])
     config_lib.save(config, tmp_path / "config.json")
     (tmp_path / FOLDER).mkdir()
     assert main(["cost", f"--checkpoint={tmp_path}", "--json", "--depth=1"]) == 0
@@ -567,8 +568,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
 
 
 def test_other_reports_take_no_configuration(capsys):
-    with pytest.raises(SystemExit):
-        main(["table", "--config=x"])
+    assert main(["table", "--config=x"]) == 2
     assert "--config=x" in capsys.readouterr().err
 
 

@@ -13,10 +13,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from bvit_jax import models
+from bvit_jax import cli, models
 from bvit_jax.errors import UserError
 from bvit_jax.inference.classify import load_image, predict
-from bvit_jax.predict import main
 from bvit_jax.training.steps.train import Normalization
 from bvit_jax.weights import pretrained
 from bvit_jax.weights.formats import Preprocessing, deit_preprocessing
@@ -47,6 +46,10 @@ def digit_files(tmp_path_factory):
         paths.append(directory / f"{digit}.png")
         Image.fromarray(pixels).save(paths[-1])
     return paths
+
+
+def main(arguments: list[str]) -> int:
+    return cli.main(["predict", *arguments])
 
 
 def error_of(capsys, *arguments) -> str:
@@ -179,8 +182,7 @@ def test_a_turned_photograph_is_seen_as_it_was_held(tmp_path):
 
 @pytest.mark.parametrize("value", ["0", "-1", "x"])
 def test_wrong_numbers_of_classes(capsys, value):
-    with pytest.raises(SystemExit):
-        main(["--checkpoint", str(TEACHER), "x.png", f"--top={value}"])
+    assert main(["--checkpoint", str(TEACHER), "x.png", f"--top={value}"]) == 2
     assert "is not a whole number above 0" in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bvit_jax import convert
+from bvit_jax import cli
 from bvit_jax.data import mini_imagenet
 from bvit_jax.data.prepare.__main__ import main as prepare
 from tests.processes import ROOT, assert_same_runs, metrics_of, run, run_until
@@ -64,7 +64,7 @@ def test_the_recipe_of_deit_continues_bit_for_bit(teacher: Path, data_dir: Path,
 def test_distillation_without_augmentation_continues_bit_for_bit(
     teacher: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    assert convert.main([str(teacher), str(tmp_path / "teacher")]) == 0
+    assert cli.main(["convert", str(teacher), str(tmp_path / "teacher")]) == 0
     path = f"--config.teacher.path={tmp_path / 'teacher'}"
     whole = flags_of("", tmp_path / "whole", data_dir, path)
     result = run("train.py", *whole)

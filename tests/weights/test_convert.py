@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from bvit_jax import cli
 from bvit_jax import config as config_lib
-from bvit_jax.convert import main
 from bvit_jax.models import create_model
 from bvit_jax.optim import optimizer as optim
 from bvit_jax.runtime.mesh import make_mesh, replicated
@@ -19,6 +19,10 @@ from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint import Checkpoints
 from configs import deit_digits, digits
 from tests.tiny_models import assert_same_trees, tiny_pretrained
+
+
+def main(arguments: list[str]) -> int:
+    return cli.main(["convert", *arguments])
 
 
 def make_run(path: Path, config) -> dict:
@@ -225,14 +229,12 @@ def test_hugging_face_s_directory_with_checkpoints_is_no_run(tmp_path):
 
 @pytest.mark.parametrize("value", ["0", "-3", "x"])
 def test_wrong_numbers(tmp_path, source, capsys, value):
-    with pytest.raises(SystemExit):
-        main([str(source), str(tmp_path / "x"), f"--reset_head={value}"])
+    assert main([str(source), str(tmp_path / "x"), f"--reset_head={value}"]) == 2
     assert "argument --reset_head" in capsys.readouterr().err
 
 
 def test_wrong_settings(tmp_path, source, capsys):
-    with pytest.raises(SystemExit):
-        main([str(source), str(tmp_path / "x"), "--set=num_heads"])
+    assert main([str(source), str(tmp_path / "x"), "--set=num_heads"]) == 2
     assert "'num_heads' is not KEY=VALUE" in capsys.readouterr().err
 
 

@@ -1,0 +1,165 @@
+"""The command line: what each command refuses, in one line and in this process."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from absl import flags
+
+from bvit_jax import cli
+from bvit_jax.errors import UserError
+from bvit_jax.runtime import process
+from bvit_jax.runtime.arguments import CONFIGS, parse_config
+from bvit_jax.runtime.interruption import Interrupted
+
+TEACHER = Path(cli.__file__).parent / "assets" / "deit_digits"
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "no command 'trian'; did you mean 'train'?"),
+        (["xyz"], "no command 'xyz'; known: convert, eval, parity, plan, predict, prepare, report, train"),
+        (
+            ["train", "--config=digtis"],
+            "--config is 'digtis', which is no experiment; did you mean 'digits'?",
+        ),
+        (["train", "--config", "digtis"], "did you mean 'digits'?"),
+        (["train", "--config=nowhere.py"], "cannot load nowhere.py"),
+        (["train", "--config.modle.width=1"], "unknown key "),
+        (["train", "--config.batch_size=x"], "--config.batch_size=x: invalid literal for int()"),
+        (["train", "--nonsense"], "Unknown command line flag 'nonsense'"),
+        (["train", "word"], "unexpected argument 'word'"),
+        (["train"], "--workdir is missing"),
+        (["train", "--dry_run", "--debug_nans"], "--debug_nans runs the steps that --dry_run leaves out"),
+        (["train", "--topology=v5e:2x2"], "--topology=v5e:2x2 is for planning only; add --dry_run"),
+        (["plan", "--workdir=/nowhere"], "Unknown command line flag 'workdir'"),
+        (["eval"], "--workdir is missing"),
+        (["eval", "--workdir=/nowhere"], "no config.json in /nowhere"),
+        (["eval", "--checkpoint=newest"], "--checkpoint"),
+        (["eval", "--config=digits"], "Unknown command line flag 'config'"),
+        (["report", "cost", "--config=digtis"], "did you mean 'digits'?"),
+        (["report", "curves", "/nowhere"], "cannot read /nowhere"),
+        (["predict", "--checkpoint=/nowhere", "none.jpg"], "no file none.jpg"),
+        (["convert", "/nowhere", "/nowhere/else"], "/nowhere"),
+        (
+            ["prepare", "imagefolder", "x", "--folder=/nowhere", "--data_dir=gs://a"],
+            "expected a local directory",
+        ),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error_of(capsys, *arguments)
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, None])
+def test_help(name: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"] if name else []) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    expected = {"train": "--[no]debug_nans", "eval": "--split", "plan": "--topology", None: "convert"}
+    assert expected.get(name, f"usage: bvit {name}") in out
+
+
+def test_argparse_refuses_with_its_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert"]) == 2
+    assert "the following arguments are required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("a\nb"), 1, "error: a b\n"),
+        (Interrupted(7), 128 + signal.SIGTERM, "stopped by SIGTERM at step 7; run the same command again"),
+        (KeyboardInterrupt(), 130, "interrupted; "),
+        (FileNotFoundError(2, "No such file", "x"), 1, "error: No such file: x\n"),
+        (OSError("odd"), 1, "error: odd\n"),
+        (ValueError("RESOURCE_EXHAUSTED: 3 GB"), 1, "error: what the run computes does not fit"),
+        (SystemExit(143), 143, ""),
+        (BrokenPipeError(), 1, ""),
+    ],
+)
+def test_one_policy_for_errors(
+    error: BaseException,
+    status: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "fails", cli.Command("", fails))
+    assert cli.main(["fails"]) == status
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "fails", cli.Command("", lambda arguments: 1 // 0))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["fails"])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            ValueError("Gloo all-reduce failed"),
+            "the other processes of the run do not answer: Gloo all-reduce",
+        ),
+        (TypeError("no peer"), "no peer"),
+    ],
+)
+def test_errors_in_a_run_of_several_processes_keep_their_traceback(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "fails", cli.Command("", fails))
+    monkeypatch.setattr(cli.distributed, "is_active", lambda: True)
+    assert cli.main(["fails"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith(f"error: {line}")
+
+
+def test_main_leaves_the_process_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    handler, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    variables, defined = dict(os.environ), set(flags.FLAGS)
+    for _ in range(2):
+        assert cli.main(["report", "cost", "--config=digits", "--config.model.depth=(1,1)", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+        assert cli.main(["convert", "/nowhere", "/nowhere/else"]) == 1
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == (handler, hook)
+    assert dict(os.environ) == variables
+    assert set(flags.FLAGS) == defined
+    assert not process.is_ours()
+    assert jax.config.jax_platforms == "cpu"  # of the environment
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("[!_]*.py")))
+def test_experiments_are_found_by_name(name: str) -> None:
+    by_name = parse_config([f"--config={name}", "--config.seed=3"])
+    assert by_name.seed == 3
+    assert by_name.to_json() == parse_config([f"--config={CONFIGS / name}.py", "--config.seed=3"]).to_json()
+
+
+def test_experiments_take_an_argument() -> None:
+    assert parse_config(["--config=deit_digits:distilled"]).model.distillation_token
+    assert not parse_config(["--config=deit_digits"]).model.distillation_token
