@@ -1,19 +1,28 @@
-"""What all tests share: eight CPU devices, float64 on request, the golden files."""
+"""What all tests share: eight CPU devices, quick compilation, float64 on request, the golden files."""
 
 import os
+import tempfile
 
-# Before jax is imported: both are read once.
+# Before jax is imported, which reads each of these once. Workers and the processes that tests start inherit
+# them, and with them what any of them has compiled.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+if "BVIT_JAX_TESTS_COMPILED" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="bvit_jax_compiled_")  # removed when this process ends
+    os.environ["BVIT_JAX_TESTS_COMPILED"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+
+jax.config.update("jax_disable_most_optimizations", True)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -25,12 +34,29 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def compile_as_users_do(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lets a test with the mark ``optimised`` compile as a run does; others trade speed for compile time."""
+    if request.node.get_closest_marker("optimised") is None:
+        yield
+        return
+    with _settings(jax_disable_most_optimizations=False, jax_enable_compilation_cache=False):
+        yield
+
+
 @pytest.fixture
-def compile_quickly() -> Iterator[None]:
-    """Trades the speed of compiled functions for that of their compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def compile_quickly() -> None:
+    """Every test does."""
+
+
+@contextmanager
+def _settings(**values: object) -> Iterator[None]:
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")
