@@ -33,7 +33,7 @@ from bvit_jax.cost.program import trace
 from bvit_jax.cost.values import analyse
 from bvit_jax.errors import UserError
 from bvit_jax.models import ModelOutput, create_model, num_params, packs_signs
-from bvit_jax.optim.optimizer import make_optimizer
+from bvit_jax.optim import make_optimizer
 from bvit_jax.plan.hlo import hbm_bytes
 from bvit_jax.runtime.allocator import keep_freed_memory
 from bvit_jax.runtime.compilation import lower, release_memory

@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         help="such as v5e:8x8; may be repeated",
     )
     parser.add_argument("--images_per_chip", type=positive, default=32)
-    parser.add_argument("--compute_dtype", choices=config_lib.CHOICES["compute_dtype"])
+    parser.add_argument("--compute_dtype", choices=config_lib.SETTINGS["compute_dtype"].values.choices)
     parser.add_argument(
         "--set",
         action="append",

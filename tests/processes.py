@@ -13,8 +13,7 @@ import jax
 import numpy as np
 
 from bvit_jax import config as config_lib
-from bvit_jax import models
-from bvit_jax.optim import optimizer as optim
+from bvit_jax import models, optim
 from bvit_jax.runtime.mesh import make_mesh
 from bvit_jax.training.steps.state import abstract_state
 from bvit_jax.workdir.checkpoint import Checkpoints

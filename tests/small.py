@@ -9,7 +9,7 @@ from bvit_jax.augment.normalization import Normalization
 from bvit_jax.config import default_config
 from bvit_jax.layers.norm import BatchNorm, LayerNorm
 from bvit_jax.models.head import ModelOutput
-from bvit_jax.optim.optimizer import make_optimizer
+from bvit_jax.optim import make_optimizer
 
 NORMALIZE = Normalization((0.5,) * 3, (0.25,) * 3)
 SIZE, CLASSES = 4, 5

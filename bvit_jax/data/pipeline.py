@@ -1,14 +1,13 @@
-"""Batches of uint8 images for training and evaluation, the same ones for any number of hosts.
+"""Batches of uint8 images for training and evaluation, identical for any number of hosts.
 
-Batch k holds examples ``k * batch_size`` and following of one global sequence; a host loads the rows of
-it that its devices hold. So a batch depends on the seed and its number alone: a run resumes from its
-step and may do so on another number of hosts.
+Batch k holds the examples from ``k * batch_size`` of one global sequence; each host loads the rows that
+its devices hold. A batch thus depends only on the seed and its number: a run resumes from its step alone,
+even on a different number of hosts.
 """
 
 import os
 import sys
 from collections.abc import Generator, Sequence
-from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -18,12 +17,12 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
+from bvit_jax import config as config_lib
 from bvit_jax.data import randaugment, transforms
 from bvit_jax.data.splits import Split, one_line, open_split
-from bvit_jax.errors import UserError, nearest
+from bvit_jax.errors import UserError
 
 MAX_THREADS = 16  # more only fight for the interpreter lock
-MAX_SEED = 2**32
 NOT_BAD = np.int32(-1)
 
 Batch = dict[str, np.ndarray]
@@ -40,29 +39,29 @@ def open_eval_split(config: ConfigDict) -> Split:
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Returns the number of whole global batches in the examples, at least 1."""
+    """Returns how many full global batches the examples make, at least 1."""
     return max(1, num_examples // batch_size)
 
 
 def train_augment(config: ConfigDict) -> transforms.Augment | None:
-    """Returns what follows crop and flip: RandAugment, colour jitter, or None for neither.
+    """Returns what follows crop and flip: RandAugment, color jitter, or None for neither.
 
     Args:
       config: the ``data`` settings of the run.
 
     Raises:
-      UserError: a setting is wrong, or both are on.
+      UserError: the policy of RandAugment is wrong, or both are on.
     """
-    strengths = _color_jitter(config)
+    strengths = transforms.ColorJitter(*config.color_jitter)
     jitters = strengths != transforms.ColorJitter()
     if not config.auto_augment:
         return partial(transforms.color_jitter, strengths=strengths) if jitters else None
     if jitters:
         raise UserError(
-            f"config.data.color_jitter is {config.color_jitter} beside auto_augment"
-            f" {config.auto_augment!r}, with which timm leaves the jitter out; switch one of them off"
+            f"config.data.color_jitter is {config.color_jitter} and config.data.auto_augment is"
+            f" {config.auto_augment!r}, with which timm skips the jitter; switch one of them off"
         )
-    interpolation = _interpolation(config, "crop_interpolation", transforms.RANDOM)
+    interpolation = config.crop_interpolation
     names = sorted(transforms.INTERPOLATIONS) if interpolation == transforms.RANDOM else [interpolation]
     return partial(
         randaugment.rand_augment,
@@ -82,56 +81,52 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """Yields this host's part of the training batches ``start_step``, ``start_step + 1``, ...
 
-    The examples are shuffled anew every epoch, and an example is augmented differently each time;
-    epochs follow each other without a gap, inside a batch where need be. With ``config.repeats``
-    above 1 they come as `repeated_index` says.
+    The examples are shuffled again every epoch and augmented differently each time. Epochs follow each
+    other without a gap, also within a batch. With ``config.repeats`` above 1 the order is that of
+    `repeated_index`.
 
     Args:
       config: the ``data`` settings of the run.
-      image_size: of the square images, in pixels.
+      image_size: side of the square images, in pixels.
       batch_size: over all hosts.
-      seed: of the order and of the augmentation, from 0 to 2**32 - 1.
+      seed: for the order and the augmentation, from 0 to 2**32 - 1.
       start_step: number of the first batch; a large one costs nothing.
       rows: which images of each batch this host loads, in ascending order; by default all.
 
     Yields:
       ``image``, uint8 [b, image_size, image_size, 3], ``label``, int32 [b], and ``bad``, int32 [b],
-      where b is the number of rows; without end, so ``close()`` it to stop its threads.
-      In place of an image that cannot be decoded comes the next one of the split; ``bad`` is the
-      number of its record, -1 where all is well.
+      where b is the number of rows; endlessly, so call ``close()`` to stop the threads.
+      An image that cannot be decoded is replaced by the next one of the split; ``bad`` is then the
+      number of its record, and otherwise -1.
 
     Raises:
       UserError: a setting is wrong, the split cannot be opened (both at once, not when the first
         batch is drawn), or more different images than ``config.max_bad_images`` cannot be decoded.
     """
+    config_lib.check_section("data", config)
+    config_lib.check("seed", seed)
     rows = _rows("batch_size", batch_size, rows)
-    _check_integer("start_step", start_step, 0)
-    _check_integer("config.seed", seed, 0)
-    if seed >= MAX_SEED:
-        raise UserError(f"config.seed is {seed}; expected a number below 2**32")
     transform = partial(
         transforms.train_transform,
-        size=_check_integer("image_size", image_size, 1),
-        scale=_range(config, "crop_scale", maximum=1.0),
-        ratio=_range(config, "crop_ratio"),
-        interpolation=_interpolation(config, "crop_interpolation", transforms.RANDOM),
-        flip=bool(config.flip),
+        size=_checked_size(image_size),
+        scale=config.crop_scale,
+        ratio=config.crop_ratio,
+        interpolation=config.crop_interpolation,
+        flip=config.flip,
         augment=train_augment(config),
     )
-    repeats = _check_integer("config.data.repeats", config.repeats, 1)
     split = open_train_split(config)
 
     def augment(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return {**example, "image": transform(example["image"], rng)}
 
-    budget = _check_integer("config.data.max_bad_images", config.max_bad_images, 0)
-    source = _DecodedSplit(split, substitute=budget > 0)
+    source = _DecodedSplit(split, substitute=config.max_bad_images > 0)
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    if repeats > 1:
-        dataset = _repeated(dataset, split.num_examples, repeats).seed(seed)
+    if config.repeats > 1:
+        dataset = _repeated(dataset, split.num_examples, config.repeats).seed(seed)
     # Augment before choosing rows: the generator is seeded by the index, which must be the global one.
     dataset = _of_rows(dataset.random_map(augment), sys.maxsize, batch_size, rows)
-    return _batches(dataset[start_step * len(rows) :], len(rows), config, split, budget)
+    return _batches(dataset[start_step * len(rows) :], len(rows), config, split)
 
 
 def eval_batches(
@@ -143,31 +138,31 @@ def eval_batches(
     """Yields this host's part of one pass over the evaluation split, in the order of the records.
 
     Every host yields the same number of batches, ``ceil(num_examples / batch_size)``; over all
-    hosts each image comes exactly once.
+    hosts each image appears exactly once.
 
     Args:
       config: the ``data`` settings of the run.
-      image_size: of the square images, in pixels.
+      image_size: side of the square images, in pixels.
       batch_size: over all hosts.
       rows: which images of each batch this host loads, in ascending order; by default all.
 
     Yields:
       ``image``, uint8 [b, image_size, image_size, 3], ``label``, int32 [b], ``mask``, bool [b], and
-      ``bad``, int32 [b] as in `train_batches`, where b is the number of rows; black images
-      with label 0 and mask False fill the last batch and stand for images that cannot be decoded.
+      ``bad``, int32 [b] as in `train_batches`, where b is the number of rows. Black images with label 0
+      and mask False fill the last batch and replace images that cannot be decoded.
 
     Raises:
       UserError: as for `train_batches`.
     """
+    config_lib.check_section("data", config)
     rows = _rows("eval_batch_size", batch_size, rows)
     transform = partial(
         transforms.eval_transform,
-        size=_check_integer("image_size", image_size, 1),
-        resize=_check_integer("config.data.eval_resize", config.eval_resize, 1),
-        interpolation=_interpolation(config, "eval_interpolation"),
+        size=_checked_size(image_size),
+        resize=config.eval_resize,
+        interpolation=config.eval_interpolation,
     )
     split = open_eval_split(config)
-    budget = _check_integer("config.data.max_bad_images", config.max_bad_images, 0)
     images = _DecodedSplit(split, substitute=False)
     padding = {
         "image": np.zeros((image_size, image_size, 3), np.uint8),
@@ -182,30 +177,30 @@ def eval_batches(
         try:
             example = images[index]
         except UserError:
-            if budget == 0:
+            if config.max_bad_images == 0:
                 raise
             return {**padding, "bad": np.int32(index)}
         return {**example, "image": transform(example["image"]), "mask": np.True_}
 
     num_batches = -(-split.num_examples // batch_size)
     dataset = grain.MapDataset.range(num_batches * batch_size).map(load)
-    return _batches(_of_rows(dataset, num_batches, batch_size, rows), len(rows), config, split, budget)
+    return _batches(_of_rows(dataset, num_batches, batch_size, rows), len(rows), config, split)
 
 
 def repeated_index(position: int, num_examples: int, repeats: int) -> int:
-    """Returns where a position of repeated augmentation lies in the sequence without repetition.
+    """Maps a position of the sequence with repeated augmentation to one without repetition.
 
     Repeated augmentation (Hoffer et al., 2020; DeiT's ``samplers.py``) draws each image ``repeats``
     times in a row, to be augmented differently. An epoch still has ``num_examples`` positions, so
-    that it sees one in ``repeats`` of the images; the next one draws from all images again.
+    it sees one in ``repeats`` of the images; the next epoch draws from all images again.
 
     Args:
       position: in the endless sequence of training examples, over all hosts.
-      num_examples: of the split, which are the length of an epoch.
-      repeats: copies of an image.
+      num_examples: of the split, the length of an epoch.
+      repeats: copies of each image.
 
     Returns:
-      A position in the endless sequence that holds each epoch's images once, in their new order.
+      A position in the endless sequence that holds each epoch's images once, in shuffled order.
     """
     epoch, place = divmod(position, num_examples)
     return epoch * num_examples + place // repeats
@@ -219,9 +214,9 @@ def _repeated(shuffled: grain.MapDataset, num_examples: int, repeats: int) -> gr
 
 
 class _DecodedSplit:
-    """A split whose images are decoded when they are read, by the thread that reads them.
+    """A split whose images are decoded by the thread that reads them.
 
-    With ``substitute``, the next image of the split takes the place of one that cannot be decoded.
+    With ``substitute``, an image that cannot be decoded is replaced by the next one of the split.
     """
 
     def __init__(self, split: Split, *, substitute: bool) -> None:
@@ -254,33 +249,35 @@ class _DecodedSplit:
         return {"image": image, "label": np.int32(record["label"])}
 
 
-def _batches(
-    dataset: Any, local_size: int, config: ConfigDict, split: Split, budget: int
-) -> Generator[Batch, None, None]:
+def _batches(dataset: Any, local_size: int, config: ConfigDict, split: Split) -> Generator[Batch, None, None]:
     workers, threads = _parallelism(config)
-    prefetch = _check_integer("config.data.prefetch", config.prefetch, 0)
     if not workers:
         # Threads work on images, not on batches: the first batch comes soon and few images wait.
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * prefetch)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * config.prefetch)
         dataset = dataset.to_iter_dataset(options).batch(local_size, drop_remainder=True)
-        return _within_budget(_until_closed(dataset), split, budget)
-    # Each process takes every n-th element, so that the elements must be whole batches.
+        return _within_budget(_until_closed(dataset), split, config.max_bad_images)
+    # Each process takes every n-th element, so the elements must be whole batches.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     dataset = dataset.batch(local_size, drop_remainder=True).to_iter_dataset(options)
-    if not flags.FLAGS.is_parsed():  # outside of a command; Grain reads flags of its own
+    if not flags.FLAGS.is_parsed():  # not in one of our commands, and Grain reads its own flags
         flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return _within_budget(_until_closed(dataset), split, budget)
+    return _within_budget(_until_closed(dataset), split, config.max_bad_images)
 
 
 def _parallelism(config: ConfigDict) -> tuple[int, int]:
     """Returns the number of worker processes, 0 for none, and of threads in each."""
-    cores = os.cpu_count() or 1
-    threads = _check_integer("config.data.num_threads", config.num_threads, 0)
-    workers = _check_integer("config.data.num_workers", config.num_workers, -1)
+    cores, workers = _usable_cores(), config.num_workers
     if workers < 0:
         workers = cores // MAX_THREADS if cores >= 2 * MAX_THREADS else 0
-    return workers, threads or max(1, min(MAX_THREADS, cores // max(workers, 1)))
+    return workers, config.num_threads or max(1, min(MAX_THREADS, cores // max(workers, 1)))
+
+
+def _usable_cores() -> int:
+    """Returns the number of cores that the system lets this process use, which may be fewer than it has."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _within_budget(
@@ -292,8 +289,8 @@ def _within_budget(
             bad.update(batch["bad"][batch["bad"] != NOT_BAD].tolist())
             if len(bad) > budget:
                 raise UserError(
-                    f"{len(bad)} images of split {split.name!r} of {split.dataset} cannot be decoded, the"
-                    f" records {', '.join(map(str, sorted(bad)[:5]))} among them, and"
+                    f"{len(bad)} images of split {split.name!r} of {split.dataset} cannot be decoded,"
+                    f" including records {', '.join(map(str, sorted(bad)[:5]))}, and"
                     f" config.data.max_bad_images is {budget}; prepare the dataset again"
                 )
             yield batch
@@ -306,11 +303,11 @@ def _until_closed(dataset: Any) -> Generator[Batch, None, None]:
     try:
         yield from iterator
     finally:
-        iterator.close()  # or its threads would finish the waiting images first
+        iterator.close()  # otherwise its threads finish the waiting images first
 
 
 def _rows(key: str, batch_size: int, rows: Sequence[int] | None) -> list[int]:
-    _check_integer(f"config.{key}", batch_size, 1)
+    config_lib.check(key, batch_size)
     rows = list(range(batch_size)) if rows is None else [int(row) for row in rows]
     if not rows or sorted(set(rows)) != rows or not 0 <= rows[0] <= rows[-1] < batch_size:
         raise ValueError(f"rows {rows}; expected some of range({batch_size}), in ascending order")
@@ -329,40 +326,7 @@ def _of_rows(dataset: Any, num_batches: int, batch_size: int, rows: list[int]) -
     return grain.MapDataset.range(min(num_batches * len(rows), sys.maxsize)).map(example)
 
 
-def _check_integer(key: str, value: Any, minimum: int) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < minimum:
-        raise UserError(f"{key} is {value!r}; expected a whole number of at least {minimum}")
-    return int(value)
-
-
-def _range(config: ConfigDict, key: str, maximum: float = float("inf")) -> transforms.Range:
-    try:
-        low, high = (float(value) for value in config[key])
-    except (TypeError, ValueError):
-        low, high = 0.0, 0.0
-    if not 0 < low <= high <= maximum:
-        bound = "" if maximum == float("inf") else f", at most {maximum:g}"
-        raise UserError(
-            f"config.data.{key} is {config[key]!r}; expected two ascending numbers above 0{bound}"
-        )
-    return low, high
-
-
-def _color_jitter(config: ConfigDict) -> transforms.ColorJitter:
-    try:
-        strengths = transforms.ColorJitter(*(float(value) for value in config.color_jitter))
-    except (TypeError, ValueError):
-        strengths = transforms.ColorJitter(hue=-1.0)
-    if min(astuple(strengths)) < 0 or strengths.hue > 0.5:
-        raise UserError(
-            f"config.data.color_jitter is {config.color_jitter!r}; expected brightness, contrast and"
-            " saturation of at least 0 and a hue from 0 to 0.5"
-        )
-    return strengths
-
-
-def _interpolation(config: ConfigDict, key: str, *others: str) -> str:
-    name, known = config[key], (*transforms.INTERPOLATIONS, *others)
-    if name not in known:
-        raise UserError(f"config.data.{key} is {name!r}{nearest(str(name), known)}")
-    return name
+def _checked_size(image_size: int) -> int:
+    if image_size < 1:
+        raise UserError(f"config.model.image_size is {image_size}; expected at least 1")
+    return image_size

@@ -1,4 +1,4 @@
-"""Rules that give the parameters of some paths their own learning rate and weight decay."""
+"""Rules that give parameters at matching paths their own learning rate and weight decay."""
 
 import difflib
 import math
@@ -12,16 +12,16 @@ import jax
 from bvit_jax.errors import UserError
 
 KEY = "config.optim.rules"
-EXPECTED = "expected (regular expression, factor of the learning rate, factor of the weight decay)"
+RULE = "(regular expression, factor of the learning rate, factor of the weight decay)"
 NUM_NEAREST = 3
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What holds for the parameters whose whole path a regular expression matches.
+    """Factors for the parameters whose whole path matches a regular expression.
 
     Attributes:
-      pattern: of paths such as ``block0/attention/query/dense/kernel``.
+      pattern: the expression, for paths such as ``block0/attention/query/dense/kernel``.
       rate, decay: factors of the learning rate and of the weight decay.
     """
 
@@ -30,7 +30,7 @@ class Rule:
     decay: float
 
     def matches(self, path: str) -> bool:
-        """Returns whether the rule is about a parameter, unless an earlier one is."""
+        """Returns whether the rule applies to a path, if no earlier one does."""
         return re.fullmatch(self.pattern, path) is not None
 
 
@@ -38,21 +38,21 @@ def parse_rules(values: Any) -> tuple[Rule, ...]:
     """Returns the rules of a configuration.
 
     Raises:
-      UserError: one is no triple, its expression is wrong, or a factor is not finite or negative.
+      UserError: one is not a triple, its expression is invalid, or a factor is negative or not finite.
     """
     if not isinstance(values, tuple | list):
-        raise UserError(f"{KEY} is {values!r}; expected a tuple of rules, in each of which is {EXPECTED}")
+        raise UserError(f"{KEY} is {values!r}; expected a tuple of rules, each of which is {RULE}")
     return tuple(_parse(i, value) for i, value in enumerate(values))
 
 
 def _parse(index: int, value: Any) -> Rule:
     name = f"{KEY}[{index}] is {value!r}"
     if not isinstance(value, tuple | list) or len(value) != 3 or not isinstance(value[0], str):
-        raise UserError(f"{name}; {EXPECTED}")
+        raise UserError(f"{name}; expected {RULE}")
     try:
         re.compile(value[0])
     except re.error as error:
-        raise UserError(f"{name}, and that is no regular expression: {error}; {EXPECTED}") from error
+        raise UserError(f"{name}, which is not a regular expression: {error}; expected {RULE}") from error
     for factor in value[1:]:
         if type(factor) not in (int, float) or not (math.isfinite(factor) and factor >= 0):
             raise UserError(f"{name}, with the factor {factor!r}; expected a number of at least 0")
@@ -60,12 +60,12 @@ def _parse(index: int, value: Any) -> Rule:
 
 
 def factors(rules: tuple[Rule, ...], params: Any) -> tuple[Any, Any]:
-    """Returns two trees like ``params``, with the factor of the learning rate and of the weight decay.
+    """Returns two trees like ``params``: the factors of the learning rate and of the weight decay.
 
-    Both are 1 where no rule matches; where several do, the first counts.
+    Both are 1 where no rule matches; where several match, the first counts.
 
     Raises:
-      UserError: a rule matches nothing, or nothing that an earlier one does not.
+      UserError: a rule matches no parameter, or none that earlier rules leave.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]

@@ -15,11 +15,10 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from bvit_jax import models
+from bvit_jax import models, optim
 from bvit_jax.config import default_config
 from bvit_jax.errors import UserError
 from bvit_jax.models.bivit.first_values import first_batch
-from bvit_jax.optim import optimizer as optim
 from bvit_jax.parity import merging
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
 from bvit_jax.parity.subject import Subject, subject_of

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from bvit_jax import config as config_lib
 from bvit_jax import models
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
@@ -22,7 +21,7 @@ from bvit_jax.plan.topology import DoesNotFit, Topology, compile_step, open_topo
 from bvit_jax.runtime.chips import GIB, Chip, chip_of
 from bvit_jax.runtime.mesh import replicated, with_sharding
 from bvit_jax.training import initial
-from bvit_jax.training.setup import Run, abstract_batch, build, open_splits
+from bvit_jax.training.setup import Run, abstract_batch, build, check, open_splits
 from bvit_jax.training.teacher import Teacher, check_heads, needs_teacher
 
 # The real-valued model that has the settings of a binary one.
@@ -57,7 +56,7 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
     Raises:
       UserError: a setting or the topology is wrong, or the batch does not fit on the chip.
     """
-    config_lib.validate(config)
+    check(config)
     target = open_topology(topology) if topology else None
     num_examples = _num_examples(config)
     run = build(config, num_examples, target.devices if target else None, _teacher(config))

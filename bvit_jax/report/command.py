@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     capability.add_argument("--json", action="store_true", help="print JSON")
 
     add("table", _table, "print the table of models in README.md, in Markdown; needs configs/")
+    add("settings", _settings, "print the tables of settings in docs/settings.md, in Markdown")
     return parser
 
 
@@ -90,3 +91,9 @@ def _table(_: argparse.Namespace) -> None:
     from bvit_jax.report import models
 
     sys.stdout.write(models.as_markdown() + "\n")
+
+
+def _settings(_: argparse.Namespace) -> None:
+    from bvit_jax.report import settings
+
+    sys.stdout.write(settings.as_markdown() + "\n")

@@ -25,7 +25,7 @@ from bvit_jax.training import initial
 from bvit_jax.training.clock import Clock
 from bvit_jax.training.evaluation import build_eval_step, deciding_top1, eval_batches, evaluate_state
 from bvit_jax.training.nans import named_nans
-from bvit_jax.training.setup import Run, abstract_batch, build, open_splits
+from bvit_jax.training.setup import Run, abstract_batch, build, check, open_splits
 from bvit_jax.training.steps import health, preview
 from bvit_jax.training.teacher import Teacher
 from bvit_jax.workdir import runs
@@ -92,7 +92,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, *, debug_nans: bool = 
         stack.callback(interruption.close)
         if debug_nans:
             stack.enter_context(named_nans())
-        config_lib.validate(config)
+        check(config)
         train_split = open_splits(config)
         run = build(config, train_split.num_examples, donate=not debug_nans)
         identity = {"teacher": run.teacher.digest, "dataset": train_split.version}

@@ -11,13 +11,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bvit_jax import data, models
+from bvit_jax import config as config_lib
+from bvit_jax import data, models, optim
 from bvit_jax.augment.augmentation import Augmentation
 from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
-from bvit_jax.optim import optimizer as optim
 from bvit_jax.runtime.mesh import batch_sharded, check_batch_size, make_mesh, replicated
 from bvit_jax.training.steps import health, preview
 from bvit_jax.training.steps.first_batch import jit_start, make_start, starts_from_a_batch
@@ -25,6 +25,13 @@ from bvit_jax.training.steps.state import TrainState, abstract_state, create_sta
 from bvit_jax.training.steps.train import TrainStep, jit_train_step, make_train_step
 from bvit_jax.training.teacher import Teacher, load_teacher, make_ranking
 from bvit_jax.workdir import runs
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `UserError` naming the first wrong setting, before anything is read or made."""
+    config_lib.validate(config)
+    optim.parse_rules(config.optim.rules)
+    data.train_augment(config.data)
 
 
 def open_splits(config: ConfigDict) -> data.Split:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bvit_jax import models
-from bvit_jax.config import CHOICES
+from bvit_jax.config import SETTINGS
 from bvit_jax.errors import UserError
 from bvit_jax.layers.activation import drop_path_rates
 from bvit_jax.models.execution.stages import POLICIES
@@ -227,7 +227,7 @@ def test_a_block_keeps_what_the_policy_says(name):
 
 
 def test_the_policies_are_those_of_the_settings():
-    assert CHOICES["remat"] == ("none", *POLICIES)
+    assert SETTINGS["remat"].values.choices == ("none", *POLICIES)
 
 
 def test_an_unknown_policy_is_named():

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from bvit_jax.config import CHOICES, default_config
+from bvit_jax import optim
+from bvit_jax.config import SETTINGS, default_config
 from bvit_jax.errors import UserError
-from bvit_jax.optim import optimizer as optim
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schedules.npz"
 EPOCHS = 300
@@ -81,7 +81,7 @@ def test_settings_that_exclude_each_other(values, key):
 
 
 def test_the_schedules_are_those_of_the_settings():
-    assert CHOICES["optim.schedule"] == optim.SCHEDULES
+    assert SETTINGS["optim.schedule"].values.choices == optim.SCHEDULES
 
 
 def parameters():

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from bvit_jax import optim
 from bvit_jax.errors import UserError
-from bvit_jax.optim import optimizer as optim
 from bvit_jax.optim.rules import factors, parse_rules
 from tests.optim.test_optim import schedule_of, settings
 
@@ -134,7 +134,7 @@ def test_neutral_rules_change_no_bit():
         (("head/.*",), r"config.optim.rules[0] is 'head/.*'; expected (regular expression, factor"),
         ((("head/.*", 1.0),), "config.optim.rules[0] is ('head/.*', 1.0); expected (regular"),
         ("head", "config.optim.rules is 'head'; expected a tuple of rules"),
-        ((("(", 1.0, 1.0),), "config.optim.rules[0] is ('(', 1.0, 1.0), and that is no regular expression"),
+        ((("(", 1.0, 1.0),), "config.optim.rules[0] is ('(', 1.0, 1.0), which is not a regular expression"),
         (((".*", 1.0, -1.0),), "config.optim.rules[0] is ('.*', 1.0, -1.0), with the factor -1.0"),
         (((".*", float("nan"), 1.0),), "with the factor nan; expected a number of at least 0"),
         (((".*", True, 1.0),), "with the factor True; expected a number of at least 0"),

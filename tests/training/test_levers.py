@@ -30,11 +30,11 @@ def config_with(**settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"accumulate_steps": 0}, "config.accumulate_steps is 0; expected a number above 0"),
+        ({"accumulate_steps": 0}, "config.accumulate_steps is 0; expected a whole number of at least 1"),
         ({"remat": "all"}, "config.remat is 'all'; expected one of none, block, dots, products"),
-        ({"ema__decay": 1.0}, "config.ema.decay is 1, which would keep the initial weights"),
-        ({"ema__decay": -0.1}, "config.ema.decay is -0.1; expected a number from 0 to 1"),
-        ({"optim__rules": (("(", 1.0, 1.0),)}, "and that is no regular expression"),
+        ({"ema__decay": 1.0}, "config.ema.decay is 1.0; expected a number from 0 to below 1, since 1 would"),
+        ({"ema__decay": -0.1}, "config.ema.decay is -0.1; expected a number from 0 to below 1"),
+        ({"optim__rules": (("(", 1.0, 1.0),)}, "which is not a regular expression"),
         (
             {"accumulate_steps": 4},  # 144 images, 8 devices
             "config.batch_size is 144; expected a multiple of 32 = config.accumulate_steps * 8 devices",

@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, models
+from bvit_jax import data, models, optim
 from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
-from bvit_jax.optim import optimizer as optim
 from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch
 from bvit_jax.training.evaluation import build_eval_step, eval_batches, evaluate
 from bvit_jax.training.loop import train_and_evaluate

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from bvit_jax import cli
+from bvit_jax import cli, optim
 from bvit_jax import config as config_lib
 from bvit_jax.models import create_model
-from bvit_jax.optim import optimizer as optim
 from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.training.steps.state import create_state
 from bvit_jax.weights import files, pretrained

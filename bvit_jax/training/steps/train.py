@@ -24,7 +24,7 @@ from bvit_jax.losses.classification import (
 )
 from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.models.head import ModelOutput
-from bvit_jax.optim.optimizer import global_norm
+from bvit_jax.optim import global_norm
 from bvit_jax.runtime.mesh import batch_sharded, replicated
 from bvit_jax.training.steps.state import TrainState
 

@@ -1,0 +1,111 @@
+"""AdamW as PyTorch computes it, with PyTorch's gradient clipping and rules for single parameters."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bvit_jax.optim.rules import Rule, factors, parse_rules
+
+if TYPE_CHECKING:  # the optimiser also runs where ml-collections is not installed
+    from ml_collections import ConfigDict
+
+
+def decay_mask(params: Any) -> Any:
+    """Returns a tree like ``params``, True where weight decay applies.
+
+    As in the PyTorch scripts, parameters of at most one dimension and those named ``bias`` do not
+    decay; position embeddings [1, N, C] and the class token [1, 1, C] do.
+    """
+
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return leaf.ndim > 1 and name != "bias"
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Returns the Euclidean norm of all arrays of a tree together, a scalar of their dtype.
+
+    The squares of arrays of equal shape are added before they are summed. A model has a thousand small
+    arrays of about thirty shapes; one sum per array, as in ``optax.tree.norm``, means a thousand kernels
+    to compile and load.
+    """
+    squares: dict[tuple[int, ...], list[jax.Array]] = {}
+    for leaf in jax.tree.leaves(tree):
+        squares.setdefault(leaf.shape, []).append(jnp.square(leaf))
+    return jnp.sqrt(sum(jnp.sum(sum(same[1:], start=same[0])) for same in squares.values()))
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Returns a transform that scales gradients by min(1, max_norm / (‖g‖ + 1e-6)).
+
+    The formula of ``torch.nn.utils.clip_grad_norm_``; that of optax lacks the 1e-6.
+    """
+
+    def clip(gradients: Any, params: Any = None) -> Any:
+        del params
+        scale = jnp.minimum(max_norm / (global_norm(gradients) + 1e-6), 1)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+
+    return optax.stateless(clip)
+
+
+def make_optimizer(
+    optim: "ConfigDict",
+    schedule: optax.Schedule,
+    mask: Any | Callable[[Any], Any] = decay_mask,
+) -> optax.GradientTransformation:
+    """Returns AdamW with decoupled weight decay, as ``torch.optim.AdamW`` computes it.
+
+    The settings change what the transforms do but never the structure of their state, so a run can be
+    resumed with a different weight decay, clipping or rules. Rules give parameters their own learning
+    rate and weight decay, like a parameter group in PyTorch; they do not make parameters decay that the
+    mask excludes.
+
+    Args:
+      optim: the settings of ``config.optim``.
+      schedule: the learning rate as a function of the step.
+      mask: where to decay: a tree of booleans like the parameters, or a function that returns one.
+
+    Raises:
+      UserError: a rule is wrong; at ``init``, one matches no parameter.
+    """
+    rules = parse_rules(optim.rules)
+    clip = clip_by_global_norm(optim.clip_grad_norm) if optim.clip_grad_norm else optax.identity()
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
+        _scale_by_rules(rules, optim.weight_decay, mask)
+        if rules
+        else optax.add_decayed_weights(optim.weight_decay, mask=mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _scale_by_rules(
+    rules: tuple[Rule, ...], weight_decay: float, mask: Any | Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Returns ``add_decayed_weights`` with the factors of rules; its state has the same structure."""
+
+    def init(params: Any) -> optax.EmptyState:
+        factors(rules, params)
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        rates, decays = factors(rules, params)
+        where = mask(params) if callable(mask) else mask
+
+        def scale(update: Any, param: Any, rate: float, decay: float, decayed: bool) -> Any:
+            return rate * (update + weight_decay * decay * param if decayed else update)
+
+        return jax.tree.map(scale, updates, params, rates, decays, where), state
+
+    # add_decayed_weights with a mask has the state MaskedState(EmptyState()). Masking nothing gives the same,
+    # so that a checkpoint made without rules can be continued with them, and the other way round.
+    everywhere = partial(jax.tree.map, lambda _: True)
+    return optax.masked(optax.GradientTransformation(init, update), everywhere)
