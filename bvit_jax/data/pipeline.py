@@ -50,8 +50,9 @@ def train_augment(config: ConfigDict) -> transforms.Augment | None:
       config: the ``data`` settings of the run.
 
     Raises:
-      UserError: the policy of RandAugment is wrong, or both are on.
+      UserError: a setting is wrong, or both are on.
     """
+    config_lib.check_section("data", config)
     strengths = transforms.ColorJitter(*config.color_jitter)
     jitters = strengths != transforms.ColorJitter()
     if not config.auto_augment:
@@ -103,7 +104,7 @@ def train_batches(
       UserError: a setting is wrong, the split cannot be opened (both at once, not when the first
         batch is drawn), or more different images than ``config.max_bad_images`` cannot be decoded.
     """
-    config_lib.check_section("data", config)
+    augment_crop = train_augment(config)
     config_lib.check("seed", seed)
     rows = _rows("batch_size", batch_size, rows)
     transform = partial(
@@ -113,7 +114,7 @@ def train_batches(
         ratio=config.crop_ratio,
         interpolation=config.crop_interpolation,
         flip=config.flip,
-        augment=train_augment(config),
+        augment=augment_crop,
     )
     split = open_train_split(config)
 
