@@ -1,4 +1,4 @@
-"""What happens to a batch of images inside the training step: erasing, then mixing."""
+"""Augmentation of a batch inside the training step: erasing, then mixing."""
 
 from dataclasses import dataclass
 
@@ -19,22 +19,22 @@ class Augmentation:
     mixing: Mixing
 
     def __call__(self, key: Array, images: Array, normalize: Normalization) -> tuple[Array, Array | None]:
-        """Augments images before they are normalised, so that a teacher with other means sees the same.
+        """Augments images before normalisation, so that a teacher with other means sees the same images.
 
         Args:
-          key: of this step.
+          key: key of this step.
           images: uint8 [B, H, W, 3].
-          normalize: the student's; it gives the noise of erasing its unit.
+          normalize: the student's, which defines the unit of the noise of erasing.
 
         Returns:
-          The images, float32 from 0 to 255 where anything is on, and each image's share of its own
-          pixels and label, float32 [B] or [1]; None where nothing is mixed.
+          The images, float32 from 0 to 255 if anything is on, and the share of its own pixels and label
+          that each image keeps, float32 [B] or [1], or None if nothing is mixed.
         """
         key_erase, key_mix = jax.random.split(key)
         partners = images[::-1]
         if self.erasing.prob:
             keys = jax.random.split(key_erase, images.shape[0])
-            # Erased a second time, which yields the same: devices then exchange uint8, not float32.
+            # Erasing the partners again gives the same result, and devices exchange uint8, not float32.
             partners = self.erasing(keys[::-1], partners, normalize)
             images = self.erasing(keys, images, normalize)
         if not self.mixing.active:

@@ -1,4 +1,4 @@
-"""Random erasing (Zhong et al., 2020) on the device, as ``timm/data/random_erasing.py``."""
+"""Random erasing (Zhong et al., 2020) on the device, following ``timm/data/random_erasing.py``."""
 
 import math
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from bvit_jax.augment.normalization import Normalization
 
 Mode = Literal["pixel", "rand", "const"]
 ATTEMPTS = 10
-NOISE_BITS = 10  # of each colour, so that the three fit into one random word
+NOISE_BITS = 10  # per colour, so that the three fit into one random word
 
 
 def first_fitting_box(areas: Array, aspects: Array, places: Array, height: int, width: int) -> Array:
-    """Returns the first of the candidates that fits into the image, an empty box if none does.
+    """Returns the first candidate that fits into the image, or an empty box if none does.
 
     Args:
       areas: float32 [n], shares of the image's area.
       aspects: float32 [n], height / width.
-      places: float32 [n, 2], from 0 to below 1: top and left, from their lowest to their highest value.
-      height: of the image.
-      width: of the image.
+      places: float32 [n, 2] in [0, 1): top and left, as fractions of the range that fits.
+      height: of the image, in pixels.
+      width: of the image, in pixels.
 
     Returns:
       int32 [4], see `bvit_jax.augment.boxes`.
@@ -40,10 +40,11 @@ def first_fitting_box(areas: Array, aspects: Array, places: Array, height: int, 
 
 
 def pixel_noise(words: Array) -> Array:
-    """Returns normal noise, three values for each random word: uint32 [H, W] -> float32 [H, W, 3].
+    """Returns normal noise, three values per random word: uint32 [H, W] -> float32 [H, W, 3].
 
-    A value is one of 1024 equally probable quantiles of the normal distribution, the outermost at
-    ±3.3: a third of the random bits of continuous noise, which would cost more than all of the rest.
+    Each value is one of 1024 equally probable quantiles of the normal distribution, the outermost at
+    ±3.3. Continuous noise needs three times as many random bits, which would cost more than everything
+    else in the augmentation.
     """
 
     def of_colour(shift: Array) -> Array:
@@ -51,21 +52,21 @@ def pixel_noise(words: Array) -> Array:
         share = (levels.astype(jnp.float32) + 0.5) / 2**NOISE_BITS
         return math.sqrt(2) * jax.lax.erf_inv(2 * share - 1)
 
-    # A loop, because XLA would fuse this with every use of it, into code that a CPU runs five times slower.
+    # A loop, because XLA would otherwise fuse this into every use, which is five times slower on a CPU.
     shifts = NOISE_BITS * jnp.arange(3, dtype=jnp.uint32)
     return jnp.moveaxis(jax.lax.map(of_colour, shifts), 0, -1)
 
 
 @dataclass(frozen=True)
 class Erasing:
-    """What is drawn at random: timm's ``RandomErasing`` with one box, and its defaults, but off.
+    """timm's ``RandomErasing`` with one box and the same defaults, except that it is off.
 
     Attributes:
-      prob: probability for an image.
+      prob: probability per image.
       mode: "pixel" fills the box with normal noise of mean 0 and deviation 1 in the units of the
         student's normalised images, "rand" with one such colour, "const" with 0, the mean colour.
       area: smallest and largest share of the image's area.
-      min_aspect: smallest height / width; the largest is 1 over it.
+      min_aspect: smallest height / width; the largest is its reciprocal.
     """
 
     prob: float = 0.0
@@ -74,15 +75,15 @@ class Erasing:
     min_aspect: float = 0.3
 
     def __call__(self, keys: Array, images: Array, normalize: Normalization) -> Array:
-        """Erases a box in some images.
+        """Erases a box in some of the images.
 
         Args:
-          keys: [B], all the randomness of an image.
+          keys: [B], one key per image.
           images: [B, H, W, 3], from 0 to 255.
-          normalize: what they go through afterwards.
+          normalize: the normalisation that follows.
 
         Returns:
-          float32 [B, H, W, 3] on the same scale; noise may lie outside of it.
+          float32 [B, H, W, 3] on the same scale, which noise may exceed.
         """
         return jax.vmap(lambda key, image: self._erase(key, image, normalize))(keys, images)
 
@@ -94,7 +95,7 @@ class Erasing:
         return jnp.where(erased, fill, image.astype(jnp.float32))
 
     def draw_box(self, key: Array, height: int, width: int) -> Array:
-        """Draws the box of one image, empty where nothing is erased: int32 [4]."""
+        """Draws the box of one image, empty if nothing is erased: int32 [4]."""
         key_erased, key_area, key_aspect, key_place = jax.random.split(key, 4)
         low, high = self.area
         areas = jax.random.uniform(key_area, (ATTEMPTS,), jnp.float32, low, high)
@@ -105,7 +106,7 @@ class Erasing:
         return jnp.where(jax.random.bernoulli(key_erased, self.prob), box, 0)
 
     def _draw_fill(self, key: Array, height: int, width: int) -> Array:
-        """Draws normalised colours: float32, broadcast to [height, width, 3]."""
+        """Draws normalised colours: float32 that broadcasts to [height, width, 3]."""
         if self.mode == "pixel":
             return pixel_noise(jax.random.bits(key, (height, width), jnp.uint32))
         if self.mode == "rand":

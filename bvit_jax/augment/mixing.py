@@ -1,8 +1,8 @@
-"""Mixup (Zhang et al., 2018) and cutmix (Yun et al., 2019) on the device, as ``timm/data/mixup.py``.
+"""Mixup (Zhang et al., 2018) and cutmix (Yun et al., 2019) on the device, following ``timm/data/mixup.py``.
 
-Image i is mixed with image B - 1 - i: the partners are the batch in reverse, over all devices, so
-that a mixed batch does not depend on their number. What is drawn at random is apart from what is
-done with it; a draw has one value for the batch, or one for each image.
+Image i is mixed with image B - 1 - i: the partners are the reversed global batch, so a mixed batch does not
+depend on the number of devices. Drawing random values is separate from applying them; a draw has one value
+per batch or one per image.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ Mode = Literal["batch", "pair", "elem"]
 
 
 class Mix(NamedTuple):
-    """How images are mixed with their partners; n is 1 for the whole batch, or B.
+    """How images are mixed with their partners; n is 1, for the whole batch, or B.
 
     Attributes:
       use_cutmix: bool [n], whether a box of the partner replaces that of the image.
       box: int32 [n, 4], see `bvit_jax.augment.boxes`.
-      lam: float32 [n], the image's share of pixels and label; the partner has the rest.
+      lam: float32 [n], the share of pixels and label that the image keeps; the partner has the rest.
     """
 
     use_cutmix: Array
@@ -33,9 +33,9 @@ class Mix(NamedTuple):
 
 
 def cutmix_box(lam: Array, centre: Array, height: int, width: int) -> Array:
-    """Returns the box whose area is ``1 - lam`` of the image, cut off at its borders.
+    """Returns a box with the share ``1 - lam`` of the image's area, cut off at its borders.
 
-    timm's ``rand_bbox``: float32 and the row and column int32 [2] -> int32 [4].
+    As timm's ``rand_bbox``: a float32 scalar, and the row and column int32 [2] -> int32 [4].
     """
     sizes = jnp.array([height, width], jnp.int32)
     half = (sizes.astype(jnp.float32) * jnp.sqrt(1 - lam)).astype(jnp.int32) // 2
@@ -44,7 +44,7 @@ def cutmix_box(lam: Array, centre: Array, height: int, width: int) -> Array:
 
 
 def mix_images(images: Array, partners: Array, mix: Mix) -> Array:
-    """Mixes float images with their partners: [B, H, W, C] twice -> [B, H, W, C]."""
+    """Mixes float images with their partners: [B, H, W, C], [B, H, W, C] -> [B, H, W, C]."""
     height, width = images.shape[1:3]
     outside = ~jax.vmap(inside_box, (0, None, None))(mix.box, height, width)
     lam = mix.lam.astype(images.dtype)[:, None, None, None]
@@ -57,7 +57,7 @@ def mix_targets(
 ) -> Array:
     """Returns the smoothed targets of mixed images: int [B], float32 [n] -> float32 [B, C].
 
-    ``partners`` are the partners' labels, int [B], where the images are not the whole batch.
+    ``partners`` are the labels of the partners, int [B], needed if the images are only a part of the batch.
     """
     partners = labels[::-1] if partners is None else partners
     own, others = (label_targets(kind, num_classes, smoothing, jnp.float32) for kind in (labels, partners))
@@ -67,24 +67,24 @@ def mix_targets(
 def dominant_labels(labels: Array, lam: Array, partners: Array | None = None) -> Array:
     """Returns the label with the larger share, the image's own in a tie: int [B], [n] -> int [B].
 
-    ``partners`` is that of `mix_targets`.
+    ``partners`` is as in `mix_targets`.
     """
     return jnp.where(lam >= 0.5, labels, labels[::-1] if partners is None else partners)
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """What is drawn at random: timm's ``Mixup`` and its defaults, but off.
+    """timm's ``Mixup`` with the same defaults, except that it is off.
 
     Attributes:
-      mixup_alpha: mixup's share of the image follows Beta(alpha, alpha); 0 for no mixup.
-      cutmix_alpha: likewise of cutmix.
-      cutmix_minmax: if given, cutmix is on, and height and width of its box are drawn uniformly between
-        these shares of the image's.
+      mixup_alpha: the share that an image keeps in mixup follows Beta(alpha, alpha); 0 for no mixup.
+      cutmix_alpha: likewise for cutmix.
+      cutmix_minmax: if given, cutmix is on, and the height and width of its box are drawn uniformly from
+        this range of shares of the image's.
       prob: probability of mixing at all.
-      switch_prob: probability of cutmix where both are on.
-      mode: whether the draws are for the whole batch, for an image and its partner, or for each image.
-      correct_lam: whether the share of cutmix is that of the box after it is cut off at the borders.
+      switch_prob: probability of cutmix if both are on.
+      mode: whether to draw once per batch, per pair of images or per image.
+      correct_lam: whether to compute the share of cutmix from the box after it is cut off at the borders.
     """
 
     mixup_alpha: float = 0.0
@@ -101,7 +101,7 @@ class Mixing:
         return bool(self.prob and (self.mixup_alpha or self.cutmix_alpha or self.cutmix_minmax))
 
     def draw(self, key: Array, batch: int, height: int, width: int) -> Mix:
-        """Draws how ``batch`` images are mixed; a batch of pairs must be even."""
+        """Draws how ``batch`` images are mixed; for pairs their number must be even."""
         number = {"batch": 1, "pair": batch // 2, "elem": batch}[self.mode]
         keys = jax.random.split(key, number)
         mix = jax.vmap(lambda key: self._draw_one(key, height, width))(keys)

@@ -1,4 +1,4 @@
-"""From images to a model's input."""
+"""Normalisation: from images to the input of a model."""
 
 from dataclasses import dataclass
 
@@ -8,25 +8,25 @@ from jax import Array
 
 @dataclass(frozen=True)
 class Normalization:
-    """Mean and standard deviation of each colour, of images in [0, 1]."""
+    """Mean and standard deviation of each colour, for images in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, images: Array) -> Array:
-        """Returns images (batch, height, width, 3), from 0 to 255 in any dtype, as normalised float32.
+        """Normalises images (batch, height, width, 3), from 0 to 255 in any dtype, to float32.
 
-        Equal to torchvision's ``ToTensor`` and ``Normalize`` bit for bit where division rounds correctly.
+        Bit-identical to torchvision's ``ToTensor`` and ``Normalize`` wherever division rounds correctly.
         """
         mean, std = self._broadcastable(images.ndim)
         values = images.astype(jnp.float32)
-        # A divisor that the compiler knows becomes a multiplication by its rounded reciprocal; this zero
-        # hides both divisors, at no cost in a loop that waits for memory.
+        # The compiler turns division by a constant into multiplication by its rounded reciprocal. This zero
+        # hides both divisors from it, at no cost in a loop that is bound by memory.
         zero = jnp.minimum(jnp.abs(values), 0)
         return (values / (255 + zero) - mean) / (std + zero)
 
     def inverse(self, normalised: Array) -> Array:
-        """Returns float32 values (..., 3) on the scale from 0 to 255, where they need not stay within."""
+        """Returns float32 values (..., 3) on the scale from 0 to 255, which they may exceed."""
         mean, std = self._broadcastable(normalised.ndim)
         return (normalised * std + mean) * 255
 

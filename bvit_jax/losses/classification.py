@@ -1,4 +1,4 @@
-"""Losses and accuracy as pure functions of logits, at least float32 inside."""
+"""Losses and accuracy as pure functions of logits, computed in float32 or wider."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,24 +15,23 @@ def _at_least_float32(x: Array) -> Array:
 
 
 def label_targets(labels: Array, num_classes: int, smoothing: float, dtype: Any) -> Array:
-    """Returns smoothed one-hot targets [B, C] of integer labels [B].
+    """Returns smoothed one-hot targets: integer labels [B] -> [B, C].
 
-    Every class receives ``smoothing / C`` and the label ``1 - smoothing`` more, as in timm: its
-    ``mixup_target`` writes these values and its ``LabelSmoothingCrossEntropy`` is their
-    cross-entropy.
+    Every class gets ``smoothing / C``, and the label ``1 - smoothing`` in addition, as in timm's
+    ``mixup_target``; timm's ``LabelSmoothingCrossEntropy`` is the cross-entropy with these targets.
     """
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=dtype)
     return (1 - smoothing) * one_hot + smoothing / num_classes
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:
-    """Returns -Σ targets · log_softmax(logits) of each example: [B, C], [B, C] -> [B]."""
+    """Returns -Σ targets · log_softmax(logits) per example: [B, C], [B, C] -> [B]."""
     log_probabilities = jax.nn.log_softmax(_at_least_float32(logits), axis=-1)
     return -jnp.sum(targets.astype(log_probabilities.dtype) * log_probabilities, axis=-1)
 
 
 def soft_cross_entropy(logits: Array, target_logits: Array) -> Array:
-    """Returns -Σ softmax(target) · log_softmax(logits) of each example: [B, C], [B, C] -> [B].
+    """Returns -Σ softmax(target) · log_softmax(logits) per example: [B, C], [B, C] -> [B].
 
     The distillation loss of BinaryViT (``losses.py`` of its code), at temperature 1.
     """
@@ -58,11 +57,11 @@ def training_loss(
     label_smoothing: float,
     teacher_targets: TeacherTargets = "soft",
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns the batch mean of the loss and its unweighted terms.
+    """Returns the batch mean of the loss, and its terms without their weights.
 
-    With a teacher the loss is ``w · distillation + (1 - w) · label``, and the label term is left
-    out at w = 1; without one it is the label term alone. The labels go to the first head of the model,
-    the teacher's answers to the last.
+    With a teacher the loss is ``w · distillation + (1 - w) · label``, and at w = 1 the label term is left
+    out; without a teacher it is the label term alone. The first head of the model learns from the labels,
+    the last one from the teacher.
 
     Args:
       head_logits: [B, C] of each head.
@@ -70,10 +69,10 @@ def training_loss(
       teacher_logits: [B, C], or None for training on labels.
       distillation_weight: w, from 0 to 1.
       label_smoothing: see `label_targets`.
-      teacher_targets: "soft" for the teacher's probabilities, "hard" for the class it prefers.
+      teacher_targets: "soft" for the teacher's probabilities, "hard" for its preferred class.
 
     Returns:
-      A scalar, float32 or wider, and ``{"distillation_loss", "label_loss"}``, those computed.
+      A scalar, float32 or wider, and those of ``{"distillation_loss", "label_loss"}`` that are computed.
     """
     terms: dict[str, Array] = {}
     weight = 0.0 if teacher_logits is None else distillation_weight
@@ -93,8 +92,8 @@ def training_loss(
 def topk_correct(logits: Array, labels: Array, k: int) -> Array:
     """Returns whether the label is among the k largest logits: [B, C], [B] -> bool [B].
 
-    Among equal logits the lower class comes first. A NaN comes before every number, so that a
-    diverged model is not counted as right. k above the number of classes means all of them.
+    Among equal logits the lower class comes first. A NaN comes before every number, so a diverged model
+    does not count as correct. A k above the number of classes means all of them.
     """
     classes = jnp.arange(logits.shape[-1])[None, :]
     own = labels[:, None].astype(classes.dtype)

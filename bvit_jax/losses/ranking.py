@@ -1,11 +1,11 @@
-"""Ranking-aware distillation: the student orders the keys of every query as its teacher does.
+"""Ranking-aware distillation: the student should order the keys of every query as its teacher does.
 
-Binarised probabilities are mostly equal, so the order is that of the student's probabilities before
-binarisation. Bi-ViT (Li et al., AAAI 2024) names such a loss; its released code has none, and the equation
-here is this project's own.
+Most binarised probabilities are equal, so the order is that of the student's probabilities before
+binarisation. Bi-ViT (Li et al., AAAI 2024) describes such a loss; its released code has none, and the
+equation here is this project's own.
 
-A row of N keys takes O(N) memory: of the N² pairs it looks at those that are adjacent in the teacher's
-order, which together fix the order, and at as many random ones, which reach further.
+A row of N keys takes O(N) memory: of its N² pairs the loss uses those that are adjacent in the teacher's
+order, which determine the order, and as many random ones, which reach further.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-# The teacher gives keys below this no order. A masked key of a shifted window has about exp(-100), which is
-# a denormal number in float32, zero on some devices, and says nothing.
+from bvit_jax.losses.ordering import order_by_network, order_by_sort
+
+# Teacher probabilities below this count as equal. A masked key of a shifted window has about exp(-100), a
+# denormal float32 that is zero on some devices and carries no information.
 FLOOR = 1e-30
 
-BLOCK_ROWS = 48  # that a CPU looks at together; 16 to 150 are about as fast
+BLOCK_ROWS = 48  # rows that a CPU processes together; 16 to 150 are about equally fast
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Ranking:
     """The ranking term of a training step.
 
     Attributes:
-      weight: of the term in the loss.
+      weight: weight of the term in the loss.
       margin: see `ranking_loss`.
-      layers: blocks that are ranked, in order of execution; () means all.
-      every: of so many consecutive images one is ranked. Images come in random order, so that the gradient
-        has the same mean.
+      layers: blocks that are ranked, in execution order; () means all.
+      every: one of this many consecutive images is ranked. Images come in random order, so the mean of the
+        gradient does not depend on it.
     """
 
     weight: float
@@ -43,11 +44,11 @@ class Ranking:
     every: int = 1
 
     def chosen(self, probabilities: Sequence[Array], images: int) -> list[Array]:
-        """Returns what is ranked: of some layers, the probabilities of some of the images.
+        """Selects the layers and images that are ranked.
 
         Args:
-          probabilities: of each block, (images, heads, queries, keys), or (images * windows, ...).
-          images: number of them, a multiple of ``every``.
+          probabilities: per block, (images, heads, queries, keys) or (images * windows, ...).
+          images: number of images, a multiple of ``every``.
         """
         layers = [probabilities[i] for i in self.layers] if self.layers else probabilities
         return [self._some_images(x, images) for x in layers]
@@ -55,7 +56,7 @@ class Ranking:
     def _some_images(self, x: Array, images: int) -> Array:
         if self.every == 1:
             return x
-        # Neighbours are on one device: nothing moves where a device has a multiple of them.
+        # Neighbours are on one device, so nothing moves if each device has a multiple of ``every`` images.
         groups = x.reshape(images // self.every, self.every, x.shape[0] // images, *x.shape[1:])
         return groups[:, 0].reshape(-1, *x.shape[1:])
 
@@ -66,17 +67,17 @@ def ranking_loss(
     """Returns how far the student is from ordering the keys of each query as the teacher does.
 
     For a row of N probabilities, S of the student and T of the teacher, it is the mean over pairs (j, k) of
-    ``max(0, margin - (S_j - S_k) · sign(T_j - T_k) · N)``, and of these the mean over rows and layers. The
-    pairs are those adjacent in the teacher's order and every j with ``(j + r) mod N``, r drawn for each
-    layer. Pairs with equal T have no order and are left out.
+    ``max(0, margin - (S_j - S_k) · sign(T_j - T_k) · N)``, averaged over rows and layers. The pairs are
+    those adjacent in the teacher's order, and every j with ``(j + r) mod N``, where r is drawn per layer.
+    Pairs with equal T have no order and are left out.
 
     Args:
-      student: probabilities before binarisation of each layer, (batch, heads, queries, keys), in windows
+      student: per layer, probabilities before binarisation, (batch, heads, queries, keys), or with windows
         (batch * windows, heads, queries, keys).
-      teacher: likewise; no gradient reaches them. Where the numbers of heads differ, both sides are
-        averaged over them.
-      key: of the random pairs.
-      margin: m, in units of the mean probability 1 / N.
+      teacher: likewise, without gradient. If the numbers of heads differ, both sides are averaged over
+        heads.
+      key: for the random pairs.
+      margin: in units of the mean probability, 1 / N.
 
     Returns:
       A scalar, float32 or wider.
@@ -95,22 +96,22 @@ def _layer_loss(student: Array, teacher: Array, key: Array, margin: float) -> Ar
         return jnp.zeros((), dtype)
     shift = jax.random.randint(key, (), 1, keys)
     teacher = jnp.where(teacher < FLOOR, 0, teacher)
-    batch = student.shape[0]  # stays by itself: it may be spread over devices
+    batch = student.shape[0]  # not merged with the rows: it may be sharded over devices
     return _mean_loss(student.reshape(batch, -1, keys), teacher.reshape(batch, -1, keys), shift, margin)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _mean_loss(student: Array, teacher: Array, shift: Array, margin: float) -> Array:
-    """Returns the mean over rows: (batch, rows, keys) twice, and a scalar from 1 to keys - 1."""
+    """Returns the mean over rows: (batch, rows, keys) twice, and a shift from 1 to keys - 1 -> scalar."""
     return _forward(student, teacher, shift, margin)[0]
 
 
 def _forward(
     student: Array, teacher: Array, shift: Array, margin: float
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Returns the loss, and of its gradient a whole number for each key and a scale for each row.
+    """Returns the loss and its gradient as an integer per key and a scale per row.
 
-    The numbers are from -4 to 4: as int8 they take a quarter of the memory of the probabilities, and the
+    The integers lie from -4 to 4: as int8 they take a quarter of the memory of the probabilities, and the
     backward pass needs nothing else.
     """
     batch, rows, keys = student.shape
@@ -119,7 +120,7 @@ def _forward(
         teacher,
         shift,
         cpu=partial(_compare_in_blocks, margin=margin),
-        default=partial(_compare_rows, order_of=teacher_order, margin=margin),
+        default=partial(_compare_rows, order_of=order_by_sort, margin=margin),
     )
     return total / (batch * rows), (slopes, scale * (keys / (batch * rows)))
 
@@ -135,34 +136,34 @@ _mean_loss.defvjp(_forward, _backward)
 def _compare_in_blocks(
     student: Array, teacher: Array, shift: Array, *, margin: float
 ) -> tuple[Array, Array, Array]:
-    """Does what `_compare_rows` does, for a few rows of each element of the batch at a time.
+    """Returns the same as `_compare_rows`, from a few rows of each batch element at a time.
 
-    A CPU keeps them in its caches, which makes this four times as fast.
+    They stay in the caches of a CPU, which makes this four times as fast there.
     """
     batch, rows, keys = student.shape
     length = min(rows, -(-BLOCK_ROWS // batch))
     count = -(-rows // length)
 
     def blocks(x: Array) -> Array:
-        # Rows of zeros have no order and add nothing.
+        # Rows of zeros have no order and contribute nothing.
         x = jnp.pad(x, ((0, 0), (0, count * length - rows), (0, 0)))
         return x.reshape(batch, count, length, keys).swapaxes(0, 1)
 
-    def whole(x: Array) -> Array:
+    def rejoined(x: Array) -> Array:
         x = x.swapaxes(0, 1)
         return x.reshape(batch, count * length, *x.shape[3:])[:, :rows]
 
     def compare(pair: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        return _compare_rows(*pair, shift, order_of=_order_by_network, margin=margin)
+        return _compare_rows(*pair, shift, order_of=order_by_network, margin=margin)
 
     totals, slopes, scales = lax.map(compare, (blocks(student), blocks(teacher)))
-    return jnp.sum(totals), whole(slopes), whole(scales)
+    return jnp.sum(totals), rejoined(slopes), rejoined(scales)
 
 
 def _compare_rows(
     student: Array, teacher: Array, shift: Array, *, order_of: Callable[[Array], Array], margin: float
 ) -> tuple[Array, Array, Array]:
-    """Returns the sum of the rows' means, the slopes of their keys, int8, and 1 / pairs of each row."""
+    """Returns the sum of the means of rows, the int8 slope of each key, and 1 / pairs of each row."""
     shape = student.shape
     student, teacher = student.reshape(-1, shape[-1]), teacher.reshape(-1, shape[-1])
     order = order_of(teacher)
@@ -180,7 +181,7 @@ def _compare_rows(
 
 
 class _Pairs(NamedTuple):
-    """Sums over the pairs of each row, (rows,), and the sign of each term's gradient, int8."""
+    """Sums over the pairs of each row, (rows,), and the sign of each term's gradient, int8 (rows, keys)."""
 
     total: Array
     number: Array
@@ -188,14 +189,14 @@ class _Pairs(NamedTuple):
 
 
 def _next(x: Array) -> Array:
-    """Returns the element after each of a row; the last, which has none, is paired with itself: a tie."""
+    """Returns the successor of each element of a row; the last one's is itself, which makes a tie."""
     return jnp.concatenate([x[:, 1:], x[:, -1:]], axis=1)
 
 
 def _compare(s: Array, s_other: Array, t: Array, t_other: Array, margin: float) -> _Pairs:
-    """Returns the terms of pairs, of which one element each is in ``s`` and ``s_other``.
+    """Returns the terms of the pairs ``(s, s_other)``, given the teacher's ``(t, t_other)``.
 
-    ``slope`` is the sign of the gradient of ``s``; that of ``s_other`` is its opposite.
+    ``slope`` is the sign of the gradient with respect to ``s``; for ``s_other`` it is the opposite.
     """
     above, below = t > t_other, t < t_other
     ordered = above | below
@@ -207,50 +208,6 @@ def _compare(s: Array, s_other: Array, t: Array, t_other: Array, margin: float) 
         number=jnp.sum(ordered, axis=1, dtype=jnp.int32),
         slope=jnp.where(wrong, jnp.where(above, -1, 1), 0).astype(jnp.int8),
     )
-
-
-def teacher_order(teacher: Array) -> Array:
-    """Returns the indices that sort each row of probabilities, int32: (rows, keys).
-
-    One array of whole numbers is sorted, the upper bits of a probability with its index below them, because
-    sorting values along with their indices takes a CPU five times as long. The bits of positive numbers are
-    ordered as the numbers are, and the two highest are zero below 2. The lowest give way to the index, so
-    that probabilities which differ by less than keys · 6e-8 of themselves may come in either order. That is
-    harmless: who compares neighbours takes the sign from the probabilities.
-    """
-    packed, index = _packed(teacher)
-    return (jnp.sort(packed) & index).astype(jnp.int32)
-
-
-def _packed(teacher: Array) -> tuple[Array, Array]:
-    """Returns what `teacher_order` sorts, and the bits of it that hold the index."""
-    keys = teacher.shape[-1]
-    index = jnp.uint32((1 << (keys - 1).bit_length()) - 1)
-    bits = lax.bitcast_convert_type(teacher.astype(jnp.float32), jnp.uint32) << 2
-    return (bits & ~index) | lax.broadcasted_iota(jnp.uint32, teacher.shape, teacher.ndim - 1), index
-
-
-def _order_by_network(teacher: Array) -> Array:
-    """Returns what `teacher_order` does, by a sorting network: a CPU compares many rows at once.
-
-    It is the bitonic network (Batcher, 1968) in the form whose comparisons all have one direction.
-    """
-    packed, index = _packed(teacher)
-    keys = packed.shape[-1]
-    size = 1 << (keys - 1).bit_length()
-    x = jnp.pad(packed.T, ((0, size - keys), (0, 0)), constant_values=np.uint32(0xFFFFFFFF))
-    rows = x.shape[1]
-    for length in (2 << i for i in range(size.bit_length() - 1)):
-        # Two sorted runs: each element of one and its mirror image in the other, then halves of halves.
-        runs = x.reshape(-1, 2, length // 2, rows)
-        low, high = runs[:, 0], runs[:, 1, ::-1]
-        x = jnp.concatenate([jnp.minimum(low, high), jnp.maximum(low, high)[:, ::-1]], axis=1)
-        half = length // 4
-        while half:
-            low, high = jnp.unstack(x.reshape(-1, 2, half, rows), axis=1)
-            x = jnp.stack([jnp.minimum(low, high), jnp.maximum(low, high)], axis=1)
-            half //= 2
-    return (x.reshape(size, rows)[:keys].T & index).astype(jnp.int32)
 
 
 def _take(x: Array, order: Array) -> Array:

@@ -10,6 +10,7 @@ import pytest
 from bvit_jax.config import validate
 from bvit_jax.errors import UserError
 from bvit_jax.losses import ranking
+from bvit_jax.losses.ordering import order_by_network, order_by_sort
 from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.models import create_model, model_config
 from bvit_jax.plan import dry_run as dry_run_lib
@@ -79,7 +80,7 @@ def test_equals_explicit_pairs(keys, margin):
 
 
 @pytest.mark.parametrize("keys", [1, 2, 7, 64, 198])
-@pytest.mark.parametrize("order_of", [ranking.teacher_order, ranking._order_by_network])
+@pytest.mark.parametrize("order_of", [order_by_sort, order_by_network])
 def test_the_order_is_a_stable_sort(order_of, keys):
     values = jnp.asarray(probabilities(7, keys), jnp.bfloat16).at[:, 50:60].set(0)
     np.testing.assert_array_equal(
@@ -92,7 +93,7 @@ def test_blocks_of_rows_change_nothing(batch):
     student, teacher = (jnp.asarray(probabilities(batch, 35, 9, seed=seed), jnp.float32) for seed in (0, 1))
     arguments = student, teacher, jnp.int32(4)
     blocks = jax.jit(functools.partial(ranking._compare_in_blocks, margin=0.1))(*arguments)
-    whole = ranking._compare_rows(*arguments, order_of=ranking.teacher_order, margin=0.1)
+    whole = ranking._compare_rows(*arguments, order_of=order_by_sort, margin=0.1)
     np.testing.assert_allclose(blocks[0], whole[0], rtol=1e-5)
     np.testing.assert_array_equal(blocks[1], whole[1])
     np.testing.assert_array_equal(blocks[2], whole[2])
