@@ -32,7 +32,9 @@ from bvit_jax.cost.count import BINARY, cost_of
 from bvit_jax.cost.program import trace
 from bvit_jax.cost.values import analyse
 from bvit_jax.errors import UserError
-from bvit_jax.models import ModelOutput, create_model, num_params, packs_signs
+from bvit_jax.models import Execution, ModelOutput, create_model, num_params, packs_signs
+from bvit_jax.models.execution.choice import images_at_once, one_cpu
+from bvit_jax.models.settings import KINDS
 from bvit_jax.optim import make_optimizer
 from bvit_jax.plan.hlo import hbm_bytes
 from bvit_jax.runtime.allocator import keep_freed_memory
@@ -41,8 +43,6 @@ from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from bvit_jax.training.steps.state import TrainState, create_state
 from bvit_jax.training.steps.train import (
     Normalization,
-    default_images_at_once,
-    default_packed,
     jit_eval_step,
     jit_train_step,
     make_eval_step,
@@ -79,9 +79,9 @@ class JaxSide:
         self._mesh = make_mesh()
         _check_devices(plan, self._mesh.size)
         settings, dtype = model_of(plan)
-        packed = default_packed(self._mesh) and packs_signs(settings["name"]) and not plan.plain
-        model: Any = create_model(settings, dtype, packed=packed, scan_blocks=packed)
-        evaluated = create_model(settings, dtype, packed=packed)
+        packed = one_cpu(self._mesh) and packs_signs(settings["name"]) and not plan.plain
+        model: Any = create_model(settings, dtype, Execution(packed=packed, scan_blocks=packed))
+        evaluated = create_model(settings, dtype, Execution(packed=packed))
         optimizer = fixed_optimizer()
         teacher = FixedTeacher(plan.batch, model.num_classes)
 
@@ -97,7 +97,7 @@ class JaxSide:
         )
         self._state: TrainState = jax.jit(initial, out_shardings=whole)(self._key)
 
-        at_once = default_images_at_once(self._mesh, packed)
+        at_once = images_at_once(self._mesh, packed)
         evaluate = make_eval_step(evaluated, NORMALIZE, images_at_once=at_once)
         train = make_train_step(model, optimizer, NORMALIZE, teacher=teacher)
         jitted: dict[Kind, Any] = {
@@ -328,9 +328,7 @@ def _settings_of(model: Any) -> dict[str, Any]:
     """Returns the settings of a model and their values: its own fields and those of its blocks."""
     block = getattr(model, "block", None)
     owners = [model] if block is None else [model, block]
-    return {
-        field.name: getattr(owner, field.name)
-        for owner in owners
-        for field in dataclasses.fields(owner)
-        if field.name not in ("parent", "name", "dtype", "block", "packed")
+    values = {
+        field.name: getattr(owner, field.name) for owner in owners for field in dataclasses.fields(owner)
     }
+    return {key: value for key, value in values.items() if type(value) in KINDS}

@@ -27,7 +27,7 @@ from bvit_jax.errors import UserError
 # From the name of our model to the class in models.py and the directory in configs/.
 SOURCES = {
     "binaryvit": ("PyramidViTForImageClassification", "binaryvit-small-patch4-224"),
-    "extra_res": ("ViTForImageClassificationExtraRes", "deit-small-patch16-224"),
+    "react_deit": ("ViTForImageClassificationExtraRes", "deit-small-patch16-224"),
     "deit": ("ViTForImageClassification", "deit-small-patch16-224"),
 }
 RENAMED = {

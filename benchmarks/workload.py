@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "binaryvit": {"name": "binaryvit"},
     "binaryvit_some_fp": {"name": "binaryvit", "some_fp": True},
     "react_deit_small": {
-        "name": "extra_res",
+        "name": "react_deit",
         "class_token": True,
         "layer_scale": False,
         "pool_branches": (),

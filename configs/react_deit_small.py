@@ -30,5 +30,5 @@ def get_config(row: str = "ls") -> ConfigDict:
     if row not in ROWS:
         raise UserError(f"--config: react_deit_small has no row {row!r}{nearest(row, ROWS)}")
     config = default_config()
-    config.model = model_config("extra_res", **ROWS[row])
+    config.model = model_config("react_deit", **ROWS[row])
     return config

@@ -28,7 +28,7 @@ from typing import Any
 
 from bvit_jax.errors import UserError
 
-FAMILIES = ("binaryvit", "extra_res")
+FAMILIES = ("binaryvit", "react_deit")
 LEVELS = 255  # of a pixel above 0
 
 PUBLISHED_RESNET34 = 71_193_472
@@ -162,8 +162,8 @@ def capability_of(settings: Mapping[str, Any], name: str = "") -> Derivation:
                 f"config.model.{key} is {settings[key]}: the rules of representational capability are those"
                 " of products of one bit; set it to 1"
             )
-    if model == "extra_res":
-        return _extra_res(settings, name or model)
+    if model == "react_deit":
+        return _react_deit(settings, name or model)
     if settings["some_fp"]:
         raise UserError(
             "config.model.some_fp is True: the rules of representational capability say nothing about a real"
@@ -172,7 +172,7 @@ def capability_of(settings: Mapping[str, Any], name: str = "") -> Derivation:
     return _binaryvit(settings, name or model)
 
 
-def _extra_res(s: Mapping[str, Any], name: str) -> Derivation:
+def _react_deit(s: Mapping[str, Any], name: str) -> Derivation:
     patch = s["patch_size"]
     patches = (s["image_size"] // patch) ** 2
     steps = [_embedding((patch, patch, 3), f"patch embedding, real, {patch}×{patch}")]

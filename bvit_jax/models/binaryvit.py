@@ -14,10 +14,12 @@ from bvit_jax.layers.activation import RPReLU, drop_path_rates
 from bvit_jax.layers.dense import BinaryPatchConv, real_patch_conv
 from bvit_jax.layers.grid import average_pool, to_grid, to_tokens
 from bvit_jax.layers.init import normal_init
+from bvit_jax.models import settings
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
-from bvit_jax.models.execution.stages import Execution, run_blocks
+from bvit_jax.models.execution.stages import run_blocks
 from bvit_jax.models.head import ModelOutput, average_tokens, classify, model_output
+from bvit_jax.models.settings import Family
 
 STRIDE = 2  # between stages
 
@@ -67,7 +69,40 @@ class BinaryViT(nn.Module):
     some_fp: bool = False
     drop_path: float = 0.0
     block: BlockConfig = BlockConfig()
-    execution: Execution = Execution()
+
+    @nn.nowrap
+    def validate(self) -> None:
+        """Raises `UserError` if the settings do not fit together."""
+        stages = settings.require_stages(self, "width", "depth", "num_heads", "mlp_dim", "reduction")
+        side = settings.require_grid(self.image_size, self.patch_size)
+        for stage, (width, reduction) in enumerate(zip(self.width, self.reduction, strict=True)):
+            settings.require_heads(width, self.num_heads[stage], f"width[{stage}]")
+            settings.require_expansion(self.mlp_dim[stage], width, f"mlp_dim[{stage}]")
+            settings.require(
+                side % reduction == 0,
+                f"reduction[{stage}]",
+                reduction,
+                f"it must divide the stage's {side}×{side} token grid; change it or the image size",
+            )
+            if stage + 1 == stages:
+                break
+            settings.require(
+                side % STRIDE == 0,
+                "image_size",
+                self.image_size,
+                f"stage {stage} has a {side}×{side} token grid, which {STRIDE} must divide; "
+                f"use a multiple of {self.patch_size * STRIDE ** (stages - 1)}",
+            )
+            side //= STRIDE
+            wider = self.width[stage + 1]
+            settings.require(
+                self.some_fp or wider % width == 0,
+                f"width[{stage + 1}]",
+                wider,
+                f"expected a multiple of the previous stage's {width}",
+            )
+        settings.require_rates(self, "drop_path")
+        settings.require_classes(self.num_classes)
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, capture: bool = False) -> ModelOutput:
@@ -80,7 +115,7 @@ class BinaryViT(nn.Module):
             norm=c.norm,
             norm_epsilon=c.norm_epsilon,
             batch_norm_group=c.batch_norm_group,
-            one_pass_norms=c.one_pass_norms,
+            one_pass_norms=c.execution.one_pass_norms,
             dropout=c.dropout,
             weight_init=c.weight_init,
             dtype=c.dtype,
@@ -97,10 +132,13 @@ class BinaryViT(nn.Module):
                 BinaryBlock(num_heads, mlp_dim, reduction, drop_path, c, name=f"block{i}", parent=None)
                 for i, drop_path in itertools.islice(rates, depth)
             ]
-            output = run_blocks(self, blocks, x, train=train, capture=capture, execution=self.execution)
+            output = run_blocks(self, blocks, x, train=train, capture=capture, execution=c.execution)
             x = output.tokens
             hidden += output.hidden
             attentions += output.attentions
         x = c.make_norm("norm")(x, train=train)
         logits = classify(average_tokens(x), self.num_classes, c.weight_init, "head")
         return model_output((logits,), hidden, attentions, capture)
+
+
+FAMILY = Family(BinaryViT, BlockConfig())

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,10 @@ from bvit_jax.layers.dense import BinaryDense
 from bvit_jax.layers.init import WeightInit
 from bvit_jax.layers.norm import NormName, advance_statistics, make_norm
 from bvit_jax.models.execution import packed_feed_forward
+from bvit_jax.models.execution.stages import PLAIN, Execution
 from bvit_jax.models.execution.variants import Variants, integer_variants, plain_variants
 from bvit_jax.models.head import Attention
+from bvit_jax.models.settings import require, require_choice, require_epsilon, require_rates
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,10 @@ class BlockConfig:
       dropout, attention_dropout: rates.
       weight_init: initialiser of the weight matrices.
       dtype: compute dtype; activations are kept in it.
-      integer_products: whether products are saved for the backward pass as integers and the steps between
-        them use `bvit_jax.models.execution.variants.integer_variants`; execution detail.
-      one_pass_norms: see `bvit_jax.layers.norm.BatchNorm`.
-      packed: whether `bvit_jax.models.execution.packed_feed_forward` computes the feed-forward branches where
-        it gives the same results; execution detail.
+      execution: how the blocks run; does not affect results beyond rounding.
     """
+
+    packs_signs: ClassVar[bool] = True  # and saves integer products, and takes norms in one pass
 
     weight_bits: int = 1
     act_bits: int = 1
@@ -61,24 +61,46 @@ class BlockConfig:
     attention_dropout: float = 0.0
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
-    integer_products: bool = False
-    one_pass_norms: bool = False
-    packed: bool = False
+    execution: Execution = PLAIN
+
+    def validate(self) -> None:
+        """Raises `UserError` for a value out of range."""
+        require_rates(self, "dropout", "attention_dropout")
+        require_epsilon(self.norm_epsilon)
+        require_choice("weight_init", self.weight_init, get_args(WeightInit))
+        require_choice("act_bits", self.act_bits, (1, 32))
+        require_choice("norm", self.norm, get_args(NormName))
+        require_choice("weight_bits", self.weight_bits, (1, 2, 3, 4, 5, 6, 7, 8, 32))
+        require(self.clip_val > 0, "clip_val", self.clip_val, "expected above 0")
+        group, sizes = self.batch_norm_group, self.pool_branches
+        require(group >= 0, "batch_norm_group", group, "expected a number of images, or 0")
+        require(
+            group == 0 or self.norm == "batch_norm",
+            "batch_norm_group",
+            group,
+            "there are no batch norms; set it to 0 or norm to batch_norm",
+        )
+        odd = all(size > 0 and size % 2 == 1 for size in sizes)
+        require(odd, "pool_branches", sizes, "expected odd kernel sizes")
+        require(len(set(sizes)) == len(sizes), "pool_branches", sizes, "expected each size once")
 
     def quantizer(self) -> dict:
         """Returns the keyword arguments of a quantised product."""
-        names = ("weight_bits", "act_bits", "clip_val", "weight_init", "dtype", "integer_products")
-        return {name: getattr(self, name) for name in names}
+        names = ("weight_bits", "act_bits", "clip_val", "weight_init", "dtype")
+        shared = {name: getattr(self, name) for name in names}
+        return shared | {"integer_products": self.execution.integer_products}
 
     def make_norm(self, name: str) -> nn.Module:
         """Returns the normalisation called ``name``, a child of the calling module."""
-        return make_norm(self.norm, self.norm_epsilon, name, self.batch_norm_group, self.one_pass_norms)
+        return make_norm(
+            self.norm, self.norm_epsilon, name, self.batch_norm_group, self.execution.one_pass_norms
+        )
 
     def variants(self, *, train: bool) -> Variants:
         """Returns how the steps between products are computed."""
-        return (
-            integer_variants(self.dtype) if self.integer_products and train else plain_variants(train=train)
-        )
+        if self.execution.integer_products and train:
+            return integer_variants(self.dtype)
+        return plain_variants(train=train)
 
 
 class BinaryUnit(nn.Module):
@@ -147,7 +169,7 @@ class BinaryAttention(nn.Module):
         c = self.config
         for name, x in (("query_move", q), ("key_move", k), ("value_move", v)):
             sown.watch_sign(self, x, name)
-        scores = products.binary_scores(q, k, c.dtype, c.integer_products) / math.sqrt(q.shape[-1])
+        scores = products.binary_scores(q, k, c.dtype, c.execution.integer_products) / math.sqrt(q.shape[-1])
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
         probs = softmax(scores)
         codes = quantize.prob_codes(probs, scale)
@@ -160,7 +182,7 @@ class BinaryAttention(nn.Module):
             # What is left stays in {0, 1}, so that the product stays exact.
             codes = codes * jax.random.bernoulli(self.make_rng("dropout"), kept, codes.shape)
             scale = scale / kept  # not in place: outside of jit it may be the caller's own array
-        return products.binary_context(codes, v, c.dtype, c.integer_products) * scale, attention
+        return products.binary_context(codes, v, c.dtype, c.execution.integer_products) * scale, attention
 
     def _attend_real(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
@@ -192,7 +214,7 @@ class BinaryFeedForward(nn.Module):
     def _packs(self, x: Array, train: bool) -> bool:
         """Returns whether the packed computation is wanted, the same as the plain one, and faster."""
         c = self.config
-        if not c.packed or self.is_initializing() or sown.watched(self):
+        if not c.execution.packed or self.is_initializing() or sown.watched(self):
             return False
         binary = c.weight_bits == c.act_bits == 1 and c.norm == "batch_norm"
         unrounded = x.dtype == c.dtype == accumulator_dtype(c.dtype)

@@ -1,16 +1,16 @@
 """The real-valued DeiT (Touvron et al., 2021): teacher and full-precision baseline."""
 
-from typing import ClassVar
-
 from flax import linen as nn
 from jax import Array
 
 from bvit_jax.layers.activation import drop_path_rates
 from bvit_jax.layers.norm import LayerNorm
+from bvit_jax.models import settings
 from bvit_jax.models.embedding import ImageEmbedding
-from bvit_jax.models.execution.stages import Execution, run_blocks
+from bvit_jax.models.execution.stages import run_blocks
 from bvit_jax.models.head import ModelOutput, classify, model_output
-from bvit_jax.models.real_block import RealBlock, RealConfig
+from bvit_jax.models.settings import Family
+from bvit_jax.models.transformer import REAL, Layers, TransformerBlock, TransformerConfig
 
 
 class DeiT(nn.Module):
@@ -20,8 +20,6 @@ class DeiT(nn.Module):
     it; the logits are then the mean of both. ``norm_epsilon`` goes with the checkpoint: 1e-6 for
     timm's and Facebook's, 1e-12 for Hugging Face's, 1e-5 in the reference's own training code.
     """
-
-    block_type: ClassVar[type[RealBlock]] = RealBlock
 
     image_size: int = 224
     patch_size: int = 16
@@ -33,17 +31,36 @@ class DeiT(nn.Module):
     distillation_token: bool = False
     distillation_head: bool = False
     drop_path: float = 0.0
-    block: RealConfig = RealConfig()
-    execution: Execution = Execution()
+    block: TransformerConfig = TransformerConfig()
+    layers: Layers = REAL
+
+    @nn.nowrap
+    def validate(self) -> None:
+        """Raises `UserError` if the settings do not fit together."""
+        settings.require_positive(self, "width", "depth", "num_heads", "mlp_dim")
+        settings.require_grid(self.image_size, self.patch_size)
+        settings.require_heads(self.width, self.num_heads)
+        settings.require_rates(self, "drop_path")
+        settings.require_classes(self.num_classes)
+        settings.require(
+            self.distillation_token or not self.distillation_head,
+            "distillation_head",
+            True,
+            "it reads the distillation token; set distillation_token to True",
+        )
 
     @nn.compact
-    def __call__(self, images: Array, *, train: bool = False, capture: bool = False) -> ModelOutput:
+    def __call__(
+        self, images: Array, *, train: bool = False, capture: bool = False, first_batch: bool = False
+    ) -> ModelOutput:
         """Classifies images.
 
         Args:
           images: (batch, image_size, image_size, 3), normalised.
           train: whether dropout and drop-path act; they draw from the "dropout" stream.
           capture: whether to return hidden states and attentions too.
+          first_batch: whether learned values that start from the first batch are set from these images; see
+            `bvit_jax.models.bivit.first_values`.
         """
         c = self.block
         x = ImageEmbedding(
@@ -56,10 +73,26 @@ class DeiT(nn.Module):
             name="embedding",
         )(images, train=train)
         blocks = [
-            self.block_type(self.num_heads, self.mlp_dim, drop_path, c, name=f"block{i}", parent=None)
+            TransformerBlock(
+                self.num_heads,
+                self.mlp_dim,
+                drop_path,
+                c,
+                layers=self.layers,
+                name=f"block{i}",
+                parent=None,
+            )
             for i, drop_path in enumerate(drop_path_rates(self.drop_path, self.depth))
         ]
-        stage = run_blocks(self, blocks, x, train=train, capture=capture, execution=self.execution)
+        stage = run_blocks(
+            self,
+            blocks,
+            x,
+            train=train,
+            capture=capture,
+            execution=c.execution,
+            first_batch=first_batch,
+        )
         hidden = [x, *stage.hidden]
         x = LayerNorm(c.norm_epsilon, name="norm")(stage.tokens)
         heads = ("head", "distillation_head")[: 1 + self.distillation_head]
@@ -67,3 +100,6 @@ class DeiT(nn.Module):
             classify(x[:, i], self.num_classes, c.weight_init, name) for i, name in enumerate(heads)
         )
         return model_output(logits, hidden, stage.attentions, capture)
+
+
+FAMILY = Family(DeiT, TransformerConfig())

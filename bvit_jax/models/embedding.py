@@ -8,8 +8,7 @@ from jax.typing import DTypeLike
 from bvit_jax.layers.dense import real_patch_conv
 from bvit_jax.layers.grid import to_tokens
 from bvit_jax.layers.init import WeightInit, normal_init
-from bvit_jax.layers.norm import make_norm
-from bvit_jax.models.blocks import NormName
+from bvit_jax.layers.norm import NormName, make_norm
 
 
 class ImageEmbedding(nn.Module):

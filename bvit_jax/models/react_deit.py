@@ -8,13 +8,15 @@ from flax import linen as nn
 from jax import Array
 
 from bvit_jax.layers.activation import drop_path_rates
+from bvit_jax.models import settings
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
 from bvit_jax.models.embedding import ImageEmbedding
-from bvit_jax.models.execution.stages import Execution, run_blocks
+from bvit_jax.models.execution.stages import run_blocks
 from bvit_jax.models.head import ModelOutput, average_tokens, classify, model_output
+from bvit_jax.models.settings import Family
 
 
-class ExtraRes(nn.Module):
+class ReActDeiT(nn.Module):
     """A one-stage binary transformer with a class token or average pooling.
 
     The switches of the ablation are ``class_token``, ``block.pool_branches`` and
@@ -31,7 +33,22 @@ class ExtraRes(nn.Module):
     class_token: bool = False
     drop_path: float = 0.0
     block: BlockConfig = BlockConfig()
-    execution: Execution = Execution()
+
+    @nn.nowrap
+    def validate(self) -> None:
+        """Raises `UserError` if the settings do not fit together."""
+        settings.require_positive(self, "width", "depth", "num_heads", "mlp_dim")
+        settings.require_grid(self.image_size, self.patch_size)
+        settings.require_heads(self.width, self.num_heads)
+        settings.require_rates(self, "drop_path")
+        settings.require_classes(self.num_classes)
+        settings.require_expansion(self.mlp_dim, self.width)
+        settings.require(
+            not (self.class_token and self.block.pool_branches),
+            "class_token",
+            True,
+            "pooling branches need the token grid; set pool_branches to () or class_token to False",
+        )
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False, capture: bool = False) -> ModelOutput:
@@ -50,9 +67,12 @@ class ExtraRes(nn.Module):
             BinaryBlock(self.num_heads, self.mlp_dim, 1, drop_path, c, name=f"block{i}", parent=None)
             for i, drop_path in enumerate(drop_path_rates(self.drop_path, self.depth))
         ]
-        stage = run_blocks(self, blocks, x, train=train, capture=capture, execution=self.execution)
+        stage = run_blocks(self, blocks, x, train=train, capture=capture, execution=c.execution)
         hidden = [x, *stage.hidden]
         x = c.make_norm("norm")(stage.tokens, train=train)
         pooled = x[:, 0] if self.class_token else average_tokens(x)
         logits = classify(pooled, self.num_classes, c.weight_init, "head")
         return model_output((logits,), hidden, stage.attentions, capture)
+
+
+FAMILY = Family(ReActDeiT, BlockConfig())

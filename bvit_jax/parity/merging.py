@@ -9,9 +9,10 @@ import numpy as np
 from jax import Array
 
 from bvit_jax.errors import UserError
-from bvit_jax.models.bivit.first_values import first_batch
-from bvit_jax.models.bivit.release import ReleaseMerging
-from bvit_jax.models.real_block import RealConfig
+from bvit_jax.models.bivit.first_values import COLLECTIONS
+from bvit_jax.models.bivit.release import SWIN_LAYERS
+from bvit_jax.models.swin import PatchMerging
+from bvit_jax.models.transformer import TransformerConfig
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
 from bvit_jax.weights.formats import timm
 from bvit_jax.weights.names import BIVIT_SWIN
@@ -31,12 +32,12 @@ def check(golden: GoldenFile) -> Iterator[Row]:
     if x.ndim != 3 or x.shape[1] != height * width or height % 2 or width % 2:
         raise UserError(f"its input is {x.shape}; expected {height}×{width} tokens, even numbers")
     grid = jnp.asarray(x.reshape(-1, height, width, x.shape[-1]))
-    config = RealConfig(norm_epsilon=timm.SWIN_NORM_EPSILON, dtype=np.float64)
-    module = ReleaseMerging(2 * x.shape[-1], config)
+    config = TransformerConfig(norm_epsilon=timm.SWIN_NORM_EPSILON, dtype=np.float64)
+    module = PatchMerging(2 * x.shape[-1], config, SWIN_LAYERS)
     abstract = jax.eval_shape(module.init, jax.random.key(0), grid)
-    variables = from_state_dict(golden.group("state"), abstract, np.float64, BIVIT_SWIN)
+    variables: Any = from_state_dict(golden.group("state"), abstract, np.float64, BIVIT_SWIN)
 
-    y, variables = first_batch(module, variables, grid)
+    y, variables = module.apply(variables, grid, first_batch=True, mutable=list(COLLECTIONS))
     yield compare("first output", {"": y}, {"": golden.array("init/y")})
     state = to_state_dict(variables, BIVIT_SWIN)
     yield compare_first_state(golden, state)

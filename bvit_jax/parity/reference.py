@@ -94,7 +94,7 @@ def config_of(meta: Mapping[str, Any]) -> ConfigDict:
             settings["norm"] = "batch_norm" if args["replace_ln_bn"] else "layer_norm"
             settings["layer_scale"] = not args["disable_layerscale"]
             settings["pool_branches"] = tuple(k for k in (3, 5) if args[f"avg_res{k}"])
-        if name == "extra_res":
+        if name == "react_deit":
             settings["class_token"] = args["enable_cls_token"]
         if name == "binaryvit":
             settings["some_fp"] = args["some_fp"]

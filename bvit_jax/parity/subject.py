@@ -12,7 +12,6 @@ from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.losses import classification
 from bvit_jax.models import ModelOutput
-from bvit_jax.models.factory import DEITS
 from bvit_jax.parity.reference import config_of
 from bvit_jax.weights.formats import FORMATS, Format, bivit, reference, timm
 
@@ -92,7 +91,7 @@ def _bivit(meta: Mapping[str, Any]) -> Subject:
             raise UserError(f"the golden file's case is {case!r}; expected one of {', '.join(_CASES)}")
         name, file_format = _CASES[case]
         kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["kwargs"].items()}
-        if name in DEITS:
+        if models.same_layers(name, "deit"):
             distilled = bool(kwargs.get("distilled", True))
             config = models.model_config(
                 name,

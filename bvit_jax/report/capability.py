@@ -20,7 +20,7 @@ ABLATION: dict[str, dict[str, Any]] = {  # the rows of configs/react_deit_small.
 def all_derivations() -> list[Derivation]:
     """Returns those of the supplement, of the ablation between them, and of BinaryViT."""
     rows = [
-        capability.capability_of(models.model_config("extra_res", **settings), name)
+        capability.capability_of(models.model_config("react_deit", **settings), name)
         for name, settings in ABLATION.items()
     ]
     pyramid = capability.capability_of(models.model_config("binaryvit"), "BinaryViT")

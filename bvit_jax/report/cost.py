@@ -33,7 +33,8 @@ class Subject:
 
 def subject_of(config: ConfigDict) -> Subject:
     """Returns the model of an experiment."""
-    return Subject(config.model, config.compute_dtype, config.remat)
+    remat = "none" if config.remat == "auto" else config.remat
+    return Subject(config.model, config.compute_dtype, remat)
 
 
 def read_subject(path: Path) -> Subject:
@@ -52,7 +53,7 @@ def measure(subject: Subject, *, training: bool = True) -> ModelCost:
     """Returns what a model costs; raises `UserError` where its settings are wrong."""
     dtype = jnp.dtype(subject.compute_dtype)
     model = models.create_model(subject.model, dtype)
-    trained = models.create_model(subject.model, dtype, remat=subject.remat)  # type: ignore[arg-type]
+    trained = models.create_model(subject.model, dtype, models.Execution(remat=subject.remat))  # type: ignore[arg-type]
     return cost_of(model, subject.model.image_size, training=training, trained=trained)
 
 

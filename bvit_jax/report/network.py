@@ -19,7 +19,7 @@ from PIL import Image
 from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.inference.classify import load_image, prepared
-from bvit_jax.models.factory import SWINS
+from bvit_jax.models import same_layers
 from bvit_jax.report import html_page
 from bvit_jax.report import network_figures as figures
 from bvit_jax.report import network_pictures as draw
@@ -285,7 +285,7 @@ def _describe_branches(params: Any, blocks: Sequence[Block]) -> Picture:
 
 
 def _describe_positions(model: Pretrained, params: Any, blocks: Sequence[Block]) -> Picture:
-    if model.config.name in SWINS:
+    if same_layers(model.config.name, "swin"):
         return Picture(
             "Relative position biases",
             "This model has no position embeddings. This is what it adds to the score of a key, by where the"

@@ -22,7 +22,6 @@ from bvit_jax.augment.normalization import Normalization
 from bvit_jax.layers import sown
 from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.models.binaryvit import STRIDE
-from bvit_jax.models.factory import DEITS, SWINS
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.models.swin import MERGE, stage_window
 from bvit_jax.models.windows import Window
@@ -58,21 +57,22 @@ class Block:
 def blocks_of(config: ConfigDict) -> list[Block]:
     """Returns the blocks of a model, in the order of its attentions."""
     side = config.image_size // config.patch_size
-    if config.name in DEITS:
+    windows = models.same_layers(config.name, "swin")
+    if models.same_layers(config.name, "deit"):
         extra = 1 + bool(config.distillation_token)
         return [Block(f"block{i}", i, 0, side, extra) for i in range(config.depth)]
-    if config.name == "extra_res":
+    if config.name == "react_deit":
         return [Block(f"block{i}", i, 0, side, int(config.class_token)) for i in range(config.depth)]
     blocks: list[Block] = []
     for stage, depth in enumerate(config.depth):
         for i in range(depth):
             index = len(blocks)
-            if config.name in SWINS:
+            if windows:
                 window = stage_window(side, config.window_size, shifted=i % 2 == 1)
                 blocks.append(Block(f"stage{stage}_block{i}", index, stage, side, 0, window))
             else:
                 blocks.append(Block(f"block{index}", index, stage, side))
-        side //= MERGE if config.name in SWINS else STRIDE
+        side //= MERGE if windows else STRIDE
     return blocks
 
 

@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import data
+from bvit_jax.models import choose
 from bvit_jax.runtime.interruption import Interrupted
 from bvit_jax.runtime.mesh import check_batch_size, local_rows, make_mesh, replicated, shard_batch
 from bvit_jax.training.steps.state import TrainState
-from bvit_jax.training.steps.train import Normalization, default_images_at_once, jit_eval_step, make_eval_step
+from bvit_jax.training.steps.train import Normalization, jit_eval_step, make_eval_step
 from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint import Kind
 
@@ -121,7 +122,7 @@ def build_eval_step(config: ConfigDict, model: Any, mesh: Mesh) -> Any:
     """Returns the compiled evaluation step of a run."""
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     normalize = Normalization(config.data.mean, config.data.std)
-    at_once = default_images_at_once(mesh, runs.packs(config, mesh))
+    at_once = choose(config, mesh, train=False).images_at_once
     step = make_eval_step(model, normalize, images_at_once=at_once)
     return jit_eval_step(step, mesh)
 

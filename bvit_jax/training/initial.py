@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from bvit_jax.errors import UserError
-from bvit_jax.models.factory import DEITS, SWINS
+from bvit_jax.models import same_layers
 from bvit_jax.weights.names import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import StateDict, StateDictError, Variables, check_fit
@@ -129,8 +129,7 @@ def _flat(variables: Variables) -> dict[str, Any]:
 
 def _advice(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """Returns what to do about weights that do not fit, from the settings of both models."""
-    families = [family for family in (DEITS, SWINS) if ours["name"] in family]
-    if theirs["name"] not in {ours["name"], *sum(families, ())}:
+    if not same_layers(theirs["name"], ours["name"]):
         return (
             f"they are of the model {theirs['name']} and config.model.name is {ours['name']}; name weights of"
             " a model with the same layers"

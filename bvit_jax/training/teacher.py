@@ -70,9 +70,8 @@ def load_teacher(config: ConfigDict) -> Teacher:
                 f" {config.model[key]}; use another config.teacher.path or config.model.{key}"
             )
     p = teacher.preprocessing
-    model = models.create_model(
-        teacher.config, jnp.dtype(config.compute_dtype), scan_blocks=config.scan_blocks
-    )
+    execution = models.Execution(scan_blocks=config.scan_blocks is True)
+    model = models.create_model(teacher.config, jnp.dtype(config.compute_dtype), execution)
     return Teacher(model, teacher.arrays(), teacher.digest(), Normalization(p.mean, p.std))
 
 

@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.layers.init import bias_init, kernel_init
-from bvit_jax.models.factory import DEITS
 from bvit_jax.weights.formats import FORMATS
 from bvit_jax.weights.names import path_name
 from bvit_jax.weights.positions import resize_positions
@@ -52,7 +51,7 @@ def resized(pretrained: Pretrained, image_size: int) -> Pretrained:
 
 def _extra_tokens(config: ConfigDict) -> int:
     """Returns the number of tokens in front of the patches."""
-    class_token = config.name in DEITS or config.get("class_token", False)
+    class_token = models.same_layers(config.name, "deit") or config.get("class_token", False)
     return int(class_token) + int(config.get("distillation_token", False))
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bvit_jax.errors import UserError
+from bvit_jax.models import current_name
 from bvit_jax.weights.formats.base import Preprocessing
 
 KEY = "bvit_jax"  # in other people's files, and the value of "format" in ours
@@ -72,7 +73,7 @@ def find_document(values: Mapping[str, Any], origin: str) -> Document | None:
 def _parse(values: Mapping[str, Any]) -> Document:
     document = Document(
         naming=values["naming"],
-        model=_tuples(values["model"]),
+        model=_model(values["model"]),
         preprocessing=Preprocessing(**_tuples(values["preprocessing"])),
         class_names=tuple(values["class_names"]),
         history=tuple(dict(entry) for entry in values["history"]),
@@ -83,6 +84,10 @@ def _parse(values: Mapping[str, Any]) -> Document:
     if not all(isinstance(text, str) and text.isprintable() for text in (*texts, *document.class_names)):
         raise TypeError("a name in it is no line of text")
     return document
+
+
+def _model(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_tuples(values), "name": current_name(values["name"])}
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

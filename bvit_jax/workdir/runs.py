@@ -16,7 +16,6 @@ from bvit_jax import config as config_lib
 from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.runtime.mesh import make_mesh, replicated, with_sharding
-from bvit_jax.training.steps.train import default_packed
 from bvit_jax.weights import labels, pretrained
 from bvit_jax.weights.files import sha256
 from bvit_jax.weights.formats import FORMATS, Preprocessing, reference
@@ -28,38 +27,13 @@ CLASSES_FILE = "classes.json"
 
 
 def create_model(config: ConfigDict, mesh: Mesh, *, train: bool) -> nn.Module:
-    """Returns the model of a run, computing and running as its configuration says on these devices.
-
-    Where the configuration leaves the choice, it runs as measured best for training or for evaluation.
+    """Returns the model of a run, executing as `bvit_jax.models.choose` chooses for its devices.
 
     Raises:
       UserError: settings do not fit together or the devices.
     """
-    packed = packs(config, mesh)
-    masks = any(config.model.get(key) for key in ("dropout", "attention_dropout", "drop_path"))
-    return models.create_model(
-        config.model,
-        jnp.dtype(config.compute_dtype),
-        remat=config.remat,
-        # A loop makes training faster too; but its masks are others, and those are no matter of speed.
-        scan_blocks=config.scan_blocks or (packed and train and not masks),
-        one_pass_norms=config.one_pass_norms,
-        packed=packed,
-    )
-
-
-def packs(config: ConfigDict, mesh: Mesh) -> bool:
-    """Returns whether the model of a run packs signs into bits, as ``config.packed`` says or by default.
-
-    Raises:
-      UserError: it is asked for on several devices.
-    """
-    if config.packed == "on" and mesh.size > 1:
-        raise UserError(
-            f"config.packed is on, which is for one device, and there are {mesh.size}; set it to auto"
-        )
-    wanted = default_packed(mesh) if config.packed == "auto" else config.packed == "on"
-    return wanted and models.packs_signs(config.model.name)
+    execution = models.choose(config, mesh, train=train)
+    return models.create_model(config.model, jnp.dtype(config.compute_dtype), execution)
 
 
 def load_model(
@@ -126,6 +100,7 @@ def load_run(workdir: Path, kind: Kind, ema: bool | None = None) -> Pretrained:
       UserError: there is no such checkpoint or average, or it is damaged.
     """
     config = config_lib.load(workdir / "config.json")
+    config.model.name = models.current_name(config.model.name)
     preprocessing = _preprocessing(config, workdir)
     whole = replicated(make_mesh())  # so that each of several processes has it
     ema = use_average(workdir, config, ema)

@@ -87,9 +87,8 @@ def test_it_comes_once(name):
 
 def test_it_comes_in_a_scan_over_blocks_too():
     _, variables, images = tiny("bivit_release_deit")
-    model = models.create_model(
-        tiny_config("bivit_release_deit", num_classes=4), scan_blocks=True, remat="block"
-    )
+    execution = models.Execution(scan_blocks=True, remat="block")
+    model = models.create_model(tiny_config("bivit_release_deit", num_classes=4), execution=execution)
     _, expected = started("bivit_release_deit")
     _, actual = first_batch(model, variables, images)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -101,7 +100,7 @@ def test_a_quantiser_of_values_with_and_without_sign():
     x = jnp.array([[1.0, 2.0, 3.0]])
     variables = module.init(jax.random.key(0), x)
     for batch, scale, zero_point, signed in ((x, 4.0, 0.5, 0), (-x, 4.0, 0.1, 1)):
-        _, updated = module.apply(variables, batch, mutable=["params", "batch_stats"])
+        _, updated = module.apply(variables, batch, first_batch=True, mutable=["params", "batch_stats"])
         np.testing.assert_allclose(updated["params"]["alpha"], [scale] * 3)
         np.testing.assert_allclose(updated["params"]["zero_point"], [zero_point] * 3, rtol=1e-6)
         assert updated["batch_stats"]["signed"] == signed

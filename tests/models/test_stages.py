@@ -12,8 +12,8 @@ from bvit_jax import models
 from bvit_jax.config import SETTINGS
 from bvit_jax.errors import UserError
 from bvit_jax.layers.activation import drop_path_rates
-from bvit_jax.models.execution.stages import POLICIES
-from bvit_jax.models.real_block import RealBlock, RealConfig
+from bvit_jax.models.execution.stages import POLICIES, Execution
+from bvit_jax.models.transformer import TransformerBlock, TransformerConfig
 from bvit_jax.weights.state_dicts import abstract_variables
 from tests.models.test_models import images_for, random_variables
 
@@ -48,7 +48,7 @@ ONE_PASS = {"one_pass_norms": True}
 
 def tiny(name, dtype=jnp.float32, execution=None, **settings):
     config = models.model_config(name, num_classes=3, **{**TINY[name], **settings})
-    return models.create_model(config, dtype, **(execution or {})), config
+    return models.create_model(config, dtype, Execution(**(execution or {}))), config
 
 
 def training_step(name, execution, dtype=jnp.float64, key=None, **settings):
@@ -174,7 +174,7 @@ def test_each_scanned_block_has_its_drop_path_and_its_key(train):
     key = Keys().apply({}, images, rngs=rngs) if train else None
     for i, drop_path in enumerate(drop_path_rates(rate, depth)):
         rates = jnp.float32(drop_path) if train else 0.0
-        block = RealBlock(2, 16, rates, RealConfig(dtype=jnp.float64))
+        block = TransformerBlock(2, 16, rates, TransformerConfig(dtype=jnp.float64))
         keys = {"dropout": jax.random.fold_in(key, i)} if train else {}
         own = {"params": variables["params"][f"block{i}"]}
         expected, _ = block.apply(own, output.hidden_states[i], train=train, rngs=keys)

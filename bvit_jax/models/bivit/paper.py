@@ -11,9 +11,8 @@ reasons. `bvit_jax.models.bivit.release` has what the released code computes.
 Source: Li et al., "Bi-ViT" (AAAI 2024).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -24,12 +23,14 @@ from bvit_jax.binary.zero_point import learned_step
 from bvit_jax.layers import sown
 from bvit_jax.layers.dense import BitDense
 from bvit_jax.layers.init import kernel_init
-from bvit_jax.models.bivit.block import BiViTBlock, Quantized
+from bvit_jax.models import transformer
+from bvit_jax.models.bivit.attention import Quantized, QuantizedAttention, clipped_gelu, with_head_norms
 from bvit_jax.models.bivit.first_values import learned_values
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.head import Attention
-from bvit_jax.models.real_block import RealBlock, RealConfig
-from bvit_jax.models.swin import PatchMerging, Swin
+from bvit_jax.models.settings import Family, require_choice
+from bvit_jax.models.swin import Swin
+from bvit_jax.models.transformer import Layers, TransformerBlock, TransformerConfig
 
 # Of the scale of attention probabilities, in units of their mean.
 FIRST_SCALE = 2.0
@@ -37,7 +38,7 @@ LEAST_SCALE = 0.1
 
 
 @dataclass(frozen=True)
-class BiViTConfig(RealConfig):
+class BiViTConfig(TransformerConfig):
     """What the blocks of one model have in common.
 
     Attributes:
@@ -47,6 +48,11 @@ class BiViTConfig(RealConfig):
 
     act_bits: int = 1
     learned_scale: bool = True
+
+    def validate(self) -> None:
+        """Raises `UserError` for a value out of range."""
+        super().validate()
+        require_choice("act_bits", self.act_bits, (1, 32))
 
 
 class HeadSigns(nn.Module):
@@ -58,12 +64,13 @@ class HeadSigns(nn.Module):
     axis: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Quantized:
+    def __call__(self, x: Array, *, first_batch: bool = False) -> Quantized:
         sown.watch_sign(self, x, "", quantize.sign_bit)
         others = tuple(axis for axis in range(x.ndim) if axis != self.axis)
         mean = lax.stop_gradient(jnp.mean(jnp.abs(x), axis=others))
-        scale = learned_values(self, {"scale": 1.0}, x.shape[self.axis], lambda: {"scale": mean})["scale"]
-        scale = learned_step(scale, x.size)
+        first = {"scale": mean}
+        values = learned_values(self, {"scale": 1.0}, x.shape[self.axis], lambda: first, first_batch)
+        scale = learned_step(values["scale"], x.size)
         return Quantized(quantize.sign_bit(x), jnp.expand_dims(scale, others))
 
 
@@ -88,38 +95,6 @@ class HeadProbs(nn.Module):
         return Quantized(quantize.prob_codes(probs, scale), lax.stop_gradient(scale))
 
 
-class PaperBlock(BiViTBlock):
-    """`BiViTBlock` with a scale for each head."""
-
-    quantizer: ClassVar[Callable[..., nn.Module]] = HeadSigns
-    prob_quantizer: ClassVar[Callable[..., nn.Module]] = HeadProbs
-
-    config: BiViTConfig
-
-    def _dense(self, features: int, x: Array, name: str) -> Array:
-        c = self.config
-        return BitDense(features, c.act_bits, c.weight_init, c.dtype, name=name)(x)
-
-    def _attend(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
-        if self.config.act_bits == 1:
-            return super()._attend(q, k, v, train=train)
-        q, k = self._normalize_heads(q, k)
-        q, k, v = (x.astype(self.config.dtype) for x in (q, k, v))
-        return RealBlock._attend(self, q, k, v, train=train)
-
-    def _quantize_probs(self, probs: Array) -> Quantized:
-        if self.config.learned_scale:
-            return super()._quantize_probs(probs)
-        one = jnp.ones((1,) * probs.ndim, probs.dtype)
-        return Quantized(quantize.prob_codes(probs, one), one)
-
-
-class PaperSwinBlock(PaperBlock):
-    """The block of Bi-ViT's Swin: queries and keys are not normalised."""
-
-    head_norms: ClassVar[bool] = False
-
-
 class BitReduction(nn.Module):
     """The linear layer of patch merging: ``α · sign(W) · sign(x)``, α learned for each output.
 
@@ -134,12 +109,12 @@ class BitReduction(nn.Module):
     config: BiViTConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, first_batch: bool = False) -> Array:
         c = self.config
         fan_in = x.shape[-1]
         kernel = self.param("kernel", kernel_init(c.weight_init, fan_in), (fan_in, self.features))
         first = {"scale": quantize.weight_scale(kernel)}
-        scale = learned_values(self, {"scale": 1.0}, self.features, lambda: first)["scale"]
+        scale = learned_values(self, {"scale": 1.0}, self.features, lambda: first, first_batch)["scale"]
         codes = quantize.weight_bit(kernel)
         if c.act_bits == 1:
             sown.watch_sign(self, x, "", quantize.sign_bit)
@@ -149,29 +124,51 @@ class BitReduction(nn.Module):
         return y * learned_step(scale, kernel.size)
 
 
-class BitMerging(PatchMerging):
-    """`PatchMerging` whose linear layer is binary."""
-
-    config: BiViTConfig
-
-    def _reduce(self, x: Array) -> Array:
-        return BitReduction(self.features, self.config, name="reduction")(x).astype(self.config.dtype)
+def _dense(config: BiViTConfig, features: int, x: Array, name: str) -> Array:
+    return BitDense(features, config.act_bits, config.weight_init, config.dtype, name=name)(x)
 
 
-class BiViTDeiT(DeiT):
-    """Bi-ViT's DeiT; the defaults are those of `DeiT`, with both tokens and heads."""
-
-    block_type: ClassVar[type[RealBlock]] = PaperBlock
-
-    distillation_token: bool = True
-    distillation_head: bool = True
-    block: BiViTConfig = BiViTConfig()
+def _reduce(config: BiViTConfig, features: int, x: Array, *, first_batch: bool) -> Array:
+    y = BitReduction(features, config, name="reduction")(x, first_batch=first_batch)
+    return y.astype(config.dtype)
 
 
-class BiViTSwin(Swin):
-    """Bi-ViT's Swin; the defaults are those of Swin-T."""
+def _quantize_heads(config: BiViTConfig, x: Array, name: str, first_batch: bool) -> Quantized:
+    return HeadSigns(axis=2, name=name)(x, first_batch=first_batch)
 
-    block_type: ClassVar[type[RealBlock]] = PaperSwinBlock
-    merging_type: ClassVar[type[PatchMerging]] = BitMerging
 
-    block: BiViTConfig = BiViTConfig(norm_epsilon=1e-5, weight_init="trunc_normal")
+def _quantize_probs(config: BiViTConfig, probs: Array, name: str, first_batch: bool) -> Quantized:
+    if config.learned_scale:
+        return HeadProbs(axis=1, name=name)(probs)
+    one = jnp.ones((1,) * probs.ndim, probs.dtype)
+    return Quantized(quantize.prob_codes(probs, one), one)
+
+
+_attend_quantized = QuantizedAttention(_quantize_heads, _quantize_probs)
+
+
+def _attend(
+    block: TransformerBlock, q: Array, k: Array, v: Array, *, train: bool, first_batch: bool
+) -> tuple[Array, Attention]:
+    c: Any = block.config
+    if c.act_bits == 1:
+        return _attend_quantized(block, q, k, v, train=train, first_batch=first_batch)
+    q, k, v = (x.astype(c.dtype) for x in (q, k, v))
+    return transformer.attend(block, q, k, v, train=train)
+
+
+SWIN_LAYERS = Layers(_dense, _attend, clipped_gelu, _reduce)
+DEIT_LAYERS = Layers(_dense, with_head_norms(_attend), clipped_gelu, _reduce)
+
+DEIT_FAMILY = Family(
+    DeiT,
+    BiViTConfig(),
+    {"layers": DEIT_LAYERS, "distillation_token": True, "distillation_head": True},
+    backbone="deit",
+)
+SWIN_FAMILY = Family(
+    Swin,
+    BiViTConfig(norm_epsilon=1e-5, weight_init="trunc_normal"),
+    {"layers": SWIN_LAYERS},
+    backbone="swin",
+)

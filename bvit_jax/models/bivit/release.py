@@ -12,9 +12,6 @@ not depend on rounding, as it does in the released code.
 Source: Li et al., "Bi-ViT" (AAAI 2024), in the behaviour of github.com/YanjingLi0202/Bi-ViT.
 """
 
-from collections.abc import Callable
-from typing import ClassVar
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -24,11 +21,12 @@ from bvit_jax.binary import zero_point as quantize
 from bvit_jax.layers import sown
 from bvit_jax.layers.dense import UncentredDense
 from bvit_jax.layers.init import kernel_init
-from bvit_jax.models.bivit.block import BiViTBlock, Quantized
-from bvit_jax.models.bivit.first_values import SEEN, is_first_batch, learned_values, unless
+from bvit_jax.models.bivit.attention import Quantized, QuantizedAttention, clipped_gelu, with_head_norms
+from bvit_jax.models.bivit.first_values import SEEN, learned_values, unless
 from bvit_jax.models.deit import DeiT
-from bvit_jax.models.real_block import RealBlock, RealConfig
-from bvit_jax.models.swin import PatchMerging, Swin
+from bvit_jax.models.settings import Family
+from bvit_jax.models.swin import Swin
+from bvit_jax.models.transformer import Layers, TransformerConfig
 
 
 class ZeroPointQuantizer(nn.Module):
@@ -41,17 +39,18 @@ class ZeroPointQuantizer(nn.Module):
     axis: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Quantized:
+    def __call__(self, x: Array, *, first_batch: bool = False) -> Quantized:
         size = x.shape[self.axis]
         first = quantize.first_values(x)
         signed = self.variable("batch_stats", "signed", jnp.zeros, (1,))
-        if is_first_batch(self):
+        if first_batch:
             signed.value = unless(self.get_variable("batch_stats", SEEN), signed.value, first.signed)
         values = learned_values(
             self,
             {"alpha": 1.0, "zero_point": 0.0},
             size,
             lambda: {"alpha": first.scale, "zero_point": first.zero_point},
+            first_batch,
         )
         shape = [1] * x.ndim
         shape[self.axis] = size
@@ -71,56 +70,52 @@ class BinaryReduction(nn.Module):
     """
 
     features: int
-    config: RealConfig
+    config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, first_batch: bool = False) -> Array:
         c = self.config
         fan_in = x.shape[-1]
         kernel = self.param("kernel", kernel_init(c.weight_init, fan_in), (fan_in, self.features))
         first = {"alpha": quantize.first_scale(kernel)}
-        scale = learned_values(self, {"alpha": 1.0}, self.features, lambda: first)["alpha"]
+        scale = learned_values(self, {"alpha": 1.0}, self.features, lambda: first, first_batch)["alpha"]
         scale = quantize.learned_step(scale, kernel.size)
         codes = quantize.zero_point_codes(kernel, scale, jnp.zeros_like(scale))
-        inputs = ZeroPointQuantizer(axis=-1, name="act")(x)
+        inputs = ZeroPointQuantizer(axis=-1, name="act")(x, first_batch=first_batch)
         return products.real_product((inputs.codes * inputs.scale).astype(c.dtype), codes) * scale
 
 
-class ReleaseBlock(BiViTBlock):
-    """`BiViTBlock` with a scale and a zero point for each head."""
-
-    quantizer: ClassVar[Callable[..., nn.Module]] = ZeroPointQuantizer
-    prob_quantizer: ClassVar[Callable[..., nn.Module]] = ZeroPointQuantizer
-
-    def _dense(self, features: int, x: Array, name: str) -> Array:
-        c = self.config
-        return UncentredDense(features, weight_init=c.weight_init, dtype=c.dtype, name=name)(x)
+def _dense(config: TransformerConfig, features: int, x: Array, name: str) -> Array:
+    return UncentredDense(features, weight_init=config.weight_init, dtype=config.dtype, name=name)(x)
 
 
-class ReleaseSwinBlock(ReleaseBlock):
-    """The block of Bi-ViT's Swin: queries and keys are not normalised."""
-
-    head_norms: ClassVar[bool] = False
-
-
-class ReleaseMerging(PatchMerging):
-    """`PatchMerging` whose linear layer is binary."""
-
-    def _reduce(self, x: Array) -> Array:
-        return BinaryReduction(self.features, self.config, name="reduction")(x).astype(self.config.dtype)
+def _reduce(config: TransformerConfig, features: int, x: Array, *, first_batch: bool) -> Array:
+    y = BinaryReduction(features, config, name="reduction")(x, first_batch=first_batch)
+    return y.astype(config.dtype)
 
 
-class BiViTReleaseDeiT(DeiT):
-    """Bi-ViT's DeiT as released; the defaults are those of `DeiT`, with both tokens and heads."""
-
-    block_type: ClassVar[type[RealBlock]] = ReleaseBlock
-
-    distillation_token: bool = True
-    distillation_head: bool = True
+def _quantize_heads(config: TransformerConfig, x: Array, name: str, first_batch: bool) -> Quantized:
+    return ZeroPointQuantizer(axis=2, name=name)(x, first_batch=first_batch)
 
 
-class BiViTReleaseSwin(Swin):
-    """Bi-ViT's Swin as released; the defaults are those of Swin-T."""
+def _quantize_probs(config: TransformerConfig, probs: Array, name: str, first_batch: bool) -> Quantized:
+    return ZeroPointQuantizer(axis=1, name=name)(probs, first_batch=first_batch)
 
-    block_type: ClassVar[type[RealBlock]] = ReleaseSwinBlock
-    merging_type: ClassVar[type[PatchMerging]] = ReleaseMerging
+
+_attend = QuantizedAttention(_quantize_heads, _quantize_probs)
+
+SWIN_LAYERS = Layers(_dense, _attend, clipped_gelu, _reduce)
+DEIT_LAYERS = Layers(_dense, with_head_norms(_attend), clipped_gelu, _reduce)
+
+DEIT_FAMILY = Family(
+    DeiT,
+    TransformerConfig(),
+    {"layers": DEIT_LAYERS, "distillation_token": True, "distillation_head": True},
+    backbone="deit",
+)
+SWIN_FAMILY = Family(
+    Swin,
+    TransformerConfig(norm_epsilon=1e-5, weight_init="trunc_normal"),
+    {"layers": SWIN_LAYERS},
+    backbone="swin",
+)

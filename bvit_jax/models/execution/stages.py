@@ -1,10 +1,10 @@
-"""How the blocks of a stage are run: one after the other or in a scan, with or without rematerialisation.
+"""How the blocks of a stage run: one after the other or in a scan, with or without rematerialisation.
 
 None of it changes what a model is: variables, their names and what is computed stay the same.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import jax
@@ -18,30 +18,51 @@ from bvit_jax.models.head import Attention
 
 Remat = Literal["none", "block", "dots", "products"]
 
-# What a block keeps for its backward pass besides its input.
+# What a block saves for its backward pass in addition to its input.
 POLICIES: dict[Remat, Callable[..., bool]] = {
     "block": jax.checkpoint_policies.nothing_saveable,
     # The products with weights, which have no batch dimensions, and not those of attention: the latter
     # are the largest arrays of a block and the cheapest to compute again.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # Whole numbers of one or two bytes, and means and variances: all else is cheap to compute again.
+    # Integers of one or two bytes, and batch statistics: the rest is cheap to recompute.
     "products": jax.checkpoint_policies.save_only_these_names(products.PRODUCT, closed_form.STATISTICS),
 }
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model runs, apart from what it is.
+    """How a model runs, apart from what it is; `bvit_jax.models.execution.choice` chooses it for a run.
 
     Attributes:
-      remat: what a block keeps for its backward pass, which computes the rest again: "none" of it is
-        computed again, "block" keeps only the input, "dots" also the products with weights, "products" those
-        as whole numbers and the statistics of batch norms.
+      remat: what a block saves for its backward pass, which recomputes the rest: "none" recomputes nothing,
+        "block" saves only the input, "dots" also the products with weights, "products" those as integers and
+        the statistics of batch norms.
       scan_blocks: whether the identical blocks of a stage are compiled once, as the body of a loop.
+      one_pass_norms: whether batch norms take mean and variance in one pass, see
+        `bvit_jax.layers.norm.BatchNorm`.
+      packed: whether `bvit_jax.models.execution.packed_feed_forward` computes the feed-forward branches where
+        it computes the same.
+      images_at_once: in evaluation, how many images go through the model together; 0: the whole batch.
     """
 
     remat: Remat = "none"
     scan_blocks: bool = False
+    one_pass_norms: bool = False
+    packed: bool = False
+    images_at_once: int = 0
+
+    @property
+    def integer_products(self) -> bool:
+        """Whether products are saved as integers, and what is recomputed from them is arranged for it."""
+        return self.remat == "products"
+
+    def __str__(self) -> str:
+        """Returns it in one line, as settings where there are such."""
+        values = [f"{field.name}={getattr(self, field.name)}" for field in fields(self)]
+        return ", ".join([*values, f"integer products {'on' if self.integer_products else 'off'}"])
+
+
+PLAIN = Execution()
 
 
 @dataclass(frozen=True)
@@ -67,13 +88,14 @@ def run_blocks(
     train: bool,
     capture: bool,
     execution: Execution,
+    first_batch: bool = False,
 ) -> StageOutput:
     """Runs the blocks of a stage, as children of the model that calls it.
 
     In a scan the variables of the blocks are stacked inside the call, so that their tree stays that of
-    the blocks. Where blocks differ regularly, as Swin's every second one, the body of the scan is the
-    shortest run of blocks that repeats; a remainder is run by itself. A scanned block draws its dropout
-    from the key of the stage with its index folded in, others from the key with their path.
+    the blocks. Where blocks differ regularly, as every second block of Swin does, the body of the scan is the
+    shortest run of blocks that repeats; a remainder runs by itself. A scanned block draws its dropout from
+    the key of the stage with its index folded in, others from the key with their path.
 
     Args:
       module: the model, inside its compact method.
@@ -82,7 +104,10 @@ def run_blocks(
       train: for the blocks.
       capture: whether hidden states and attentions are asked for.
       execution: how.
+      first_batch: whether the blocks set values from this batch, which they can only do one after the other.
     """
+    if first_batch:
+        return _loop(module, blocks, x, train, capture, "none", first_batch=True)
     if not execution.scan_blocks or module.is_initializing():
         return _loop(module, blocks, x, train, capture, execution.remat)
     period = _period(blocks)
@@ -95,10 +120,16 @@ def run_blocks(
 
 
 def _loop(
-    module: nn.Module, blocks: Sequence[Any], x: Array, train: bool, capture: bool, remat: Remat
+    module: nn.Module,
+    blocks: Sequence[Any],
+    x: Array,
+    train: bool,
+    capture: bool,
+    remat: Remat,
+    **options: bool,
 ) -> StageOutput:
     def call(block: Any, x: Array) -> tuple[Array, Attention | None]:
-        x, attention = block(x, train=train)
+        x, attention = block(x, train=train, **options)
         return x, attention if capture else None
 
     run = call if remat == "none" else nn.remat(call, policy=POLICIES[remat])

@@ -278,23 +278,6 @@ def make_eval_step(model: nn.Module, normalize: Normalization, *, images_at_once
     return eval_step
 
 
-def default_images_at_once(mesh: Mesh, packed: bool) -> int:
-    """Returns the group size of `make_eval_step` that measured best for a model that packs, or does not.
-
-    It is 4 or 2 on one CPU, and elsewhere 0, no groups.
-    """
-    return (4 if packed else 2) if _one_cpu(mesh) else 0
-
-
-def default_packed(mesh: Mesh) -> bool:
-    """Returns whether packing, as `bvit_jax.models.blocks.BlockConfig` has it, measured best: on one CPU."""
-    return _one_cpu(mesh)
-
-
-def _one_cpu(mesh: Mesh) -> bool:
-    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-
-
 def jit_train_step(step: TrainStep, mesh: Mesh, state: Any = None, *, donate: bool = True) -> Any:
     """Compiles a training step for a mesh.
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bvit_jax.errors import UserError
-from bvit_jax.models.factory import BACKBONES
+from bvit_jax.models import family
 from bvit_jax.weights.formats import timm
 from bvit_jax.weights.formats.base import Preprocessing, RawCheckpoint, Understood, check_epsilon
 from bvit_jax.weights.formats.swin_constants import window_constants
@@ -73,4 +73,4 @@ def constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dic
 
 
 def _backbone(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: config[key] for key in config} | {"name": BACKBONES[config["name"]]}
+    return {key: config[key] for key in config} | {"name": family(config["name"]).backbone}

@@ -22,8 +22,8 @@ from bvit_jax.weights.formats.base import (
 from bvit_jax.weights.names import REFERENCE, Naming
 
 NAME = "reference"
-MODELS = ("binaryvit", "extra_res", "deit")
-MODEL_TYPES = {"extra-res-pyramid": "binaryvit", "extra-res": "extra_res", "deit": "deit"}
+MODELS = ("binaryvit", "react_deit", "deit")
+MODEL_TYPES = {"extra-res-pyramid": "binaryvit", "extra-res": "react_deit", "deit": "deit"}
 NORM_EPSILON = 1e-5  # the code sets it, whatever its config.json says
 HEAD_SIZE = 64
 DEFAULT_CLIP_VAL = 2.5
@@ -164,7 +164,7 @@ def _model_name(raw: RawCheckpoint) -> str:
         return MODEL_TYPES[raw.args["model_type"]]
     if "vit.encoder.patch_embed1.proj.weight" in raw.state or "vit.embeddings.norm.weight" in raw.state:
         return "binaryvit"
-    return "extra_res" if f"{_LAYER}0.attention.attention.moveq" in raw.state else "deit"
+    return "react_deit" if f"{_LAYER}0.attention.attention.moveq" in raw.state else "deit"
 
 
 def _blocks(raw: RawCheckpoint) -> list[tuple[int, int, bool]]:
@@ -209,7 +209,7 @@ def _switches(raw: RawCheckpoint, model: str) -> dict[str, Any]:
         "pool_branches": tuple(branches),
         "clip_val": _clip_val(raw),
     }
-    if model == "extra_res":
+    if model == "react_deit":
         return switches | {"class_token": "vit.embeddings.cls_token" in raw.state}
     some_fp = "vit.encoder.patch_embed1.proj.weight" in raw.state
     some_fp = some_fp and "vit.encoder.patch_embed1.move" not in raw.state
