@@ -33,7 +33,7 @@ from bvit_jax.cost.program import trace
 from bvit_jax.cost.values import analyse
 from bvit_jax.errors import UserError
 from bvit_jax.models import Execution, ModelOutput, create_model, num_params, packs_signs
-from bvit_jax.models.execution.choice import images_at_once, one_cpu
+from bvit_jax.models.choice import images_at_once, one_cpu
 from bvit_jax.models.settings import KINDS
 from bvit_jax.optim import make_optimizer
 from bvit_jax.plan.hlo import hbm_bytes

@@ -5,7 +5,7 @@ A family is one module here, with its settings and its ``validate()``, and an en
 `bvit_jax.binary`; knows no optimiser, no data and no files.
 """
 
-from bvit_jax.models.execution.choice import choose
+from bvit_jax.models.choice import choose
 from bvit_jax.models.execution.stages import Execution
 from bvit_jax.models.factory import (
     create_model,

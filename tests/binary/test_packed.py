@@ -1,6 +1,5 @@
 """Packed signs and the feed-forward branch computed with them, against the plain computation."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -12,14 +11,11 @@ import numpy as np
 import pytest
 from jax import Array
 
-from bvit_jax import config, models
+from bvit_jax import models
 from bvit_jax.binary import bits as packed
-from bvit_jax.errors import UserError
 from bvit_jax.models.blocks import BinaryFeedForward, BlockConfig
 from bvit_jax.models.execution import packed_feed_forward
 from bvit_jax.runtime import allocator
-from bvit_jax.runtime.mesh import make_mesh
-from bvit_jax.workdir import runs
 
 TINY = models.model_config(
     "binaryvit",
@@ -155,7 +151,7 @@ def test_what_is_packed_in_training(settings: dict, tokens: int) -> None:
 def test_model_equals_the_plain_one(options: dict) -> None:
     images = values(2, 32, 32, 3)
     plain = models.create_model(TINY, jnp.float64)
-    fast = models.create_model(TINY, jnp.float64, packed=True, **options)
+    fast = models.create_model(TINY, jnp.float64, models.Execution(packed=True, **options))
     variables = disturbed(plain.init(jax.random.key(0), images, train=True))
 
     def run(model: object) -> tuple:
@@ -169,33 +165,6 @@ def test_model_equals_the_plain_one(options: dict) -> None:
         return aux, gradients, jax.jit(model.apply)(variables, images).logits
 
     close(run(fast), run(plain), 1e-10)
-
-
-def test_only_models_with_such_blocks_pack() -> None:
-    assert models.create_model(TINY, packed=True).block.packed
-    assert not models.create_model(TINY).block.packed
-    deit = models.create_model({"name": "deit", "width": 12, "num_heads": 3}, packed=True)
-    assert "packed" not in {field.name for field in dataclasses.fields(deit.block)}
-
-
-def test_choice_of_a_run() -> None:
-    settings = config.default_config()
-    settings.model = models.model_config(**TINY)
-    one, four = make_mesh(jax.devices()[:1]), make_mesh(jax.devices()[:4])
-    assert runs.packs(settings, one)
-    assert not runs.packs(settings, four)
-    settings.packed = "off"
-    assert not runs.packs(settings, one)
-    settings.packed = "auto"
-    assert runs.create_model(settings, one, train=True).execution.scan_blocks
-    assert not runs.create_model(settings, four, train=True).execution.scan_blocks
-    assert not runs.create_model(settings, one, train=False).execution.scan_blocks
-    settings.model.drop_path = 0.1
-    assert not runs.create_model(settings, one, train=True).execution.scan_blocks
-    settings.packed = "on"
-    assert runs.create_model(settings, one, train=True).block.packed
-    with pytest.raises(UserError, match=r"config\.packed is on, which is for one device, and there are 4"):
-        runs.create_model(settings, four, train=True)
 
 
 STEPS = """

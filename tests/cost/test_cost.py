@@ -292,7 +292,8 @@ def test_element_wise_operations_of_transformers(name):
 
 def test_scanned_blocks_cost_the_same():
     config = small("extra_res")
-    scanned = cost_of(models.create_model(config, scan_blocks=True), config.image_size, training=False)
+    model = models.create_model(config, execution=models.Execution(scan_blocks=True))
+    scanned = cost_of(model, config.image_size, training=False)
     looped = count("extra_res")
     assert scanned.total.macs == looped.total.macs
     assert scanned.total.elementwise == looped.total.elementwise
@@ -336,8 +337,12 @@ def test_memory_of_a_chain():
 def test_rematerialisation_keeps_less():
     config = small("extra_res")
     plain = models.create_model(config)
+
+    def create_with(remat):
+        return models.create_model(config, execution=models.Execution(remat))
+
     kept = [
-        cost_of(plain, 16, trained=models.create_model(config, remat=remat)).total.saved_bytes
+        cost_of(plain, 16, trained=create_with(remat)).total.saved_bytes
         for remat in ("none", "dots", "products", "block")
     ]
     assert kept[0] > kept[1] > kept[2] > kept[3] > 0

@@ -12,7 +12,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.losses import ranking
 from bvit_jax.losses.ordering import order_by_network, order_by_sort
 from bvit_jax.losses.ranking import Ranking, ranking_loss
-from bvit_jax.models import create_model, model_config
+from bvit_jax.models import Execution, create_model, model_config
 from bvit_jax.plan import dry_run as dry_run_lib
 from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch
 from bvit_jax.training.setup import build
@@ -235,9 +235,9 @@ def test_masked_keys_of_shifted_windows_have_no_order():
 def run(name, ranking_term, *, accumulate_steps=1, devices=1, weight=0.5, **execution):
     """Returns the gradient step's metrics and the state after it, in float64."""
     (config, variables), (teacher_config, teacher_variables) = sides(name)
-    student = create_model(config, jnp.float64, **execution)
-    scan = {"scan_blocks": execution.get("scan_blocks", False)}
-    teacher = create_model(teacher_config, jnp.float64, **scan)
+    student = create_model(config, jnp.float64, Execution(**execution))
+    scan = Execution(scan_blocks=execution.get("scan_blocks", False))
+    teacher = create_model(teacher_config, jnp.float64, scan)
     mesh = make_mesh(jax.devices()[:devices])
     step = make_train_step(
         student,

@@ -71,11 +71,11 @@ def test_the_settings_reach_the_run():
         "model__batch_norm_group": 9,
     }
     run = build(config_with(**settings), 1437)
-    assert run.model.execution == Execution("dots", True)
+    assert run.model.block.execution == Execution("dots", True)
     assert run.model.block.batch_norm_group == 9
     assert run.state.ema == run.state.variables
     plain = build(config_with(), 1437)
-    assert plain.model.execution == Execution("none", False)
+    assert plain.model.block.execution == Execution("none", False)
     assert plain.state.ema is None
     assert jax.tree.structure(run.state.replace(ema=None)) == jax.tree.structure(plain.state)
 
@@ -87,7 +87,7 @@ def test_the_settings_reach_the_run():
 def test_training_in_bfloat16_keeps_everything_in_float32_and_learns():
     shape = {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 8, "image_size": 8, "patch_size": 4}
     config = models.model_config("extra_res", num_classes=4, drop_path=0.1, **shape)
-    model = models.create_model(config, jnp.bfloat16, remat="block", scan_blocks=True)
+    model = models.create_model(config, jnp.bfloat16, Execution("block", scan_blocks=True))
     settings = {"accumulate_steps": 2, "ema_decay": 0.9, "label_smoothing": 0.0}
     adam = optimizer(rules=(("head/.*", 2.0, 1.0),))
     step = jax.jit(make_train_step(model, adam, NORMALIZE, **settings))

@@ -31,7 +31,7 @@ POLICIES: dict[Remat, Callable[..., bool]] = {
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model runs, apart from what it is; `bvit_jax.models.execution.choice` chooses it for a run.
+    """How a model runs, apart from what it is; `bvit_jax.models.choice` chooses it for a run.
 
     Attributes:
       remat: what a block saves for its backward pass, which recomputes the rest: "none" recomputes nothing,
