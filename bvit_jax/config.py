@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from bvit_jax.errors import UserError
 
@@ -75,6 +75,7 @@ def _whole(at_least: int) -> Values:
 
 
 FLAG = Values("True or False", lambda x: isinstance(x, bool))
+AUTO_FLAG = Values("auto, True or False", lambda x: x == "auto" or isinstance(x, bool))
 TEXT = Values("text", lambda x: isinstance(x, str))
 POSITIVE = Values("a number above 0", lambda x: _is_number(x) and x > 0)
 NOT_NEGATIVE = Values("a number of at least 0", lambda x: _is_number(x) and x >= 0)
@@ -138,16 +139,20 @@ SETTINGS = {
         1, _whole(1), "Microbatches per step, run one after the other; their gradients are averaged."
     ),
     "remat": Setting(
-        "none",
-        _one_of("none", "block", "dots", "products"),
+        "auto",
+        _one_of("auto", "none", "block", "dots", "products"),
         "What is saved for the backward pass: everything (`none`), inputs of blocks (`block`), also products"
-        " with weights (`dots`), or also integer products and batch statistics (`products`).",
+        " with weights (`dots`), or also integer products and batch statistics (`products`); `auto`: what is"
+        " best on these devices without changing what is computed.",
     ),
     "one_pass_norms": Setting(
         False, FLAG, "Whether batch norms compute mean and variance in one pass, with one all-reduce."
     ),
     "scan_blocks": Setting(
-        False, FLAG, "Whether the identical blocks of a stage are compiled once and run as a loop."
+        "auto",
+        AUTO_FLAG,
+        "Whether the identical blocks of a stage are compiled once and run as a loop; `auto`: on a single CPU,"
+        " where signs are packed and no dropout mask would change.",
     ),
     "packed": Setting(
         "auto",
@@ -287,9 +292,15 @@ def default_config() -> ConfigDict:
     """Returns the settings common to all experiments: the binary ImageNet recipe, without a model."""
     config = ConfigDict()
     for section in SECTIONS:
-        defaults = {name: setting.default for name, setting in settings_of(section).items()}
+        defaults = {name: _default(setting) for name, setting in settings_of(section).items()}
         config.update({section: defaults} if section else defaults)
     return config
+
+
+def _default(setting: Setting) -> Any:
+    # ConfigDict would take nothing but text in place of "auto".
+    auto = setting.values is AUTO_FLAG
+    return FieldReference(setting.default, field_type=object) if auto else setting.default
 
 
 def settings_of(section: str) -> dict[str, Setting]:
