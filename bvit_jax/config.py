@@ -151,8 +151,8 @@ SETTINGS = {
     "scan_blocks": Setting(
         "auto",
         AUTO_FLAG,
-        "Whether the identical blocks of a stage are compiled once and run as a loop; `auto`: on a single CPU,"
-        " where signs are packed and no dropout mask would change.",
+        "Whether the identical blocks of a stage are compiled once and run as a loop; `auto`: where signs are"
+        " packed and no dropout mask would change.",
     ),
     "packed": Setting(
         "auto",

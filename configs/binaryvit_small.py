@@ -6,8 +6,8 @@ VARIANT: some_fp keeps the patch embeddings between the stages real; tpu trains 
   bfloat16 activations, integer products and norms in one pass, which changes the numbers.
 Data: TFDS imagenet2012 as ArrayRecord.
 Expected: 67.7 % top-1 (BinaryViT, CVPRW 2023, as later papers quote it).
-Hardware and cost: not run. With tpu, not run on a TPU; by the compiler's figures in docs/topologies.md a step of
-  32 images per chip takes at least 12 ms on a TPU v5e, where in float32 with remat=none it takes 61.
+Hardware and cost: not run. With tpu, not run on a TPU; by the compiler's figures in docs/topologies.md a step
+  of 32 images per chip takes at least 12 ms on a TPU v5e, where in float32 with remat=none it takes 61.
 """
 
 from ml_collections import ConfigDict

@@ -38,13 +38,13 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "bivit_release_swin",
         {"width": 6, "depth": (2, 2), "num_heads": (1, 2), "image_size": 32, "window_size": 4},
     ),
-    "extra_res": (
-        "extra_res",
+    "react_deit": (
+        "react_deit",
         {"width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 16, "image_size": 32, "class_token": True}
         | {"pool_branches": (), "layer_scale": False},
     ),
-    "extra_res_ls": (
-        "extra_res",
+    "react_deit_ls": (
+        "react_deit",
         {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 16, "image_size": 32},
     ),
     "binaryvit": ("binaryvit", _PYRAMID),

@@ -56,7 +56,7 @@ def test_binaryvit_by_the_same_rules():
 
 
 def test_the_ablation_by_the_same_rules():
-    values = [of("extra_res", **settings) for settings in ABLATION.values()]
+    values = [of("react_deit", **settings) for settings in ABLATION.values()]
     assert values == [155_568, 196 * 155_568, 196 * 155_568, 196 * 155_568]
 
 
@@ -66,7 +66,7 @@ def test_the_ablation_by_the_same_rules():
         ("deit", {}, "config.model.name"),
         ("bivit_swin", {}, "config.model.name"),
         ("binaryvit", {"weight_bits": 2}, "config.model.weight_bits is 2"),
-        ("extra_res", {"act_bits": 32}, "config.model.act_bits is 32"),
+        ("react_deit", {"act_bits": 32}, "config.model.act_bits is 32"),
         ("binaryvit", {"some_fp": True}, "config.model.some_fp"),
     ],
 )

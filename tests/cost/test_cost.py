@@ -115,7 +115,7 @@ def test_the_products_of_binaryvit(some_fp, ops):
 
 def test_the_products_of_react_deit():
     settings = {"class_token": True, "pool_branches": (), "layer_scale": False}
-    cost = full("extra_res", **settings)
+    cost = full("react_deit", **settings)
     assert cost.total.macs == {"binary": 12 * block_macs(197, 384, 1536), "real": 196 * 768 * 384 + 384_000}
     assert round(cost.total.ops / 1e9, 3) == 0.129
 
@@ -207,6 +207,7 @@ def _subtree(tree, path):
 CONFIGS = (
     "binaryvit_small.py",
     "binaryvit_small.py:some_fp",
+    "binaryvit_small.py:tpu",
     "deit_digits.py",
     "deit_digits.py:distilled",
     "bivit_deit.py",
@@ -245,7 +246,7 @@ def test_real_activations_leave_binary_weights_and_no_binary_product():
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_weights_of_several_bits(bits):
-    one, several = count("extra_res").total, count("extra_res", weight_bits=bits).total
+    one, several = count("react_deit").total, count("react_deit", weight_bits=bits).total
     assert several.low_bit_params == one.binary_params
     assert not several.binary_params
     tensors = 2 * 6
@@ -256,7 +257,7 @@ def test_weights_of_several_bits(bits):
 
 
 def test_weights_of_32_bits_are_real():
-    total = count("extra_res", weight_bits=32).total
+    total = count("react_deit", weight_bits=32).total
     assert total.real_params == total.params
 
 
@@ -264,13 +265,13 @@ def test_weights_of_32_bits_are_real():
     "settings", [{"norm": "layer_norm"}, {"class_token": True, "pool_branches": ()}, {"batch_norm_group": 2}]
 )
 def test_other_variants_have_the_same_kinds_of_products(settings):
-    cost = count("extra_res", **settings)
+    cost = count("react_deit", **settings)
     assert set(cost.total.macs) == {"binary", "real"}
     assert not cost.uncounted
 
 
 def test_products_belong_to_their_layers():
-    layers = {layer.path: layer for layer in count("extra_res").layers}
+    layers = {layer.path: layer for layer in count("react_deit").layers}
     assert layers["block0/attention/query/dense"].macs == {"binary": 16 * 16**2}
     assert layers["block0/attention"].macs == {"binary": 2 * 16**2 * 16}
     assert layers["block0/attention"].kind == "BinaryAttention"
@@ -291,10 +292,10 @@ def test_element_wise_operations_of_transformers(name):
 
 
 def test_scanned_blocks_cost_the_same():
-    config = small("extra_res")
+    config = small("react_deit")
     model = models.create_model(config, execution=models.Execution(scan_blocks=True))
     scanned = cost_of(model, config.image_size, training=False)
-    looped = count("extra_res")
+    looped = count("react_deit")
     assert scanned.total.macs == looped.total.macs
     assert scanned.total.elementwise == looped.total.elementwise
     assert scanned.total.binary_params == looped.total.binary_params
@@ -302,7 +303,7 @@ def test_scanned_blocks_cost_the_same():
 
 
 def test_groups_keep_the_sum():
-    cost = count("extra_res")
+    cost = count("react_deit")
     groups = cost.grouped(1)
     assert [group.path for group in groups if group.kind == "BinaryBlock"] == ["block0", "block1"]
     assert sum(group.params for group in groups) == cost.total.params
@@ -335,7 +336,7 @@ def test_memory_of_a_chain():
 
 
 def test_rematerialisation_keeps_less():
-    config = small("extra_res")
+    config = small("react_deit")
     plain = models.create_model(config)
 
     def create_with(remat):

@@ -119,7 +119,7 @@ TINY = {
 def collectives(group, with_statistics):
     """Returns the collectives of a forward pass in training, on eight devices with four images each."""
     mesh = make_mesh()
-    model = models.create_model(models.model_config("extra_res", batch_norm_group=group, **TINY))
+    model = models.create_model(models.model_config("react_deit", batch_norm_group=group, **TINY))
     variables = abstract_variables(model, 8)
     images = jax.ShapeDtypeStruct((32, 8, 8, 3), jnp.float32)
 
@@ -141,7 +141,7 @@ def test_normalising_within_a_device_needs_no_communication():
 
 def test_the_setting_reaches_every_batch_norm():
     for name, settings in (
-        ("extra_res", TINY),
+        ("react_deit", TINY),
         (
             "binaryvit",
             {
@@ -179,7 +179,7 @@ def test_the_setting_reaches_every_batch_norm():
 )
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(UserError, match=message):
-        models.create_model({"name": "extra_res", **TINY, **settings})
+        models.create_model({"name": "react_deit", **TINY, **settings})
 
 
 def test_a_group_that_does_not_divide_the_batch_is_named():

@@ -16,6 +16,7 @@ from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.models.bivit import paper
 from bvit_jax.models.bivit.first_values import first_batch
 from bvit_jax.weights.state_dicts import abstract_variables
+from tests.tiny_models import assert_same_trees
 
 SIZES = {
     "bivit_deit": {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 16},
@@ -167,6 +168,15 @@ def test_the_first_batch_sets_scales_and_nothing_else(name):
         assert not any((scale == 1).any() for scale in scales)
     kernels = zip(leaves_of(before["params"], "kernel"), leaves_of(after["params"], "kernel"), strict=True)
     assert all(np.array_equal(a, b) for a, b in kernels)
+
+
+def test_a_batch_that_is_not_the_first_writes_no_parameters():
+    """Whatever is mutable; the flag is written in the pass that is asked for, and nowhere else."""
+    model, before, images = tiny("bivit_deit")
+    for variables, train in ((before, True), (before, False), (started("bivit_deit"), True)):
+        run = jax.jit(functools.partial(model.apply, train=train, mutable=True))
+        _, after = run(variables, images)
+        assert_same_trees(after, jax.tree.map(np.asarray, dict(variables)))
 
 
 def test_merging_starts_at_the_mean_magnitude_of_its_weights():

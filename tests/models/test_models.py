@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TINY = {
     "deit": {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 16, "image_size": 8},
-    "extra_res": {"width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 16, "image_size": 12},
+    "react_deit": {"width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 16, "image_size": 12},
     "binaryvit": {
         "width": (4, 8),
         "depth": (1, 1),
@@ -28,7 +28,7 @@ TINY = {
         "image_size": 16,
     },
 }
-PATCH = {"deit": 4, "extra_res": 4, "binaryvit": 2}
+PATCH = {"deit": 4, "react_deit": 4, "binaryvit": 2}
 
 
 def tiny(name, dtype=jnp.float32, **settings):
@@ -114,7 +114,7 @@ def test_size_of_the_ablations(switches, layer_scale, branches):
     total = 16 * 16 * 3 * 384 + 384 + tokens * 384 + 384 * switches.get("class_token", False)
     total += 12 * block_size(384, 1536, 1, layer_scale, branches)
     total += 2 * 384 + 384 * 1000 + 1000
-    assert count("extra_res", **switches) == total
+    assert count("react_deit", **switches) == total
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def test_size_of_deit(width, heads, size):
 
 
 def test_switches_change_the_parameters_they_name():
-    full = count("extra_res", **TINY["extra_res"], patch_size=4)
-    assert full - count("extra_res", **TINY["extra_res"], patch_size=4, layer_scale=False) == 4 * 8
-    fewer = count("extra_res", **TINY["extra_res"], patch_size=4, pool_branches=(3,))
+    full = count("react_deit", **TINY["react_deit"], patch_size=4)
+    assert full - count("react_deit", **TINY["react_deit"], patch_size=4, layer_scale=False) == 4 * 8
+    fewer = count("react_deit", **TINY["react_deit"], patch_size=4, pool_branches=(3,))
     assert full - fewer == 2 * 2 * 8
-    real = count("extra_res", **TINY["extra_res"], patch_size=4, act_bits=32)
+    real = count("react_deit", **TINY["react_deit"], patch_size=4, act_bits=32)
     assert full - real == 1  # the scale of the attention probabilities
 
 
@@ -185,15 +185,15 @@ def check_switches(name, dtype=jnp.float32, **settings):
 @pytest.mark.parametrize("act_bits", [1, 32])
 @pytest.mark.parametrize("weight_bits", [1, 2, 4, 8, 32])
 def test_bits(weight_bits, act_bits):
-    check_switches("extra_res", weight_bits=weight_bits, act_bits=act_bits)
+    check_switches("react_deit", weight_bits=weight_bits, act_bits=act_bits)
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("deit", {"drop_path": 0.1, "dropout": 0.1, "attention_dropout": 0.1}),
-        ("extra_res", {"class_token": True, "pool_branches": (), "layer_scale": False}),
-        ("extra_res", {"norm": "layer_norm", "pool_branches": (5,), "attention_dropout": 0.1}),
+        ("react_deit", {"class_token": True, "pool_branches": (), "layer_scale": False}),
+        ("react_deit", {"norm": "layer_norm", "pool_branches": (5,), "attention_dropout": 0.1}),
         ("binaryvit", {"drop_path": 0.1, "dropout": 0.1}),
         ("binaryvit", {"some_fp": True, "act_bits": 32, "attention_dropout": 0.1}),
         ("binaryvit", {"norm": "layer_norm", "pool_branches": (3,), "weight_bits": 4}),
@@ -205,7 +205,7 @@ def test_switches(name, settings):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("deit", {}), ("extra_res", {"weight_bits": 4, "act_bits": 32}), ("binaryvit", {})],
+    [("deit", {}), ("react_deit", {"weight_bits": 4, "act_bits": 32}), ("binaryvit", {})],
 )
 def test_bfloat16_gives_finite_logits_in_float32(name, settings):
     check_switches(name, jnp.bfloat16, **settings)
@@ -220,7 +220,7 @@ def test_parameters_are_float32_whatever_the_compute_dtype(name):
 
 
 def test_initial_parameters():
-    model, config = tiny("extra_res")
+    model, config = tiny("react_deit")
     variables = jax.jit(model.init)(jax.random.key(0), images_for(config))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
     block = variables["params"]["block0"]
@@ -235,7 +235,7 @@ def test_initial_parameters():
 
 RATES = {
     "deit": ("drop_path", "dropout", "attention_dropout"),
-    "extra_res": ("dropout", "attention_dropout"),
+    "react_deit": ("dropout", "attention_dropout"),
     "binaryvit": ("drop_path",),
 }
 
@@ -262,7 +262,7 @@ def test_rates_change_training_and_not_evaluation(name, rate):
 
 
 def test_dropped_attention_stays_binary(monkeypatch):
-    model, config = tiny("extra_res", attention_dropout=0.5)
+    model, config = tiny("react_deit", attention_dropout=0.5)
     variables, images = random_variables(model, config), images_for(config)
     multiplied, product = [], products.binary_context
 
@@ -290,7 +290,7 @@ def test_dropped_attention_stays_binary(monkeypatch):
 
 def test_the_caller_s_arrays_are_not_written_to():
     """Outside of jit numpy arrays reach the layers as they are, and += writes into them."""
-    model, config = tiny("extra_res", attention_dropout=0.5)
+    model, config = tiny("react_deit", attention_dropout=0.5)
     variables = random_variables(model, config)
     before = jax.tree.map(np.copy, variables)
     rngs = {"dropout": jax.random.key(0)}
@@ -302,7 +302,7 @@ def test_the_caller_s_arrays_are_not_written_to():
 
 SHAPES = {  # hidden states, attentions, of a batch of four
     "deit": ([(4, 5, 8)] * 3, [(4, 2, 5, 5)] * 2),
-    "extra_res": ([(4, 9, 8)] * 2, [(4, 2, 9, 9)]),
+    "react_deit": ([(4, 9, 8)] * 2, [(4, 2, 9, 9)]),
     "binaryvit": ([(4, 64, 4), (4, 16, 8), (4, 16, 8)], [(4, 1, 64, 16), (4, 2, 16, 16)]),
 }
 
@@ -527,10 +527,10 @@ class Slow:
         ("binaryvit", {"act_bits": 32}),
         ("binaryvit", {"weight_bits": 4}),
         ("binaryvit", {"weight_bits": 2, "act_bits": 32, "norm": "layer_norm"}),
-        ("extra_res", {"class_token": True, "pool_branches": (), "layer_scale": False}),
-        ("extra_res", {"pool_branches": (3, 5), "layer_scale": False}),
-        ("extra_res", {"weight_bits": 8, "pool_branches": (5,)}),
-        ("extra_res", {"weight_bits": 32, "act_bits": 32}),
+        ("react_deit", {"class_token": True, "pool_branches": (), "layer_scale": False}),
+        ("react_deit", {"pool_branches": (3, 5), "layer_scale": False}),
+        ("react_deit", {"weight_bits": 8, "pool_branches": (5,)}),
+        ("react_deit", {"weight_bits": 32, "act_bits": 32}),
     ],
 )
 def test_logits_equal_the_slow_implementation(x64, name, settings):
@@ -546,7 +546,7 @@ def test_logits_equal_the_slow_implementation(x64, name, settings):
 # --- configurations that are refused -----------------------------------------------------------
 
 CHANGES = [
-    *[(name, key, 0) for name in ("deit", "extra_res") for key in ("width", "depth", "num_heads")],
+    *[(name, key, 0) for name in ("deit", "react_deit") for key in ("width", "depth", "num_heads")],
     ("deit", "mlp_dim", 1.5),
     ("deit", "width", -8),
     ("deit", "width", 9),  # two heads
@@ -557,14 +557,14 @@ CHANGES = [
     *[(name, "num_classes", 0) for name in TINY],
     *[(name, "norm_epsilon", 0.0) for name in TINY],
     *[(name, "weight_init", "torhc") for name in TINY],
-    ("extra_res", "norm", "batchnorm"),
-    ("extra_res", "weight_bits", 9),
-    ("extra_res", "weight_bits", 0),
-    ("extra_res", "act_bits", 2),
-    ("extra_res", "clip_val", 0.0),
-    ("extra_res", "pool_branches", (3, 4)),
-    ("extra_res", "mlp_dim", 20),
-    ("extra_res", "class_token", True),
+    ("react_deit", "norm", "batchnorm"),
+    ("react_deit", "weight_bits", 9),
+    ("react_deit", "weight_bits", 0),
+    ("react_deit", "act_bits", 2),
+    ("react_deit", "clip_val", 0.0),
+    ("react_deit", "pool_branches", (3, 4)),
+    ("react_deit", "mlp_dim", 20),
+    ("react_deit", "class_token", True),
     *[("binaryvit", key, (2,)) for key in ("depth", "num_heads", "mlp_dim", "reduction")],
     *[("binaryvit", key, (2, 0)) for key in ("width", "depth", "num_heads", "mlp_dim", "reduction")],
     ("binaryvit", "mlp_dim[1]", (8, 12)),
@@ -609,6 +609,11 @@ def test_names_of_models_and_settings_are_suggested():
         models.model_config("resnet")
 
 
+def test_the_former_name_of_a_model_is_understood():
+    assert models.model_config("extra_res") == models.model_config("react_deit")
+    assert models.create_model({"name": "extra_res"}) == models.create_model({"name": "react_deit"})
+
+
 def test_configurations_are_complete():
     config = models.model_config("binaryvit")
     assert config.width == (64, 128, 256, 512)
@@ -623,11 +628,11 @@ def test_configurations_are_complete():
         ("binaryvit", "width", 64),
         ("binaryvit", "width", ()),
         ("binaryvit", "depth", 3),
-        ("extra_res", "pool_branches", 3),
-        ("extra_res", "pool_branches", ("3",)),
+        ("react_deit", "pool_branches", 3),
+        ("react_deit", "pool_branches", ("3",)),
         ("deit", "num_classes", "10"),
         ("deit", "drop_path", None),
-        ("extra_res", "clip_val", "2.5"),
+        ("react_deit", "clip_val", "2.5"),
     ],
 )
 def test_values_of_another_type_are_refused(name, key, value):
@@ -638,9 +643,9 @@ def test_values_of_another_type_are_refused(name, key, value):
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [
-        ("extra_res", "pool_branches", (-1,)),
-        ("extra_res", "pool_branches", (3, 3)),
-        ("extra_res", "pool_branches", (3.0,)),
+        ("react_deit", "pool_branches", (-1,)),
+        ("react_deit", "pool_branches", (3, 3)),
+        ("react_deit", "pool_branches", (3.0,)),
         ("deit", "num_classes", 2.5),
         ("deit", "norm_epsilon", math.inf),
     ],

@@ -19,7 +19,7 @@ from tests.models.test_models import images_for, random_variables
 
 TINY = {
     "deit": {"width": 8, "depth": 3, "num_heads": 2, "mlp_dim": 16, "image_size": 8, "patch_size": 4},
-    "extra_res": {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 8, "image_size": 8, "patch_size": 4},
+    "react_deit": {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 8, "image_size": 8, "patch_size": 4},
     "binaryvit": {
         "width": (4,),
         "depth": (2,),
@@ -86,7 +86,7 @@ def plain_step(name):
 @pytest.mark.parametrize("weight_bits", [1, 2])
 def test_products_of_any_bits_are_kept(weight_bits, act_bits):
     settings = {"weight_bits": weight_bits, "act_bits": act_bits, "mlp_dim": 24, "batch_norm_group": 2}
-    steps = [training_step("extra_res", e, **settings) for e in ({}, PRODUCTS)]
+    steps = [training_step("react_deit", e, **settings) for e in ({}, PRODUCTS)]
     assert_close(*steps)
 
 
@@ -103,11 +103,11 @@ def assert_close(actual, expected, atol=1e-12, rtol=1e-10):
         ("deit", SCAN),
         ("deit", DOTS),
         ("deit", SCAN | BLOCK),
-        ("extra_res", SCAN | DOTS),
-        ("extra_res", BLOCK),
+        ("react_deit", SCAN | DOTS),
+        ("react_deit", BLOCK),
         ("binaryvit", SCAN),
         ("binaryvit", PRODUCTS),
-        ("extra_res", SCAN | PRODUCTS),
+        ("react_deit", SCAN | PRODUCTS),
         ("swin", SCAN | BLOCK),
         ("bivit_deit", SCAN | BLOCK),
         ("bivit_swin", DOTS),
@@ -121,7 +121,9 @@ def test_nothing_changes_but_how_it_runs(name, execution):
 
 
 @pytest.mark.usefixtures("x64", "compile_quickly")
-@pytest.mark.parametrize(("name", "execution"), [("binaryvit", PRODUCTS | ONE_PASS), ("extra_res", ONE_PASS)])
+@pytest.mark.parametrize(
+    ("name", "execution"), [("binaryvit", PRODUCTS | ONE_PASS), ("react_deit", ONE_PASS)]
+)
 def test_norms_in_one_pass_change_nothing_but_roundings(name, execution):
     # Here the running means are random, and some variances so small that a difference of squares shows.
     assert_close(training_step(name, execution), plain_step(name), atol=1e-10, rtol=1e-8)
@@ -203,7 +205,7 @@ def test_rematerialisation_saves_memory():
     assert temporaries(SCAN | BLOCK) < 0.4 * temporaries(SCAN)
 
 
-@pytest.mark.parametrize("name", ["deit", "extra_res"])
+@pytest.mark.parametrize("name", ["deit", "react_deit"])
 def test_a_block_keeps_what_the_policy_says(name):
     """Of what a plain model would keep for the backward pass, by automatic differentiation's account."""
 
@@ -222,12 +224,12 @@ def test_a_block_keeps_what_the_policy_says(name):
 
     whole, dots, block = (kept(execution) for execution in ({}, DOTS, BLOCK))
     assert block < dots < whole
-    if name == "extra_res":
+    if name == "react_deit":
         assert block < kept(PRODUCTS) < dots
 
 
 def test_the_policies_are_those_of_the_settings():
-    assert SETTINGS["remat"].values.choices == ("none", *POLICIES)
+    assert SETTINGS["remat"].values.choices == ("auto", "none", *POLICIES)
 
 
 def test_an_unknown_policy_is_named():
@@ -240,6 +242,6 @@ def test_an_unknown_policy_is_named():
 
 
 def test_a_model_without_batch_norms_has_none_in_one_pass():
-    for name, settings in (("deit", {}), ("extra_res", {"norm": "layer_norm"})):
+    for name, settings in (("deit", {}), ("react_deit", {"norm": "layer_norm"})):
         with pytest.raises(UserError, match=f"config.one_pass_norms is True: {name} has no batch norms"):
             tiny(name, execution=ONE_PASS, **settings)

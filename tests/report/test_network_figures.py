@@ -95,7 +95,7 @@ def test_filters_are_sorted_from_smooth_to_fine():
     assert filter_order(kernel).tolist() == [1, 4, 3, 0, 2]
 
 
-@pytest.mark.parametrize("name", ["binaryvit", "extra_res", "bivit_release_deit", "binaryvit_w1a32"])
+@pytest.mark.parametrize("name", ["binaryvit", "react_deit", "bivit_release_deit", "binaryvit_w1a32"])
 def test_latent_weights_and_the_share_inside(name):
     model = tiny(name)
     variables = jax.tree.map(lambda a: 3 * a, model.variables)  # some are outside
@@ -242,7 +242,7 @@ def test_maps_of_attention():
 # --- signs -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["binaryvit", "extra_res"])
+@pytest.mark.parametrize("name", ["binaryvit", "react_deit"])
 def test_sign_balance_of_binary_products(name):
     model, seen = tiny(name), seen_by(name)
     entered = intermediate_inputs(model, images_of(model))

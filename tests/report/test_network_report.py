@@ -98,7 +98,7 @@ MISSING = {
     "binaryvit": {"Sign flips over training": "workdir of a training run"},
     "binaryvit_w4": {"Latent weights": "have 4 bits", "Sign flips over training": "no weights of one bit"},
     "binaryvit_w1a32": {"Sign balance of activations": "no signs"},
-    "extra_res": {"Weights of the pooling branches": "no pooling branches"},
+    "react_deit": {"Weights of the pooling branches": "no pooling branches"},
     "deit_token": {"Latent weights": "have 32 bits", "Sign balance of activations": "no signs"},
     "swin": {"Latent weights": "have 32 bits", "Weights of the pooling branches": "no pooling"},
     "bivit_release_deit": {"Weights of the pooling branches": "no pooling"},

@@ -58,7 +58,7 @@ def test_replicate_puts_the_whole_on_every_device():
 def small_config(fsdp):
     config = tiny.get_config()
     shape = {"image_size": 16, "patch_size": 4, "width": 32, "depth": 1, "num_heads": 2, "mlp_dim": 64}
-    config.model = model_config("extra_res", num_classes=10, **shape)
+    config.model = model_config("react_deit", num_classes=10, **shape)
     config.mesh.fsdp = fsdp
     return config
 

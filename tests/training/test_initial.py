@@ -158,8 +158,8 @@ def test_small_arrays_may_be_missing(array: Any, shape: Any) -> None:
         ),
         (
             {},
-            {"name": "extra_res"},
-            "they are of the model deit and config.model.name is extra_res; name weights of a model with"
+            {"name": "react_deit"},
+            "they are of the model deit and config.model.name is react_deit; name weights of a model with"
             " the same layers",
         ),
     ],

@@ -31,7 +31,7 @@ def config_with(**settings):
     ("settings", "message"),
     [
         ({"accumulate_steps": 0}, "config.accumulate_steps is 0; expected a whole number of at least 1"),
-        ({"remat": "all"}, "config.remat is 'all'; expected one of none, block, dots, products"),
+        ({"remat": "all"}, "config.remat is 'all'; expected one of auto, none, block, dots, products"),
         ({"ema__decay": 1.0}, "config.ema.decay is 1.0; expected a number from 0 to below 1, since 1 would"),
         ({"ema__decay": -0.1}, "config.ema.decay is -0.1; expected a number from 0 to below 1"),
         ({"optim__rules": (("(", 1.0, 1.0),)}, "which is not a regular expression"),
@@ -86,7 +86,7 @@ def test_the_settings_reach_the_run():
 @pytest.mark.usefixtures("compile_quickly")
 def test_training_in_bfloat16_keeps_everything_in_float32_and_learns():
     shape = {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 8, "image_size": 8, "patch_size": 4}
-    config = models.model_config("extra_res", num_classes=4, drop_path=0.1, **shape)
+    config = models.model_config("react_deit", num_classes=4, drop_path=0.1, **shape)
     model = models.create_model(config, jnp.bfloat16, Execution("block", scan_blocks=True))
     settings = {"accumulate_steps": 2, "ema_decay": 0.9, "label_smoothing": 0.0}
     adam = optimizer(rules=(("head/.*", 2.0, 1.0),))

@@ -418,7 +418,7 @@ def test_one_and_eight_devices_agree(dtype: type, data_dir: Path) -> None:
     assert len(jax.devices()) >= 8
     config = tiny_config(data_dir)
     config.model = models.model_config(
-        "extra_res",
+        "react_deit",
         image_size=16,
         patch_size=4,
         num_classes=10,

@@ -335,10 +335,23 @@ def test_timm_s_crop_is_understood(tmp_path):
     assert loaded.config.image_size == 32
 
 
+@pytest.mark.parametrize("file_format", [pretrained.NATIVE, "reference"])
+def test_the_former_name_of_a_model_still_loads_and_is_not_written_again(tmp_path, file_format):
+    pretrained.save(tiny_pretrained("react_deit_ls"), tmp_path / "x", file_format)
+    description = tmp_path / "x" / "config.json"
+    assert "react_deit" in description.read_text()
+    description.write_text(description.read_text().replace("react_deit", "extra_res"))
+    loaded = pretrained.load(tmp_path / "x")
+    assert loaded.config.name == "react_deit"
+    assert loaded.config.pool_branches == (3, 5)  # as the description says
+    pretrained.save(loaded, tmp_path / "y", file_format)
+    assert "extra_res" not in (tmp_path / "y" / "config.json").read_text()
+
+
 # --- other sizes, other classes ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["deit", "deit_heads", "extra_res", "extra_res_ls", "binaryvit", "swin"])
+@pytest.mark.parametrize("name", ["deit", "deit_heads", "react_deit", "react_deit_ls", "binaryvit", "swin"])
 def test_another_image_size(tmp_path, name):
     model = tiny_pretrained(name)
     resized = adapt.resized(model, 64)
