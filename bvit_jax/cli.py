@@ -311,7 +311,7 @@ COMMANDS = {
         logs=True,
         trains=True,
     ),
-    "predict": Command("classify image files", _of("bvit_jax.predict")),
+    "predict": Command("classify image files", _of("bvit_jax.inference.command")),
     "convert": Command("move weights between PyTorch and JAX", _of("bvit_jax.convert")),
     "prepare": Command("prepare data sets for training", _of("bvit_jax.data.prepare.command"), logs=True),
     "report": Command("pictures and tables of runs, networks and costs", _of("bvit_jax.report.command")),

@@ -2,21 +2,24 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
 import pytest
 from absl import flags
+from PIL import Image
 
 from bvit_jax import cli
 from bvit_jax.errors import UserError
 from bvit_jax.runtime import process
 from bvit_jax.runtime.arguments import CONFIGS, parse_config
 from bvit_jax.runtime.interruption import Interrupted
-
-TEACHER = Path(cli.__file__).parent / "assets" / "deit_digits"
+from tests.processes import ROOT, TIMEOUT, environment
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -163,3 +166,45 @@ def test_experiments_are_found_by_name(name: str) -> None:
 def test_experiments_take_an_argument() -> None:
     assert parse_config(["--config=deit_digits:distilled"]).model.distillation_token
     assert not parse_config(["--config=deit_digits"]).model.distillation_token
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_in_an_empty_directory(tmp_path: Path) -> None:
+    """Everything that a user needs is in it: commands, experiments, teachers."""
+    checkout, unpacked, directory = tmp_path / "checkout", tmp_path / "unpacked", tmp_path / "empty"
+    ignored = shutil.ignore_patterns(".git", "golden", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, checkout, symlinks=True, ignore=ignored)  # building leaves files behind
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, f"--wheel-dir={tmp_path}", str(checkout)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+        (entry,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert b"bvit = bvit_jax.cli:console" in archive.read(entry)
+    directory.mkdir()
+
+    def bvit(*arguments: str) -> str:
+        variables = {**environment(), "PYTHONPATH": str(unpacked), "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-c", "from bvit_jax.cli import console; console()", *arguments]
+        done = subprocess.run(
+            command,
+            cwd=directory,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    small = [
+        "--config.model.depth=(1,1)",
+        "--config.epochs=1",
+        "--config.health=False",
+        "--config.data.data_dir=data",
+    ]
+    trained = json.loads(bvit("train", "--config=digits", "--workdir=w", *small))
+    assert json.loads(bvit("eval", "--workdir=w"))["top1"] == trained["top1"]
+    Image.new("RGB", (8, 8)).save(directory / "x.png")
+    assert len(json.loads(bvit("predict", "--checkpoint=w", "x.png", "--json"))["classes"]) == 5

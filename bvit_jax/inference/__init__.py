@@ -1,0 +1,9 @@
+"""Inference: a model of any origin as a classifier of images, and the command ``bvit predict``.
+
+`Classifier` joins a network to its preprocessing and class names, and takes arrays, PIL images and files
+alike. It reads runs and weights of any format; it knows nothing of training, losses or the data sets.
+"""
+
+from bvit_jax.inference.classifier import Classifier, Guess, load, predict, save
+
+__all__ = ["Classifier", "Guess", "load", "predict", "save"]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from bvit_jax import models
 from bvit_jax.errors import UserError
-from bvit_jax.inference.classify import load_image, prepared
+from bvit_jax.inference.images import model_input, prepared
 from bvit_jax.models import same_layers
 from bvit_jax.report import html_page
 from bvit_jax.report import network_figures as figures
@@ -317,7 +317,7 @@ def default_samples(model: Pretrained) -> list[Sample]:
     from matplotlib import cbook
 
     path = Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
-    return [Sample("matplotlib's portrait of Grace Hopper", load_image(path, model.preprocessing))]
+    return [Sample("matplotlib's portrait of Grace Hopper", model_input(path, model.preprocessing))]
 
 
 def _digits(model: Pretrained) -> list[Sample]:
@@ -368,7 +368,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--output: {arguments.output} is a file; name a directory")
     checkpoint = arguments.checkpoint
     model = runs.load_model(checkpoint, kind=arguments.kind, ema=arguments.ema)
-    samples = [Sample(path.name, load_image(path, model.preprocessing)) for path in paths]
+    samples = [Sample(path.name, model_input(path, model.preprocessing)) for path in paths]
     lines = _metrics(checkpoint) if runs.is_run(checkpoint) else None
     page = save_report(
         model, samples or default_samples(model), arguments.output, origin=str(checkpoint), lines=lines

@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from bvit_jax import cli, models
 from bvit_jax.errors import UserError
-from bvit_jax.inference.classify import load_image, predict
+from bvit_jax.inference import Classifier
+from bvit_jax.inference.images import model_input
 from bvit_jax.training.steps.train import Normalization
 from bvit_jax.weights import pretrained
 from bvit_jax.weights.formats import Preprocessing, deit_preprocessing
@@ -105,7 +106,7 @@ def test_a_photograph_from_a_converted_checkpoint(tmp_path, photograph, capsys):
         assert (done.returncode, done.stderr) == (0, "")
     classes = json.loads(done.stdout)["classes"]
 
-    pixels = load_image(photograph, Preprocessing(256, 224))
+    pixels = model_input(photograph, Preprocessing(256, 224))
     normalized = Normalization(source.preprocessing.mean, source.preprocessing.std)(pixels[None])
     expected = jax.nn.softmax(model.apply(variables, normalized).logits[0])
     order = np.argsort(-expected)[:5]
@@ -130,10 +131,10 @@ def test_from_a_workdir(tmp_path, photograph, digit_files, capsys):
 
 
 def test_images_in_several_groups(digit_files):
-    model = pretrained.load(TEACHER)
-    once = list(predict(model, digit_files))
+    classifier = Classifier(pretrained.load(TEACHER))
+    once = list(classifier.top(digit_files))
     assert len(once) == 10
-    alone = [next(predict(model, [path])) for path in digit_files[8:]]
+    alone = [next(classifier.top([path])) for path in digit_files[8:]]
     for together, single in zip(once[8:], alone, strict=True):
         assert [guess.index for guess in together] == [guess.index for guess in single]
 
@@ -176,7 +177,7 @@ def test_a_turned_photograph_is_seen_as_it_was_held(tmp_path):
     picture.save(tmp_path / "straight.png")
     processing = Preprocessing(24, 16)
     np.testing.assert_array_equal(
-        load_image(tmp_path / "turned.png", processing), load_image(tmp_path / "straight.png", processing)
+        model_input(tmp_path / "turned.png", processing), model_input(tmp_path / "straight.png", processing)
     )
 
 
@@ -207,7 +208,7 @@ def test_damaged_weights_are_not_believed(digit_files):
     model = pretrained.load(TEACHER)
     model.variables["params"]["head"]["bias"][0] = np.nan
     with pytest.raises(UserError, match="is not finite; its weights are damaged"):
-        next(predict(model, digit_files[:1]))
+        Classifier(model).predict(digit_files[:1])
 
 
 def test_assumptions_are_said(tmp_path, digit_files, capsys):
@@ -221,7 +222,7 @@ def test_assumptions_are_said(tmp_path, digit_files, capsys):
 @pytest.mark.parametrize("square", [False, True])
 def test_images_are_cut_or_squeezed(tmp_path, square):
     Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "x.png")
-    image = load_image(tmp_path / "x.png", Preprocessing(24, 16, square=square))
+    image = model_input(tmp_path / "x.png", Preprocessing(24, 16, square=square))
     assert image.shape == (16, 16, 3)
     assert image.dtype == np.uint8
 

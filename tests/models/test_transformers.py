@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from bvit_jax import models
-from bvit_jax.inference.classify import load_image
+from bvit_jax.inference.images import model_input
 from bvit_jax.weights import adapt, pretrained
 from bvit_jax.weights.formats import FORMATS, huggingface
 from bvit_jax.weights.state_dicts import to_state_dict
@@ -150,5 +150,5 @@ def test_images_are_prepared_as_transformers_does(tmp_path, square, interpolatio
     pixels = np.random.default_rng(0).integers(0, 256, (30, 45, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
     theirs = kind(**values)(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
-    ours = (load_image(tmp_path / "x.png", processing) / 255 - processing.mean) / processing.std
+    ours = (model_input(tmp_path / "x.png", processing) / 255 - processing.mean) / processing.std
     np.testing.assert_allclose(np.moveaxis(theirs, 0, -1), ours, rtol=0, atol=1e-5)

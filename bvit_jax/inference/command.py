@@ -1,0 +1,46 @@
+"""Classifies image files: ``bvit predict --checkpoint PATH IMAGE...``
+
+PATH is the workdir of a training run, or anything that ``bvit convert`` reads. Images are prepared as the
+checkpoint says.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from bvit_jax.errors import UserError
+from bvit_jax.inference.classifier import load
+from bvit_jax.runtime.arguments import add_noema, positive
+
+
+def run(argv: list[str]) -> None:
+    """Runs the command."""
+    arguments = _parser().parse_args(argv)
+    missing = [path for path in arguments.images if not path.is_file()]
+    if missing:  # before the model is loaded
+        raise UserError(f"no file {missing[0]}; expected an image")
+    classifier = load(arguments.checkpoint, checkpoint=arguments.kind, ema=arguments.ema)
+    for text in classifier.pretrained.assumed:
+        print(f"assumed, since the checkpoint does not say: {text}", file=sys.stderr)
+    for path, ranking in zip(arguments.images, classifier.top(arguments.images, arguments.top), strict=True):
+        if arguments.json:
+            print(json.dumps({"image": str(path), "classes": [asdict(guess) for guess in ranking]}))
+            continue
+        print(path)
+        for guess in ranking:
+            print(f"  {100 * guess.probability:5.1f} %  {guess.name}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bvit predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH")
+    parser.add_argument("--kind", choices=("latest", "best"), help="of a workdir (default: latest)")
+    add_noema(parser)
+    parser.add_argument("--top", type=positive, default=5, help="classes to print per image")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    return parser
