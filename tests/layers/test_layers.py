@@ -180,11 +180,11 @@ def check_linear(function, x, expected):
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_average_pool(size):
     x, side = tokens(), SIDE // size
-    grid = x.reshape(2, SIDE, SIDE, CHANNELS)
+    cells = x.reshape(2, SIDE, SIDE, CHANNELS)
     expected = np.zeros((2, side, side, CHANNELS))
     for i in range(SIDE):
         for j in range(SIDE):
-            expected[:, i // size, j // size] += grid[:, i, j] / size**2
+            expected[:, i // size, j // size] += cells[:, i, j] / size**2
     expected = expected.reshape(2, -1, CHANNELS)
     check_linear(lambda x: grid.average_pool(x, size), x, expected)
 
@@ -243,14 +243,14 @@ def test_average_line_equals_torch():
             close(grid.average_line(jnp.array(x), size, axis), theirs.movedim(1, -1))
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("average", [grid.average_channels, grid.average_channel_slices])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_average_channels(size, train):
+def test_average_channels(size, average):
     x = numbers(2, 3, 8)
     expected = np.zeros((2, 3, 8 // size))
     for channel in range(8):
         expected[..., channel // size] += x[..., channel] / size
-    check_linear(lambda x: grid.average_channels(x, size, train=train), x, expected)
+    check_linear(lambda x: average(x, size), x, expected)
 
 
 def test_extract_patches():
