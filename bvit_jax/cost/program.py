@@ -178,7 +178,10 @@ def _inline_scan(
     """Appends a scan as its body, repeated, between the operations that take its data apart and join it."""
     params = equation.params
     body, consts = _open(params["jaxpr"])
-    constants, carried = params["num_consts"], params["num_carry"]
+    # By the axis that only what is taken apart or joined has more of: jax's own counts differ by version.
+    sliced = sum(v.aval.ndim > inner.aval.ndim for v, inner in zip(equation.invars, body.invars))
+    carried = sum(v.aval.ndim == inner.aval.ndim for v, inner in zip(equation.outvars, body.outvars))
+    constants = len(given) - carried - sliced
     inputs = list(given[:constants])
     for i, variable in enumerate(body.invars[constants:], constants):
         node = _node(variable.aval)
