@@ -179,8 +179,8 @@ def _inline_scan(
     params = equation.params
     body, consts = _open(params["jaxpr"])
     # By the axis that only what is taken apart or joined has more of: jax's own counts differ by version.
-    sliced = sum(v.aval.ndim > inner.aval.ndim for v, inner in zip(equation.invars, body.invars))
-    carried = sum(v.aval.ndim == inner.aval.ndim for v, inner in zip(equation.outvars, body.outvars))
+    sliced = sum(_rank(v) > _rank(inner) for v, inner in zip(equation.invars, body.invars))
+    carried = sum(_rank(v) == _rank(inner) for v, inner in zip(equation.outvars, body.outvars))
     constants = len(given) - carried - sliced
     inputs = list(given[:constants])
     for i, variable in enumerate(body.invars[constants:], constants):
@@ -196,6 +196,10 @@ def _inline_scan(
         kind = "scan_carry" if i < carried else "scan_stack"
         program.operations.append(Operation(kind, place.layer, (output,), (result,), {}, (), times))
     return results
+
+
+def _rank(variable: Any) -> int:
+    return variable.aval.ndim
 
 
 @dataclass(frozen=True)
