@@ -1,4 +1,9 @@
-"""From a prepared TFDS dataset to batches of uint8 images; knows nothing of models."""
+"""Input: batches of uint8 images from a prepared TFDS dataset, made on the host.
+
+Opens splits for random access, decodes and transforms images with Pillow, and batches them with Grain, so
+that a batch depends only on the seed and its number. Knows no models and puts nothing on devices.
+Augmentation on the device is in `bvit_jax.augment`; `bvit_jax.data.prepare` writes datasets.
+"""
 
 from bvit_jax.data.pipeline import (
     Batch,

@@ -1,7 +1,7 @@
 """The 1,797 handwritten digits that come with scikit-learn, as a TFDS dataset without a download.
 
-Real images that every machine can prepare in a second: the quick start and the end-to-end tests
-train on them through the same code that reads ImageNet.
+Real images that any machine prepares in a second: the quick start and the end-to-end tests train on them
+through the code that reads ImageNet.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-TEST_EVERY = 5  # every fifth image is a test image, beginning with the first
+TEST_EVERY = 5  # every fifth image is a test image, starting with the first
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """Builder of ``digits``: 8x8 grey PNG images and labels 0 to 9.
+    """Builder of ``digits``: grey PNG images of 8x8 pixels, and labels 0 to 9.
 
     Splits: ``test``, the 360 images whose index is a multiple of 5, and ``train``, the other 1,437.
     """
@@ -59,17 +59,17 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str) -> None:
-    """Writes ``digits`` below ``data_dir``, atomically; several processes may do so at once.
+    """Writes ``digits`` to ``data_dir`` atomically; several processes may do so at once.
 
     Raises:
       OSError: the directory cannot be written.
     """
     builder = Digits(data_dir=data_dir)
     try:
-        # TFDS announces downloads on stdout and draws bars on stderr: there is nothing to wait for.
+        # TFDS announces downloads on stdout and draws progress bars on stderr, though this takes no time.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             builder.download_and_prepare(file_format="array_record")
     except OSError:
-        # TFDS writes aside and renames at the end, which fails if another process was first.
+        # TFDS writes elsewhere and renames at the end, which fails if another process was first.
         if not builder.data_path.exists():
             raise

@@ -1,9 +1,9 @@
-"""A generated ImageNet to rehearse with: ``python -m bvit_jax.data.mini_imagenet --out DIR``
+"""A small generated ImageNet for rehearsals: ``python -m bvit_jax.data.mini_imagenet --out DIR``
 
-Writes the two tars of ILSVRC 2012 with the official names of files, synsets and images, and few small
-images: stripes whose colour, direction and width depend on the class, so that a model can learn them. A
-few are grey, and those that are CMYK or PNG files in the real set are so here. The same arguments
-give the same images.
+Writes the two tars of ILSVRC 2012 with the official names of files, synsets and images, but few and small
+images: stripes whose colour, direction and width depend on the class, so that a model can learn them. Some
+are grey, and images that are CMYK or PNG files in the real dataset are so here. The same arguments give the
+same images.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_build
 from bvit_jax.data.prepare.imagenet import TRAIN_TAR, VAL_TAR, tfds_info, validation_labels
 from bvit_jax.errors import UserError
 
-SIDES = (48, 129)  # shortest and one above the longest side in pixels
+SIDES = (48, 129)  # range of the sides in pixels, the end excluded
 GREY_EVERY = 20
 NOISE = 12.0
 
 
 def generate(out: Path, train_per_class: int = 2, validation: int = 500, seed: int = 0) -> dict[str, int]:
-    """Writes both tars into the directory ``out`` and returns the number of images of each split.
+    """Writes both tars to the directory ``out`` and returns the number of images per split.
 
     Raises:
       UserError: a number is out of range, the tars exist, or they cannot be written.
@@ -51,7 +51,7 @@ def generate(out: Path, train_per_class: int = 2, validation: int = 500, seed: i
 
 
 def class_image(label: int, rng: np.random.Generator) -> Image.Image:
-    """Draws one RGB image of the class ``label``, 0 to 999: one of ten hues, directions and widths."""
+    """Draws an RGB image of the class ``label``, 0 to 999, whose digits are hue, direction and width."""
     hue, direction, width = label % 10, label // 10 % 10, label // 100
     columns, rows = rng.integers(*SIDES, size=2)
     angle = np.pi * (direction + rng.uniform(-0.2, 0.2)) / 10

@@ -1,6 +1,6 @@
 """RandAugment (Cubuk et al., 2019) with timm's operations, ranges and signs, on Pillow images.
 
-A policy is text such as ``rand-m9-mstd0.5-inc1``, as timm writes it (``timm/data/auto_augment.py``).
+A policy is a string such as ``rand-m9-mstd0.5-inc1``, in timm's notation (``timm/data/auto_augment.py``).
 """
 
 import re
@@ -15,12 +15,12 @@ from bvit_jax.errors import UserError, nearest
 
 MAX_MAGNITUDE = 10  # the magnitude whose level is 1
 SOLARIZE_ADD_BELOW = 128
-UNIFORM_ABOVE = 100.0  # a larger mstd stands for a uniform magnitude, from 0 to m
+UNIFORM_ABOVE = 100.0  # a larger mstd means a uniform magnitude, from 0 to m
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """How a warp samples between pixels, and the colour it leaves outside of the image."""
+    """How a warp interpolates, and the colour with which it fills what is outside the image."""
 
     resample: Image.Resampling
     fill: tuple[int, ...]
@@ -34,9 +34,9 @@ class Operation:
     """One row of `OPERATIONS`.
 
     Attributes:
-      apply: makes the new image of an image, a strength and a canvas.
-      strength: of a level, which is the magnitude over 10.
-      signed: whether the level is negative in half of the cases.
+      apply: returns the new image, given an image, a strength and a canvas.
+      strength: converts a level, which is the magnitude divided by 10, to a strength.
+      signed: whether the level is negative with probability one half.
     """
 
     apply: Apply
@@ -46,15 +46,15 @@ class Operation:
 
 @dataclass(frozen=True)
 class Policy:
-    """What a policy's text says; the field in brackets is its letter there.
+    """A parsed policy; its notation in the string is in brackets.
 
     Attributes:
-      operations: names in `OPERATIONS`, drawn with equal probability, with repetition.
-      weights: probabilities in place of that, and no repetition; empty for none.
-      magnitude: mean strength, 10 for a level of 1 [m].
-      magnitude_std: standard deviation of the strength; infinity: uniform up to the mean [mstd].
-      magnitude_max: where the strength is cut [mmax].
-      count: operations drawn for an image [n].
+      operations: names in `OPERATIONS`, drawn with equal probability and with replacement.
+      weights: if not empty, their probabilities; they are then drawn without replacement.
+      magnitude: mean magnitude, 10 for a level of 1 [m].
+      magnitude_std: standard deviation of the magnitude; infinity: uniform up to the mean [mstd].
+      magnitude_max: upper limit of the magnitude [mmax].
+      count: operations drawn per image [n].
       prob: probability that a drawn operation is applied [p].
     """
 
@@ -108,7 +108,7 @@ def _invert(image: Image.Image, strength: float, canvas: Canvas) -> Image.Image:
 
 
 def _posterize(image: Image.Image, bits: float, canvas: Canvas) -> Image.Image:
-    # ImageOps.posterize refuses 0 bits since Pillow 13; before, and for timm, they meant black.
+    # ImageOps.posterize rejects 0 bits since Pillow 13; earlier, and for timm, they mean black.
     dropped = max(0, 8 - int(bits))
     return image.point([value >> dropped << dropped for value in range(256)] * 3)
 
@@ -180,7 +180,7 @@ OPERATIONS: dict[str, Operation] = {
     "TranslateYRel": Operation(_translate_y, _times(0.45), signed=True),
 }
 
-# Drawn without inc, and with inc1, where a larger magnitude always changes the image more.
+# Without inc, and with inc1, for which a larger magnitude always changes the image more.
 PLAIN = tuple(name for name in OPERATIONS if not name.endswith("Increasing"))
 INCREASING = tuple(
     name for name in OPERATIONS if name.endswith("Increasing") or f"{name}Increasing" not in OPERATIONS
@@ -207,14 +207,14 @@ WEIGHTS = {
 
 
 def parse_policy(text: str) -> Policy:
-    """Reads a policy such as ``rand-m9-mstd0.5-inc1``.
+    """Parses a policy such as ``rand-m9-mstd0.5-inc1``.
 
     After ``rand``, in any order: ``m`` magnitude (10), ``mstd`` its standard deviation (0), ``mmax``
-    its bound (10), ``n`` operations an image (2), ``p`` probability of each (0.5), ``inc1`` for the
+    its limit (10), ``n`` operations per image (2), ``p`` probability of each (0.5), ``inc1`` for the
     increasing operations, ``tweights`` for timm's weighted choice of them.
 
     Raises:
-      UserError: a part is unknown, has no number or one out of range; names it.
+      UserError: a part is unknown, lacks its number or has one out of range; names the part.
     """
     first, *parts = text.split("-")
     if first != "rand":
@@ -275,17 +275,17 @@ def apply_operation(image: Image.Image, name: str, level: float, canvas: Canvas)
     """Applies an operation of `OPERATIONS` to an RGB image.
 
     Args:
-      image: left as it is.
+      image: not modified.
       name: of the operation.
-      level: magnitude over 10, negative for the other direction of a signed operation.
-      canvas: used by the warps alone.
+      level: magnitude divided by 10, negative for the other direction of a signed operation.
+      canvas: used only by warps.
     """
     operation = OPERATIONS[name]
     return operation.apply(image, operation.strength(level), canvas)
 
 
 def draw_level(rng: np.random.Generator, policy: Policy, signed: bool) -> float:
-    """Draws the level of one operation: the cut magnitude over 10, with a sign if ``signed``."""
+    """Draws the level of one operation: the limited magnitude divided by 10, with a sign if ``signed``."""
     magnitude: float = policy.magnitude
     if policy.magnitude_std == float("inf"):
         magnitude = rng.uniform(0, magnitude)
@@ -303,14 +303,14 @@ def rand_augment(
     resamples: tuple[Image.Resampling, ...],
     fill: tuple[int, ...],
 ) -> Image.Image:
-    """Applies the operations that the policy draws, one after the other.
+    """Draws operations from the policy and applies them one after the other.
 
     Args:
-      image: RGB, left as it is.
+      image: RGB, not modified.
       rng: the only source of randomness.
       policy: see `parse_policy`.
-      resamples: of these, a warp takes one at random.
-      fill: colour outside of a warped image, 0 to 255.
+      resamples: interpolations, of which each warp takes one at random.
+      fill: colour outside a warped image, 0 to 255.
     """
     weights = policy.weights or None
     names = rng.choice(policy.operations, policy.count, replace=weights is None, p=weights)

@@ -1,4 +1,4 @@
-"""Opens one split of any prepared TFDS image-classification dataset for random access."""
+"""Random access to one split of any prepared TFDS image-classification dataset."""
 
 import os
 import re
@@ -10,17 +10,17 @@ import tensorflow_datasets as tfds
 
 from bvit_jax.errors import UserError, nearest
 
-DIGITS = "digits"  # the one dataset that is prepared on first use
+DIGITS = "digits"  # the only dataset that is prepared on first use
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split, encoded, and what a classifier must know about them.
+    """The encoded images of one split, and its classes.
 
     ``source[i]`` is ``{"image": bytes of a PNG or JPEG file, "label": int}`` for i from 0 to
-    ``num_examples - 1`` and may be read from many threads; ``class_names[label]`` names the label.
+    ``num_examples - 1`` and may be read from many threads; ``class_names[label]`` is the name of a label.
     """
 
     dataset: str
@@ -33,7 +33,7 @@ class Split:
 
 
 def open_split(dataset: str, data_dir: str, split: str) -> Split:
-    """Opens ``split`` of ``dataset`` below ``data_dir``; prepares ``digits`` where it is missing.
+    """Opens ``split`` of ``dataset`` in ``data_dir``; prepares ``digits`` first if it is missing.
 
     Args:
       dataset: a TFDS name, ``name[/config][:version]``; without a version the newest is opened.
@@ -42,7 +42,7 @@ def open_split(dataset: str, data_dir: str, split: str) -> Split:
 
     Raises:
       UserError: the dataset is not prepared there, is not in ArrayRecord format or has no labelled
-        images; there is no such split or it is empty; the directory cannot be read or written.
+        images; the split does not exist or is empty; the directory cannot be read or written.
     """
     root = _root(data_dir)
     try:
@@ -63,7 +63,7 @@ def open_split(dataset: str, data_dir: str, split: str) -> Split:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the message of an error of another library without its line breaks."""
+    """Returns the message of another library's error on one line."""
     return " ".join(str(error).split())
 
 
@@ -126,7 +126,7 @@ def _open(dataset: str, path: Any, split: str) -> Split:
         source = builder.as_data_source(split, decoders=decoders)
     except NotImplementedError:
         raise UserError(
-            f"{path} is in {builder.info.file_format.value} format, which cannot be read at random;"
+            f"{path} is in {builder.info.file_format.value} format, which has no random access;"
             " convert it with python -m bvit_jax.data.prepare tfrecord or prepare it again with"
             " file_format='array_record'"
         ) from None
@@ -156,7 +156,7 @@ def _prepared_datasets(root: Any) -> Iterator[Any]:
 
 
 def _versions(parent: Any) -> Iterator[Any]:
-    # TFDS prepares in "incomplete.XXXXXX_1.0.0" and renames at the end: such names do not match.
+    # TFDS prepares in "incomplete.XXXXXX_1.0.0", which does not match, and renames at the end.
     yield from (path for path in _directories(parent) if VERSION.fullmatch(path.name))
 
 

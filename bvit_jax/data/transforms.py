@@ -1,4 +1,4 @@
-"""Image transforms on Pillow images, equal to torchvision's bit for bit.
+"""Transforms of Pillow images, bit-identical to torchvision's.
 
 Boxes are ``(top, left, height, width)`` in pixels; images are RGB.
 """
@@ -15,7 +15,7 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-RANDOM = "random"  # in place of the name of an interpolation: one of them, drawn for each use
+RANDOM = "random"  # in place of an interpolation: one of them, drawn for each use
 CROP_TRIES = 10
 
 Box = tuple[int, int, int, int]
@@ -25,10 +25,10 @@ Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """How far torchvision's ``ColorJitter`` goes, each at least 0; 0 leaves that property alone.
+    """Strengths of torchvision's ``ColorJitter``, each at least 0; 0 leaves a property alone.
 
     Brightness, contrast and saturation are multiplied by a factor between ``max(0, 1 - x)`` and
-    ``1 + x``; hue, at most 0.5, is turned by up to ``x`` of the circle either way.
+    ``1 + x``; hue, with x at most 0.5, is rotated by up to ``x`` of the circle in either direction.
     """
 
     brightness: float = 0.0
@@ -38,10 +38,10 @@ class ColorJitter:
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """Decodes an image file to RGB; raises whatever Pillow raises for a damaged one."""
+    """Decodes an image file to RGB; raises what Pillow raises if the file is damaged."""
     with Image.open(io.BytesIO(encoded)) as image:
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
 
 
 def random_resized_crop_box(
@@ -57,7 +57,7 @@ def random_resized_crop_box(
       ratio: smallest and largest width / height, drawn uniformly in its logarithm.
 
     Returns:
-      The box; after ten draws that do not fit, the largest centred box within ``ratio``.
+      The box; if ten draws do not fit, the largest centred box within ``ratio``.
     """
     area = width * height
     log_ratio = np.log(ratio)
@@ -79,9 +79,9 @@ def random_resized_crop_box(
 
 
 def resized_crop(image: Image.Image, box: Box, size: int, interpolation: str) -> Image.Image:
-    """Cuts out ``box`` and resizes it to ``size`` x ``size`` pixels."""
+    """Crops to ``box`` and resizes to ``size`` x ``size`` pixels."""
     top, left, height, width = box
-    # resize(box=...) would be one pass, but its filter reads pixels outside the box.
+    # resize(box=...) would take one pass, but its filter reads pixels outside the box.
     cropped = image.crop((left, top, left + width, top + height))
     return cropped.resize((size, size), INTERPOLATIONS[interpolation])
 
@@ -95,10 +95,10 @@ def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Imag
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Cuts out the central ``size`` x ``size`` pixels; a smaller image gets black borders first."""
+    """Crops to the central ``size`` x ``size`` pixels; a smaller image gets black borders."""
     width, height = image.size
     pad_x, pad_y = max(size - width, 0), max(size - height, 0)
-    # Half of the border, rounded down, goes to the left and top, where crop fills with black too.
+    # Half of the border, rounded down, goes to the left and top; crop fills it with black.
     left = -(pad_x // 2) if pad_x else round((width - size) / 2)
     top = -(pad_y // 2) if pad_y else round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
@@ -117,9 +117,9 @@ def _change_saturation(image: Image.Image, factor: float) -> Image.Image:
 
 
 def turn_hue(image: Image.Image, share: float) -> Image.Image:
-    """Turns the hue of an RGB image by ``share`` of the circle, in steps of 1/256."""
+    """Rotates the hue of an RGB image by ``share`` of the circle, in steps of 1/256."""
     hue, saturation, value = image.convert("HSV").split()
-    steps = int(share * 255)  # torchvision's own 255, on a circle of 256
+    steps = int(share * 255)  # torchvision uses 255, on a circle of 256
     hue = hue.point([(step + steps) % 256 for step in range(256)])
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
@@ -154,7 +154,7 @@ def train_transform(
     flip: bool,
     augment: Augment | None = None,
 ) -> np.ndarray:
-    """Random resized crop, a horizontal flip in half of the cases, then ``augment``.
+    """Applies a random resized crop, a horizontal flip with probability one half, then ``augment``.
 
     Returns:
       uint8 [size, size, 3].
@@ -169,5 +169,5 @@ def train_transform(
 
 
 def eval_transform(image: Image.Image, *, size: int, resize: int, interpolation: str) -> np.ndarray:
-    """Resizes the short side to ``resize`` and crops the centre: uint8 [size, size, 3]."""
+    """Resizes the short side to ``resize`` and crops the centre; returns uint8 [size, size, 3]."""
     return np.asarray(centre_crop(resize_short_side(image, resize, interpolation), size))
