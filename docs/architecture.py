@@ -18,8 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.patches import FancyBboxPatch, PathPatch, Polygon
-from matplotlib.path import Path as Line
+from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).parents[1]
 BANDS = {  # the first room of each group, with the group's name and colour
@@ -31,15 +30,17 @@ BANDS = {  # the first room of each group, with the group's name and colour
     "models": ("the network", "#d6defa"),
     "config": ("settings", "#e9e9e9"),
 }
-WIDTH, HEIGHT, ACROSS, DOWN = 3.1, 0.78, 3.35, 1.12  # of a box; from one box to the next
-INK = "#46566a"
+WIDTH, HEIGHT, DOWN, LANE = 9.4, 0.5, 0.74, 0.3  # of a box; from box to box; between vertical lines; in inches
+INK = "#3d4b5c"
+SHADES = ["#b3432b", "#2f6f9f", "#5a8f3c", "#7a4fa3", "#b07d12", "#1f8a8a", "#a33a6b"]
+ARROW = {"arrowstyle": "-|>", "color": INK, "lw": 1.4, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13}
 
 
-def order() -> list[list[str]]:
-    """Returns the rows of rooms, top to bottom, that import-linter checks."""
+def order() -> list[str]:
+    """Returns the rooms from top to bottom, in the order that import-linter checks."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     layers = next(contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
-    return [row.replace("|", ":").replace(" ", "").split(":") for row in layers if row != "errors"]
+    return [room for row in layers for room in row.replace("|", ":").replace(" ", "").split(":") if room != "errors"]
 
 
 def imports(rooms: list[str]) -> dict[str, set[str]]:
@@ -69,53 +70,58 @@ def describe(room: str) -> tuple[str, str]:
     return f"{len(files)} files, {lines:,} lines" if path.is_dir() else f"{lines:,} lines", sentence
 
 
-def arrow(axes: pyplot.Axes, points: list[tuple[float, float]], way: float) -> None:
-    """Draws a line (straight, or a cubic curve) whose head points along x by ``way``, or down at 0."""
-    codes = [Line.MOVETO] + [Line.LINETO if len(points) == 2 else Line.CURVE4] * (len(points) - 1)
-    axes.add_patch(PathPatch(Line(points, codes), fill=False, ec=INK, lw=1.3, zorder=1))
-    x, y = points[-1]
-    corners = [(-0.06, 0.15), (0.06, 0.15)] if not way else [(-0.15 * way, 0.06), (-0.15 * way, -0.06)]
-    axes.add_patch(Polygon([(x, y), *((x + across, y + up) for across, up in corners)], color=INK, zorder=3))
+def lanes(spans: dict[str, list[int]]) -> dict[str, int]:
+    """Returns a vertical line for each room that is reached from afar, so that no two share one at the same height."""
+    taken: list[list[int]] = []
+    found = {}
+    for room, rows in sorted(spans.items(), key=lambda item: (item[1][-1] - item[1][0], item[1])):
+        free = (lane for lane, rest in enumerate(taken) if not set(rest) & set(range(rows[0], rows[-1] + 1)))
+        found[room] = next(free, len(taken))
+        taken.extend([[]] if found[room] == len(taken) else [])
+        taken[found[room]].extend(range(rows[0], rows[-1] + 1))
+    return found
 
 
 def draw(png: Path) -> None:
     """Writes the picture."""
-    rows = order()
-    found = imports([room for row in rows for room in row])
-    level = {room: number for number, row in enumerate(rows) for room in row}
-    x = {room: ACROSS * (i - (len(row) - 1) / 2) for row in rows for i, room in enumerate(row)}
-    figure, axes = pyplot.subplots(figsize=(15, len(rows) * DOWN * 0.93), layout="constrained")
-    name, colour = "", ""
-    for room in level:
-        starts = room in BANDS
-        name, colour = BANDS.get(room, (name, colour))
-        if x[room] == min(x[other] for other in rows[level[room]]):
-            y = -DOWN * level[room]
-            axes.axhspan(y - DOWN / 2, y + DOWN / 2, color=colour, alpha=0.45, lw=0, zorder=0)
-            axes.text(-7.9, y, name if starts else "", size=12, color=INK, va="center", weight="bold")
+    rooms = order()
+    found = imports(rooms)
+    row = {room: number for number, room in enumerate(rooms)}
+    spans: dict[str, list[int]] = {}  # of each room: the rows of those that import it, and its own
+    figure, axes = pyplot.subplots(figsize=(14.4, DOWN * len(rooms)))
+    colour = ""
+    for room, y in ((room, -DOWN * row[room]) for room in rooms):
+        label, colour = BANDS.get(room, ("", colour))
+        axes.axhspan(y - DOWN / 2, y + DOWN / 2, color=colour, alpha=0.55, lw=0, zorder=0)
+        axes.text(-2.0, y + 0.2, label, size=12, color=INK, va="top", weight="bold")
         size, sentence = describe(room)
-        left, top = x[room] - WIDTH / 2, -DOWN * level[room] + HEIGHT / 2
-        shape = "round,pad=0,rounding_size=0.1"
-        axes.add_patch(FancyBboxPatch((left, top - HEIGHT), WIDTH, HEIGHT, shape, fc="white", ec=INK, zorder=2))
-        axes.text(left + 0.1, top - 0.18, room, weight="bold", size=13, va="center")
-        axes.text(left + WIDTH - 0.1, top - 0.18, size, size=8.5, ha="right", va="center", color="#666666")
-        short = textwrap.fill(textwrap.shorten(sentence, 92, placeholder=" …"), 46)
-        axes.text(left + 0.1, top - 0.34, short, size=9, va="top", linespacing=1.1)
-    lanes = {-1: 0, 1: 0}
-    for room, targets in found.items():
-        for target in sorted(targets - set().union(*(reached(other, found) for other in targets)), key=level.get):
-            (a, b), gap = (-DOWN * level[room], -DOWN * level[target]), level[target] - level[room]
-            if gap == 1:
-                shift = 0.28 * (x[target] - x[room]) / ACROSS
-                arrow(axes, [(x[room] + shift, a - HEIGHT / 2), (x[target] - shift, b + HEIGHT / 2)], 0)
-                continue
-            side = 1 if (x[room] + x[target] or lanes[-1] - lanes[1]) >= 0 else -1
-            lanes[side] += 1
-            edges = [side * x[r] for row in rows[level[room] : level[target] + 1] for r in row]
-            out = side * (max(edges) + WIDTH / 2 + 0.25 + 0.16 * gap)
-            ends = [(x[room] + side * WIDTH / 2, a), (x[target] + side * WIDTH / 2, b)]
-            arrow(axes, [ends[0], (out, a), (out, b), ends[1]], -side)
-    axes.set(xlim=(-8, 7.4), ylim=(-DOWN * (len(rows) - 0.45), DOWN * 0.55), aspect="equal")
+        box = FancyBboxPatch(
+            (0, y - HEIGHT / 2), WIDTH, HEIGHT, "round,pad=0,rounding_size=0.1", fc="white", ec=INK, zorder=2
+        )
+        axes.add_patch(box)
+        axes.text(0.15, y, room, weight="bold", size=13, va="center")
+        axes.text(1.4, y, textwrap.shorten(sentence, 82, placeholder=" …"), size=10, va="center")
+        axes.text(WIDTH - 0.12, y, size, size=9, ha="right", va="center", color="#777777")
+        implied = set().union(*(reached(target, found) for target in found[room]))
+        for target in found[room] - implied:
+            if row[target] == row[room] + 1:
+                axes.annotate("", (0.75, y - DOWN + HEIGHT / 2), (0.75, y - HEIGHT / 2), arrowprops=ARROW)
+            else:
+                spans.setdefault(target, []).append(row[room])
+    spans = {room: [*sorted(rows), row[room]] for room, rows in spans.items()}
+    place = {room: WIDTH + LANE * (lane + 1.4) for room, lane in lanes(spans).items()}
+    for (room, (*importers, own)), shade in zip(sorted(spans.items(), key=lambda item: place[item[0]]), SHADES * 3):
+        x, y = place[room], -DOWN * own - 0.16
+        starts = []
+        for number in importers:  # outer lines leave above inner ones, so that they cross less
+            inner = [place[other] for other, rows in spans.items() if number in rows[:-1] and place[other] < x]
+            starts.append(-DOWN * number - 0.04 + 0.055 * len(inner))
+            axes.plot([WIDTH, x], [starts[-1]] * 2, color=shade, lw=1.5, zorder=1)
+        axes.plot([x, x], [starts[0], y], color=shade, lw=1.5, zorder=1, solid_capstyle="round")
+        axes.plot([x] * len(starts[1:]), starts[1:], "o", color=shade, ms=3.5)
+        axes.annotate("", (WIDTH, y), (x, y), arrowprops=ARROW | {"color": shade, "lw": 1.5})
+    axes.set(xlim=(-2.15, max(place.values()) + 0.3), ylim=(-DOWN * (len(rooms) - 0.5), DOWN * 0.5))
+    axes.set_position((0, 0, 1, 1))
     axes.axis("off")
     figure.savefig(png, dpi=100)
 
