@@ -1,14 +1,14 @@
 """Bi-ViT: a binary DeiT distilled from the real-valued one, whose weights it starts from.
 
-Command: python train.py --config=configs/bivit_deit.py:SIZE --workdir=DIR --config.teacher.path=TEACHER
+Command: bvit train --config=bivit_deit:SIZE --workdir=DIR --config.teacher.path=TEACHER
   --config.data.data_dir=DATA
-SIZE: tiny (the default) or small. TEACHER: the DeiT of that size with a distillation token, such as
-  facebook/deit-tiny-distilled-patch16-224 as a directory of Hugging Face's, or Facebook's .pth.
-Two stages, weights first: --config.model.act_bits=32 in a first run, and in a second, with another workdir,
+SIZE: tiny (default) or small. TEACHER: the DeiT of that size with a distillation token, such as
+  facebook/deit-tiny-distilled-patch16-224 as a Hugging Face directory, or Facebook's .pth.
+Two stages, weights first: --config.model.act_bits=32 in the first run; in the second, with another workdir,
   --config.init.path=DIR of the first.
 Data: TFDS imagenet2012 as ArrayRecord.
-Expected: not run; the paper publishes 28.7 % top-1 for tiny and 40.9 % for small, by a method of which only
-  the outline is known: see docs/bivit.md.
+Expected: not run; the paper publishes 28.7 % top-1 for tiny and 40.9 % for small, by a method known here
+  only in outline (docs/bivit.md).
 Hardware and cost: not run.
 """
 

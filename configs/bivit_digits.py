@@ -1,9 +1,9 @@
-"""Bi-ViT on 8×8 images of digits: the binary form of the DeiT that ships with the package.
+"""Bi-ViT on 8×8 images of digits: the binary counterpart of the DeiT that ships with the package.
 
-Command: python train.py --config=configs/bivit_digits.py --workdir=runs/bivit_digits
+Command: bvit train --config=bivit_digits --workdir=runs/bivit_digits
 Data: scikit-learn's 1,797 digits, prepared on first use; 360 are held out.
 Expected: 93.6 % top-1 on the held-out digits after 990 steps; the teacher has 96.9 %.
-Hardware and cost: 18 minutes on two cores of an AMD EPYC that other programs used too.
+Hardware and cost: 18 minutes on two cores of an AMD EPYC shared with other programs.
 """
 
 from importlib import resources

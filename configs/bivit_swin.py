@@ -1,13 +1,13 @@
 """Bi-ViT: a binary Swin distilled from the real-valued one, whose weights it starts from.
 
-Command: python train.py --config=configs/bivit_swin.py:SIZE --workdir=DIR --config.teacher.path=TEACHER
+Command: bvit train --config=bivit_swin:SIZE --workdir=DIR --config.teacher.path=TEACHER
   --config.data.data_dir=DATA
-SIZE: tiny (the default) or small. TEACHER: the Swin of that size with windows of 7, such as
-  microsoft/swin-tiny-patch4-window7-224 as a directory of Hugging Face's, or Microsoft's .pth.
-Two stages: as in configs/bivit_deit.py.
+SIZE: tiny (default) or small. TEACHER: the Swin of that size with windows of 7, such as
+  microsoft/swin-tiny-patch4-window7-224 as a Hugging Face directory, or Microsoft's .pth.
+Two stages: as in bivit_deit.
 Data: TFDS imagenet2012 as ArrayRecord.
-Expected: not run; the paper publishes 55.5 % top-1 for tiny, by a method of which only the outline is known:
-  see docs/bivit.md.
+Expected: not run; the paper publishes 55.5 % top-1 for tiny, by a method known here only in outline
+  (docs/bivit.md).
 Hardware and cost: not run.
 """
 

@@ -1,11 +1,11 @@
 """The real-valued DeiTs for digits that ship with the package as teachers.
 
-Command: python train.py --config=configs/deit_digits.py[:distilled] --workdir=runs/deit_digits
-  Without an argument: a DeiT with a class token, trained on the labels. With ``distilled``: one with a
-  distillation token and a second head too, which learns from the first.
+Command: bvit train --config=deit_digits[:distilled] --workdir=runs/deit_digits
+  By default a DeiT with a class token, trained on the labels; with distilled, one that also has a
+  distillation token and a second head, and learns from the first.
 Data: scikit-learn's 1,797 digits, prepared on first use; 360 are held out.
-Expected: 97.5 to 97.8 % top-1 on the held-out digits after 2,200 steps, distilled 96.9 %.
-Hardware and cost: 13 minutes on two cores of an AMD EPYC that other programs used too.
+Expected: 97.5 to 97.8 % top-1 on the held-out digits after 2,200 steps; distilled, 96.9 %.
+Hardware and cost: 13 minutes on two cores of an AMD EPYC shared with other programs.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
 """The real-valued DeiT-S, teacher of the binary models.
 
-Command: python train.py --config=configs/deit_small.py --workdir=DIR --config.data.data_dir=DATA
+Command: bvit train --config=deit_small --workdir=DIR --config.data.data_dir=DATA
 Data: TFDS imagenet2012 as ArrayRecord.
-Expected: 79.9 % top-1 is what the DeiT paper publishes for its recipe. The moving average of the
-  weights is off as in the reference's script; --config.ema.decay=0.99996 is what DeiT's keeps.
+Expected: the DeiT paper publishes 79.9 % top-1 for its recipe. The moving average of the weights is off, as
+  in the script of the BinaryViT code; DeiT's own recipe has --config.ema.decay=0.99996.
   docs/augmentation.md describes the augmentation.
 Hardware and cost: not run.
 """
@@ -15,9 +15,9 @@ from bvit_jax.models import model_config
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration of ``run_deit-small-patch16-224.sh`` of the reference.
+    """Returns the configuration of ``run_deit-small-patch16-224.sh`` of the BinaryViT code.
 
-    Its ``--color-jitter=0.4`` has no effect there, because timm leaves the jitter out beside ``--aa``.
+    Its ``--color-jitter=0.4`` has no effect there: timm ignores the jitter when there is ``--aa``.
     """
     config = default_config()
     config.model = model_config("deit", norm_epsilon=1e-5, drop_path=0.1, weight_init="trunc_normal")

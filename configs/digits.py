@@ -1,6 +1,6 @@
 """A binary student distilled from the DeiT that ships with the package, on 8×8 images of digits.
 
-Command: python train.py --config=configs/digits.py --workdir=runs/digits
+Command: bvit train --config=digits --workdir=runs/digits
 Data: scikit-learn's 1,797 digits, prepared on first use; 360 are held out.
 Expected: 96.9 to 98.9 % top-1 on the held-out digits after 990 steps; the teacher has 97.5 %.
 Hardware and cost: 3 minutes on two cores of an AMD EPYC.

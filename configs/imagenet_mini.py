@@ -1,16 +1,16 @@
-"""A rehearsal of ImageNet training: the whole recipes, on a generated data set with ImageNet's shape.
+"""A rehearsal of ImageNet training: the full recipes on a generated data set with ImageNet's shape.
 
 Command: python -m bvit_jax.data.mini_imagenet --out mini
-  python -m bvit_jax.data.prepare imagenet2012 --tars mini --expect train=2000,validation=500
-    --data_dir mini_tfds
-  python train.py --config=configs/imagenet_mini.py:teacher --workdir=TEACHER --config.data.data_dir=mini_tfds
-  python train.py --config=configs/imagenet_mini.py --workdir=DIR --config.data.data_dir=mini_tfds
-    --config.teacher.path=EXPORTED, the first run's model as python -m bvit_jax.convert writes it
-Argument: teacher trains a small DeiT with the recipe of deit_small.py; without it, a small BinaryViT is
-  distilled from it with that of binaryvit_small.py.
-Data: what the first two commands make.
-Expected: 0.8 % top-1 of both, 4.0 and 3.6 % top-5, where chance has 0.1 and 0.5 %: there are two
-  training images a class. It rehearses the machinery, not the accuracy.
+  bvit prepare imagenet2012 --tars mini --expect train=2000,validation=500 --data_dir mini_tfds
+  bvit train --config=imagenet_mini:teacher --workdir=TEACHER --config.data.data_dir=mini_tfds
+  bvit convert TEACHER EXPORTED
+  bvit train --config=imagenet_mini --workdir=DIR --config.data.data_dir=mini_tfds
+    --config.teacher.path=EXPORTED
+Argument: teacher trains a small DeiT with the recipe of deit_small; without it, a small BinaryViT is
+  distilled from it with the recipe of binaryvit_small.
+Data: made by the first two commands.
+Expected: 0.8 % top-1 for both, 4.0 and 3.6 % top-5, where chance is 0.1 and 0.5 %: there are two training
+  images per class. It rehearses the machinery, not the accuracy.
 Hardware and cost: 46 and 93 seconds on two cores of an AMD EPYC.
 """
 

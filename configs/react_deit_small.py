@@ -1,11 +1,11 @@
 """ReActNet-DeiT-S and the ablation rows between it and BinaryViT, distilled from a DeiT-S.
 
-Command: python train.py --config=configs/react_deit_small.py:ROW --workdir=DIR
-  --config.teacher.path=TEACHER --config.data.data_dir=DATA
-ROW: cls (the baseline, with a class token), avg_pool, multi_branch or ls (the default); each adds one
-  thing to the one before: average pooling, pooling branches, LayerScale.
+Command: bvit train --config=react_deit_small:ROW --workdir=DIR --config.teacher.path=TEACHER
+  --config.data.data_dir=DATA
+ROW: cls (the baseline, with a class token), avg_pool, multi_branch or ls (default); each adds one thing to
+  the previous one: average pooling, pooling branches, LayerScale.
 Data: TFDS imagenet2012 as ArrayRecord.
-Expected: not run; the paper's figures for these rows are in its ablation table.
+Expected: not run; the paper's ablation table has its figures for these rows.
 Hardware and cost: not run.
 """
 
@@ -26,7 +26,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def get_config(row: str = "ls") -> ConfigDict:
-    """Returns the configuration of a ``run_reactdeit-small-patch16-224*.sh`` of the reference."""
+    """Returns the configuration of a ``run_reactdeit-small-patch16-224*.sh`` of the BinaryViT code."""
     if row not in ROWS:
         raise UserError(f"--config: react_deit_small has no row {row!r}{nearest(row, ROWS)}")
     config = default_config()
