@@ -192,12 +192,12 @@ def test_average_pool(size):
 @pytest.mark.parametrize("factor", [1, 2, 3])
 def test_upsample(factor):
     x = tokens()
-    grid = x.reshape(2, SIDE, SIDE, CHANNELS)
+    cells = x.reshape(2, SIDE, SIDE, CHANNELS)
     wide = SIDE * factor
     expected = np.zeros((2, wide, wide, CHANNELS))
     for i in range(wide):
         for j in range(wide):
-            expected[:, i, j] = grid[:, i // factor, j // factor]
+            expected[:, i, j] = cells[:, i // factor, j // factor]
     expected = expected.reshape(2, -1, CHANNELS)
     check_linear(lambda x: grid.upsample(x, factor), x, expected)
     close(grid.average_pool(grid.upsample(jnp.array(x), factor), factor), x)
