@@ -16,17 +16,14 @@ from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.models.bivit import paper
 from bvit_jax.models.bivit.first_values import first_batch
 from bvit_jax.weights.state_dicts import abstract_variables
-from tests.tiny_models import assert_same_trees
+from tests.tiny_models import DEIT, SWIN, assert_same_trees
 
-SIZES = {
-    "bivit_deit": {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 16},
-    "bivit_swin": {"width": 6, "depth": (2, 2), "num_heads": (1, 2), "window_size": 4},
-}
+SIZES = {"bivit_deit": DEIT, "bivit_swin": SWIN}
 NAMES = tuple(SIZES)
 
 
 def config_of(name, **settings):
-    return models.model_config(name, **SIZES[name] | {"image_size": 32, "num_classes": 4} | settings)
+    return models.model_config(name, **{**SIZES[name], "num_classes": 4, **settings})
 
 
 @functools.cache
@@ -137,7 +134,7 @@ def test_the_scale_of_probabilities_starts_at_twice_their_mean():
 
 
 def real_model_probs(images):
-    model = models.create_model(models.model_config("swin", **SIZES["bivit_swin"], image_size=32))
+    model = models.create_model(models.model_config("swin", **SWIN))
     variables = jax.jit(model.init)(jax.random.key(0), images)
     return jax.jit(functools.partial(model.apply, capture=True))(variables, images).attentions
 
