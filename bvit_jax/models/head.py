@@ -70,7 +70,7 @@ def classify(pooled: Array, num_classes: int, weight_init: WeightInit, name: str
 def model_output(
     head_logits: tuple[Array, ...], hidden: Sequence[Array], attentions: Sequence[Attention], capture: bool
 ) -> ModelOutput:
-    """Returns the output of a model with the given heads, with what lies inside it if ``capture``."""
+    """Returns the output of a model with the given heads, with what it computed on the way if ``capture``."""
     logits = sum(head_logits[1:], head_logits[0]) / len(head_logits) if head_logits[1:] else head_logits[0]
     if not capture:
         return ModelOutput(logits, head_logits)

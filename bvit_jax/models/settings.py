@@ -102,14 +102,14 @@ def require_rates(settings: Any, *keys: str) -> None:
 def require_stages(settings: Any, first: str, *others: str) -> int:
     """Requires attributes of ``settings`` to have one positive value per stage; returns how many stages."""
     stages = len(getattr(settings, first))
-    require(stages > 0, first, getattr(settings, first), f"expected one {first} a stage")
+    require(stages > 0, first, getattr(settings, first), f"expected one {first} per stage")
     for key in (first, *others):
         values = getattr(settings, key)
         require(
             len(values) == stages and all(value > 0 for value in values),
             key,
             values,
-            f"expected {stages} positive whole numbers, one a stage as in config.model.{first}",
+            f"expected {stages} positive whole numbers, one per stage as in config.model.{first}",
         )
     return stages
 

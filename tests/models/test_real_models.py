@@ -59,7 +59,7 @@ def test_relative_positions():
         ({"window_size": 6}, "windows of 6 must divide"),
         ({"num_heads": (3, 6)}, r"num_heads is \(3, 6\): expected 4 positive whole numbers"),
         ({"num_heads": (5, 6, 12, 24)}, "width is 96: expected a multiple of its 5 heads"),
-        ({"depth": ()}, r"depth is \(\): expected one depth a stage"),
+        ({"depth": ()}, r"depth is \(\): expected one depth per stage"),
         ({"mlp_ratio": 0}, "mlp_ratio is 0: expected a positive whole number"),
     ],
 )
