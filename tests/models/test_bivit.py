@@ -234,10 +234,10 @@ def test_with_a_scale_of_one_attention_is_dead_and_the_learned_scale_revives_it(
 
     Queries and keys get one of the same size either way: the quantiser passes it to all of [0, α].
     """
-    fixed, attentions = gradients(patch_size=4, learned_scale=False)
+    fixed, attentions = gradients(patch_size=8, learned_scale=False)
     assert not any(probs.any() for probs in attentions)
     assert not any(kernel.any() for kernel in leaves_of(fixed, "value", "kernel"))
-    learned, attentions = gradients(patch_size=4)
+    learned, attentions = gradients(patch_size=8)
     for probs in attentions:
         assert 0.2 < jnp.mean(probs > 0) < 0.8
     for name in ("query", "key", "value"):
