@@ -8,6 +8,7 @@ wrote, or the workdir of a training run. TARGET is a directory, or a file that e
 
 import argparse
 import ast
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -16,14 +17,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from bvit_jax import models
+from bvit_jax import models, weights
 from bvit_jax.errors import UserError
 from bvit_jax.runtime import process
 from bvit_jax.runtime.arguments import add_noema, positive
-from bvit_jax.weights import adapt, labels, pretrained
+from bvit_jax.weights import resize
+from bvit_jax.weights.class_names import default_class_names, readable_class_names
 from bvit_jax.weights.formats import FORMATS
-from bvit_jax.weights.names import path_name
-from bvit_jax.weights.pretrained import NATIVE, Pretrained
+from bvit_jax.weights.naming import path_name
+from bvit_jax.weights.pretrained import Pretrained
+from bvit_jax.weights.saving import NATIVE
 from bvit_jax.weights.state_dicts import StateDictError
 from bvit_jax.workdir import runs
 
@@ -46,13 +49,13 @@ def convert(arguments: argparse.Namespace) -> Pretrained:
         ignored=arguments.ignore,
     )
     if arguments.image_size:
-        model = adapt.resized(model, arguments.image_size)
+        model = resize.resized(model, arguments.image_size)
     names = class_names(arguments.class_names, arguments.reset_head or model.config.num_classes)
     if arguments.reset_head:
-        model = adapt.with_new_head(model, names or labels.default_names(arguments.reset_head))
+        model = resize.with_new_head(model, names or default_class_names(arguments.reset_head))
     elif names:
-        model = adapt.with_class_names(model, names)
-    pretrained.save(model, arguments.target, arguments.format)
+        model = dataclasses.replace(model, class_names=names)
+    weights.save(model, arguments.target, arguments.format)
     return model
 
 
@@ -66,7 +69,7 @@ def class_names(path: Path | None, num_classes: int) -> tuple[str, ...]:
         raise UserError(f"cannot read {path}: {error}; expected a name on each line") from error
     if len(lines) != num_classes:
         raise UserError(f"{path} has {len(lines)} lines; expected the names of {num_classes} classes")
-    return labels.readable(lines)
+    return readable_class_names(lines)
 
 
 def _report(model: Pretrained, target: Path, file_format: str) -> None:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from bvit_jax import models
-from bvit_jax.weights.formats import deit_preprocessing
+from bvit_jax.weights.preprocessing import deit_preprocessing
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import Variables, abstract_variables
 

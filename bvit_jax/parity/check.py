@@ -22,7 +22,7 @@ from bvit_jax.models.bivit.first_values import first_batch
 from bvit_jax.parity import merging
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
 from bvit_jax.parity.subject import Subject, subject_of
-from bvit_jax.weights.names import REFERENCE
+from bvit_jax.weights.naming import REFERENCE
 from bvit_jax.weights.state_dicts import Variables, abstract_variables, from_state_dict, to_state_dict
 
 GRADIENT_FLOOR = 1e-4  # of the largest gradient

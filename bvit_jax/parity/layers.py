@@ -28,7 +28,7 @@ from bvit_jax.layers.dense import BinaryDense, BinaryPatchConv
 from bvit_jax.layers.norm import BatchNorm
 from bvit_jax.parity.golden import GoldenFile, compare
 from bvit_jax.parity.reference import config_of
-from bvit_jax.weights.names import REFERENCE
+from bvit_jax.weights.naming import REFERENCE
 from bvit_jax.weights.state_dicts import Variables, abstract_variables, from_state_dict
 
 NARROW = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -15,7 +15,7 @@ from bvit_jax.models.swin import PatchMerging
 from bvit_jax.models.transformer import TransformerConfig
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
 from bvit_jax.weights.formats import timm
-from bvit_jax.weights.names import BIVIT_SWIN
+from bvit_jax.weights.naming import BIVIT_SWIN
 from bvit_jax.weights.state_dicts import from_state_dict, to_state_dict
 
 CASE = "bivit_merging"

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import models
+from bvit_jax import models, weights
 from bvit_jax.cost import KINDS, LayerCost, ModelCost, cost_of
 from bvit_jax.cost.speedup import speedups
 from bvit_jax.report.text import megabytes, short, table
-from bvit_jax.weights import pretrained
 from bvit_jax.workdir import runs
 
 
@@ -38,7 +37,7 @@ def subject_of(config: ConfigDict) -> Subject:
 
 
 def read_subject(path: Path) -> Subject:
-    """Returns the model of a training run, or of any checkpoint that `bvit_jax.weights.pretrained.load`
+    """Returns the model of a training run, or of any checkpoint that `bvit_jax.weights.load`
     reads.
 
     Raises:
@@ -46,7 +45,7 @@ def read_subject(path: Path) -> Subject:
     """
     if runs.is_run(path):
         return subject_of(config_lib.load(path / "config.json"))
-    return Subject(pretrained.load(path).config)
+    return Subject(weights.load(path).config)
 
 
 def measure(subject: Subject, *, training: bool = True) -> ModelCost:

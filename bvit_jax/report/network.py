@@ -26,7 +26,7 @@ from bvit_jax.report import network_pictures as draw
 from bvit_jax.report.curves import Lines, load_pyplot, read_metrics
 from bvit_jax.report.network_figures import Block, LatentWeights, Seen
 from bvit_jax.runtime.arguments import add_noema
-from bvit_jax.weights.names import path_name
+from bvit_jax.weights.naming import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.workdir import runs
 

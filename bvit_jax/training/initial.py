@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax.errors import UserError
 from bvit_jax.models import same_layers
-from bvit_jax.weights.names import path_name
+from bvit_jax.weights.naming import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import StateDict, StateDictError, Variables, check_fit
 from bvit_jax.workdir import runs

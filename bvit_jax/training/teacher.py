@@ -11,11 +11,10 @@ from flax import linen as nn
 from jax import Array
 from ml_collections import ConfigDict
 
-from bvit_jax import models
+from bvit_jax import models, weights
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
 from bvit_jax.losses.ranking import Ranking
-from bvit_jax.weights import pretrained
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def load_teacher(config: ConfigDict) -> Teacher:
         return Teacher(None, {}, "", None)
     origin = Path(config.teacher.path).expanduser()
     try:
-        teacher = pretrained.load(origin)
+        teacher = weights.load(origin)
     except UserError as error:
         raise UserError(f"config.teacher.path: {error}") from error
     for key in ("num_classes", "image_size"):

@@ -1,7 +1,6 @@
 """What this project knows about a model beyond its arrays, as JSON that travels with them.
 
-A native ``config.json`` is such a document; in the files of other formats it lies under the key
-``bvit_jax``.
+A native ``config.json`` is such a document; files of other formats hold it under the key ``bvit_jax``.
 """
 
 import dataclasses
@@ -12,9 +11,9 @@ from typing import Any
 
 from bvit_jax.errors import UserError
 from bvit_jax.models import current_name
-from bvit_jax.weights.formats.base import Preprocessing
+from bvit_jax.weights.preprocessing import Preprocessing
 
-KEY = "bvit_jax"  # in other people's files, and the value of "format" in ours
+KEY = "bvit_jax"  # in the files of other formats, and the value of "format" in ours
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,10 @@ class Document:
       naming: the format whose names the arrays have.
       model: the model's name and settings.
       preprocessing: from an image file to the model's input.
-      class_names: one a class.
+      class_names: one per class.
       history: the files that the weights came from, oldest first: name, SHA-256, format.
       bookkeeping: the format of the arrays that are kept for the way back to PyTorch.
-      digest: of the weights that it describes.
+      digest: SHA-256 of the weights that it describes.
     """
 
     naming: str
@@ -40,7 +39,7 @@ class Document:
     digest: str
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the document as values of JSON."""
+        """Returns the document as a JSON object."""
         return {
             "format": KEY,
             "version": version("bvit_jax"),
@@ -55,10 +54,10 @@ class Document:
 
 
 def find_document(values: Mapping[str, Any], origin: str) -> Document | None:
-    """Returns the document in the content of a ``config.json``, None if there is none.
+    """Returns the document in the content of a ``config.json``, or None if there is none.
 
     Raises:
-      UserError: it is damaged; the message begins with ``origin``.
+      UserError: it is damaged; the message starts with ``origin``.
     """
     found = values if values.get("format") == KEY else values.get(KEY)
     if found is None:
@@ -82,7 +81,7 @@ def _parse(values: Mapping[str, Any]) -> Document:
     )
     texts = (document.naming, document.bookkeeping, document.digest, document.model["name"])
     if not all(isinstance(text, str) and text.isprintable() for text in (*texts, *document.class_names)):
-        raise TypeError("a name in it is no line of text")
+        raise TypeError("a name in it is not one line of text")
     return document
 
 

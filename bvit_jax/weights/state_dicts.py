@@ -1,4 +1,4 @@
-"""Our variables as PyTorch state dicts, and back, in any of the namings of `bvit_jax.weights.names`."""
+"""Our variables as PyTorch state dicts, and back, in any of the namings of `bvit_jax.weights.naming`."""
 
 import difflib
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from bvit_jax.errors import UserError
-from bvit_jax.weights.names import REFERENCE, Naming, from_torch_layout, path_name, to_torch_layout
+from bvit_jax.weights.naming import REFERENCE, Naming, from_torch_layout, path_name, to_torch_layout
 
 Variables = dict[str, Any]
 StateDict = dict[str, np.ndarray]

@@ -13,14 +13,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
-from bvit_jax import models
+from bvit_jax import models, weights
 from bvit_jax.errors import UserError
 from bvit_jax.runtime.mesh import make_mesh, replicated, with_sharding
-from bvit_jax.weights import labels, pretrained
-from bvit_jax.weights.files import sha256
-from bvit_jax.weights.formats import FORMATS, Preprocessing, reference
+from bvit_jax.weights.class_names import default_class_names, readable_class_names
+from bvit_jax.weights.formats import FORMATS, reference
+from bvit_jax.weights.preprocessing import Preprocessing
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import Variables, abstract_variables, to_state_dict
+from bvit_jax.weights.tensor_files import sha256
 from bvit_jax.workdir.checkpoint import CHECKSUMS, FOLDER, Kind, restore_variables
 
 CLASSES_FILE = "classes.json"
@@ -39,13 +40,13 @@ def create_model(config: ConfigDict, mesh: Mesh, *, train: bool) -> nn.Module:
 def load_model(
     path: Path, *, kind: Kind | None = None, ema: bool | None = None, **options: Any
 ) -> Pretrained:
-    """Reads a model from a run's directory, or from whatever `bvit_jax.weights.pretrained.load` reads.
+    """Reads a model from a run's directory, or from whatever `bvit_jax.weights.load` reads.
 
     Args:
       path: the directory of a run, or another directory or file.
       kind: which checkpoint of a run, the latest if None.
       ema: whether to take the moving average of a run; if None, where it keeps one.
-      options: for `bvit_jax.weights.pretrained.load`.
+      options: for `bvit_jax.weights.load`.
 
     Raises:
       UserError: see there; and options are given that mean nothing for what is there.
@@ -57,7 +58,7 @@ def load_model(
             raise UserError(
                 f"{path} is no training run, which could keep a moving average; leave out --noema"
             )
-        return pretrained.load(path, **options)
+        return weights.load(path, **options)
     if any(options.values()):
         raise UserError(f"{path} is a training run, which describes itself; leave out the options for files")
     return load_run(path, kind or "latest", ema)
@@ -158,14 +159,14 @@ def read_class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
     """
     path = workdir / CLASSES_FILE
     if not path.exists():  # of an older version
-        return labels.default_names(num_classes)
+        return default_class_names(num_classes)
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
         if len(names) != num_classes or not all(isinstance(name, str) for name in names):
             raise ValueError(f"it does not hold {num_classes} names")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    return labels.readable(names)
+    return readable_class_names(names)
 
 
 def _preprocessing(config: ConfigDict, workdir: Path) -> Preprocessing:

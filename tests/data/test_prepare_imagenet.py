@@ -25,7 +25,7 @@ from bvit_jax.data.prepare import imagenet, prepare
 from bvit_jax.data.prepare.__main__ import main
 from bvit_jax.data.prepare.imagenet import TRAIN_TAR, VAL_TAR, imagenet_source
 from bvit_jax.errors import UserError
-from bvit_jax.weights import labels
+from bvit_jax.weights.class_names import imagenet_classes
 from tests.data.prepared import contents, jpeg, records, shards, value
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def test_content_is_that_of_the_tars(mini: Path, prepared: Path) -> None:
             with tarfile.open(fileobj=outer.extractfile(tar)) as inner:
                 for member in inner:
                     expected[member.name] = (tar.name[:9], inner.extractfile(member).read())  # type: ignore[union-attr]
-    names = list(labels.imagenet())
+    names = list(imagenet_classes())
     found = {value(record, "file_name").decode(): record for record in records(prepared, "train")}
     assert set(found) == set(expected)
     modes = set()
@@ -114,7 +114,7 @@ def test_content_is_that_of_the_tars(mini: Path, prepared: Path) -> None:
 def test_validation_labels(prepared: Path) -> None:
     path = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
     official_labels = path.read_text().split()
-    names = list(labels.imagenet())
+    names = list(imagenet_classes())
     for record in records(prepared, "validation"):
         number = int(value(record, "file_name").decode().removesuffix(".JPEG")[-8:])
         assert names[value(record, "label")] == official_labels[number - 1]
@@ -123,7 +123,7 @@ def test_validation_labels(prepared: Path) -> None:
 def test_opens(prepared: Path) -> None:
     split = data.open_split("imagenet2012", str(prepared.parents[1]), "train")
     assert (split.num_examples, split.num_classes) == (2000, 1000)
-    assert split.class_names == tuple(labels.imagenet())
+    assert split.class_names == tuple(imagenet_classes())
     assert data.open_split("imagenet2012:5.1.0", str(prepared.parents[1]), "validation").num_examples == 500
 
 
@@ -206,7 +206,7 @@ def tars(tmp_path: Path) -> Callable[..., Path]:
 
     def write(change: Callable[[dict[str, Files], Files], None] = lambda train, val: None) -> Path:
         image = jpeg(0)
-        train = {synset: [(f"{synset}_1.JPEG", image)] for synset in labels.imagenet()}
+        train = {synset: [(f"{synset}_1.JPEG", image)] for synset in imagenet_classes()}
         val = [(f"ILSVRC2012_val_0000000{i}.JPEG", image) for i in range(1, 6)]
         change(train, val)
         _write(tmp_path, train, val)

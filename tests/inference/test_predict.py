@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from bvit_jax import cli, models
+from bvit_jax import cli, models, weights
 from bvit_jax.errors import UserError
 from bvit_jax.inference import Classifier
 from bvit_jax.inference.images import model_input
 from bvit_jax.training.steps.train import Normalization
-from bvit_jax.weights import pretrained
-from bvit_jax.weights.formats import Preprocessing, deit_preprocessing
+from bvit_jax.weights import tensor_files
+from bvit_jax.weights.preprocessing import Preprocessing, deit_preprocessing
 from bvit_jax.workdir import runs
 from configs import digits
 from tests.tiny_models import random_variables, tiny_pretrained
@@ -87,12 +87,12 @@ def test_a_photograph_from_a_converted_checkpoint(tmp_path, photograph, capsys):
     model = models.create_model(config)
     abstract = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 224, 224, 3)))
     variables = random_variables(abstract)
-    source = pretrained.Pretrained(
+    source = weights.Pretrained(
         config, variables, deit_preprocessing(224), tuple(f"{i}" for i in range(1000))
     )
-    state, _ = pretrained.to_format(source, "timm")
+    state, _ = weights.to_format(source, "timm")
     path = tmp_path / "deit.safetensors"
-    path.write_bytes(pretrained.tensor_files.encode_safetensors(state, {}))
+    path.write_bytes(tensor_files.encode_safetensors(state, {}))
     for arguments in (
         ["convert", path, tmp_path / "x"],
         ["predict", "--checkpoint", tmp_path / "x", photograph, "--json"],
@@ -112,7 +112,7 @@ def test_a_photograph_from_a_converted_checkpoint(tmp_path, photograph, capsys):
     order = np.argsort(-expected)[:5]
     assert [guess["index"] for guess in classes] == order.tolist()
     np.testing.assert_allclose([guess["probability"] for guess in classes], expected[order], rtol=1e-4)
-    names = runs.labels.default_names(1000)
+    names = runs.default_class_names(1000)
     assert [guess["name"] for guess in classes] == [names[i] for i in order]
 
 
@@ -131,7 +131,7 @@ def test_from_a_workdir(tmp_path, photograph, digit_files, capsys):
 
 
 def test_images_in_several_groups(digit_files):
-    classifier = Classifier(pretrained.load(TEACHER))
+    classifier = Classifier(weights.load(TEACHER))
     once = list(classifier.top(digit_files))
     assert len(once) == 10
     alone = [next(classifier.top([path])) for path in digit_files[8:]]
@@ -205,16 +205,16 @@ def test_missing_files(tmp_path, photograph, capsys):
 
 
 def test_damaged_weights_are_not_believed(digit_files):
-    model = pretrained.load(TEACHER)
+    model = weights.load(TEACHER)
     model.variables["params"]["head"]["bias"][0] = np.nan
     with pytest.raises(UserError, match="is not finite; its weights are damaged"):
         Classifier(model).predict(digit_files[:1])
 
 
 def test_assumptions_are_said(tmp_path, digit_files, capsys):
-    state, _ = pretrained.to_format(tiny_pretrained("deit", width=64, num_heads=1), "timm")
+    state, _ = weights.to_format(tiny_pretrained("deit", width=64, num_heads=1), "timm")
     path = tmp_path / "x.safetensors"
-    path.write_bytes(pretrained.tensor_files.encode_safetensors(state, {}))
+    path.write_bytes(tensor_files.encode_safetensors(state, {}))
     assert main(["--checkpoint", str(path), str(digit_files[0])]) == 0
     assert "does not say: norm_epsilon 1e-06" in capsys.readouterr().err
 

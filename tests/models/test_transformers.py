@@ -1,6 +1,7 @@
 """Live oracles: Hugging Face's ViT, DeiT and Swin, with random weights, in float64."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,9 +11,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from bvit_jax import models
+from bvit_jax import models, weights
 from bvit_jax.inference.images import model_input
-from bvit_jax.weights import adapt, pretrained
 from bvit_jax.weights.formats import FORMATS, huggingface
 from bvit_jax.weights.state_dicts import to_state_dict
 
@@ -69,24 +69,24 @@ def assert_close(actual, expected, floor=0.0, name=""):
 
 def test_logits_and_gradients_are_equal(x64, oracle, tmp_path):
     theirs, directory = oracle
-    loaded = pretrained.load(directory)
+    loaded = weights.load(directory)
     assert loaded.config.num_classes == CLASSES
     assert loaded.config.norm_epsilon == theirs.config.layer_norm_eps
     model = models.create_model(loaded.config, jnp.float64)
     size = loaded.config.image_size
     rng = np.random.default_rng(1)
-    images, weights = rng.standard_normal((3, size, size, 3)), rng.standard_normal((3, CLASSES))
+    images, factors = rng.standard_normal((3, size, size, 3)), rng.standard_normal((3, CLASSES))
 
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy()).requires_grad_()
     theirs.zero_grad()
     logits = theirs(pixel_values=pixels).logits
-    (logits * torch.from_numpy(weights)).sum().backward()
+    (logits * torch.from_numpy(factors)).sum().backward()
 
     @jax.jit
     def run(params, images):
         def loss(params, images):
             logits = model.apply({"params": params}, images).logits
-            return jnp.sum(logits * weights), logits
+            return jnp.sum(logits * factors), logits
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, images)
 
@@ -103,7 +103,7 @@ def test_logits_and_gradients_are_equal(x64, oracle, tmp_path):
 
 def test_both_heads_are_equal(x64, oracle):
     theirs, directory = oracle
-    loaded = pretrained.load(directory)
+    loaded = weights.load(directory)
     if not loaded.config.get("distillation_head"):
         assert not hasattr(theirs, "distillation_classifier")
         return
@@ -120,9 +120,9 @@ def test_both_heads_are_equal(x64, oracle):
 
 def test_transformers_reads_what_we_write(oracle, tmp_path):
     theirs, directory = oracle
-    loaded = pretrained.load(directory)
+    loaded = weights.load(directory)
     names = tuple(f"kind {i}" for i in range(CLASSES))
-    pretrained.save(adapt.with_class_names(loaded, names), tmp_path / "x", "huggingface")
+    weights.save(dataclasses.replace(loaded, class_names=names), tmp_path / "x", "huggingface")
     again, info = type(theirs).from_pretrained(
         tmp_path / "x", attn_implementation="sdpa", output_loading_info=True
     )
@@ -140,9 +140,7 @@ def test_transformers_reads_what_we_write(oracle, tmp_path):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.filterwarnings("ignore")  # about torchvision, which is not needed
 def test_images_are_prepared_as_transformers_does(tmp_path, square, interpolation):
-    processing = pretrained.Preprocessing(
-        20, 16, interpolation, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), square=square
-    )
+    processing = weights.Preprocessing(20, 16, interpolation, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), square=square)
     values = huggingface.describe_processor(processing)
     kind = getattr(transformers, values.pop("image_processor_type"))
     # The margin beside the crop is even: an odd one transformers halves downwards, torchvision and we to

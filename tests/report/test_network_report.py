@@ -11,15 +11,14 @@ import pytest
 from PIL import Image
 
 from bvit_jax import config as config_lib
-from bvit_jax import models
+from bvit_jax import models, weights
 from bvit_jax.report import network as network_report
 from bvit_jax.report import network_figures
 from bvit_jax.report import network_pictures as draw
 from bvit_jax.report.__main__ import main
 from bvit_jax.report.curves import load_pyplot
 from bvit_jax.report.network import Sample, describe
-from bvit_jax.weights import pretrained
-from bvit_jax.weights.formats import deit_preprocessing
+from bvit_jax.weights.preprocessing import deit_preprocessing
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.workdir import runs
 from configs import digits
@@ -286,7 +285,7 @@ def test_a_converted_model_and_an_image(tmp_path):
 
 
 def test_the_default_images():
-    digits_model = pretrained.load(TEACHER)
+    digits_model = weights.load(TEACHER)
     found = network_report.default_samples(digits_model)
     assert [sample.name for sample in found] == [f"digit {i}" for i in range(10)]
     seen = network_figures.look(digits_model, np.stack([sample.pixels for sample in found]))
@@ -310,7 +309,7 @@ def test_errors(run, tmp_path, capsys):
 def test_weights_that_are_not_finite(tmp_path, capsys):
     model = tiny_pretrained("deit")
     model.variables["params"]["head"]["bias"][0] = np.nan
-    pretrained.save(model, tmp_path / "model")
+    weights.save(model, tmp_path / "model")
     message = error_of(capsys, f"--checkpoint={tmp_path / 'model'}", f"--output={tmp_path / 'out'}")
     assert "are not finite, first params/head/bias" in message
 

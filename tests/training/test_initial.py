@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bvit_jax import config as config_lib
-from bvit_jax import models
+from bvit_jax import models, weights
 from bvit_jax.errors import UserError
 from bvit_jax.plan import dry_run as dry_run_lib
 from bvit_jax.plan.dry_run import dry_run
@@ -23,8 +23,7 @@ from bvit_jax.training import initial, loop
 from bvit_jax.training.loop import train_and_evaluate
 from bvit_jax.training.setup import build
 from bvit_jax.training.steps.state import create_state
-from bvit_jax.weights import pretrained
-from bvit_jax.weights.formats import Preprocessing
+from bvit_jax.weights.preprocessing import Preprocessing
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import StateDictError
 from bvit_jax.workdir import runs
@@ -63,7 +62,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("models") / "teacher"
-    pretrained.save(teacher_of(), target)
+    weights.save(teacher_of(), target)
     return target
 
 
@@ -167,7 +166,7 @@ def test_small_arrays_may_be_missing(array: Any, shape: Any) -> None:
 def test_weights_that_do_not_fit_are_refused_with_the_settings(
     source: dict, student: dict, advice: str, tmp_path: Path
 ) -> None:
-    pretrained.save(teacher_of(**source), tmp_path / "source.safetensors")
+    weights.save(teacher_of(**source), tmp_path / "source.safetensors")
     config = from_teacher.get_config()
     if "name" in student:
         config.model = models.model_config(student["name"], num_classes=10, **from_teacher.SHAPE)
@@ -185,7 +184,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_settings(
 
 def test_it_tells_what_becomes_of_the_arrays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = teacher_of()
-    pretrained.save(source, tmp_path / "source.pth")
+    weights.save(source, tmp_path / "source.pth")
     config = from_teacher.get_config()
     config.init.path = str(tmp_path / "source.pth")
     with caplog.at_level(logging.INFO, "bvit_jax"):
@@ -236,7 +235,7 @@ def test_a_sharded_state_starts_from_them(data_dir: Path, teacher: Path) -> None
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
     kernel = state.params["block0"]["query"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 2
-    theirs, ours = flat(pretrained.load(teacher).variables), flat(state.variables)
+    theirs, ours = flat(weights.load(teacher).variables), flat(state.variables)
     assert len(theirs.keys() & ours.keys()) == 21
     for name in theirs.keys() & ours.keys():
         np.testing.assert_array_equal(ours[name], theirs[name])
@@ -275,7 +274,7 @@ def test_a_run_starts_from_its_teacher_and_continues_without_the_file(
     printed = train_and_evaluate(config, tmp_path / "whole")
     assert is_saved(tmp_path / "whole")
     (first,) = created
-    theirs, ours = flat(pretrained.load(teacher).variables), flat(first.params)
+    theirs, ours = flat(weights.load(teacher).variables), flat(first.params)
     for name in (name for name, array in theirs.items() if array.ndim > 1):
         np.testing.assert_array_equal(ours[name.removeprefix("params/")], theirs[name])
     assert_same_trees(first.ema, first.variables)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from bvit_jax import config as config_lib
-from bvit_jax import data, models, optim
+from bvit_jax import data, models, optim, weights
 from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
 from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch
@@ -20,7 +20,6 @@ from bvit_jax.training.setup import build
 from bvit_jax.training.steps.state import create_state
 from bvit_jax.training.steps.train import Normalization, jit_train_step, make_eval_step, make_train_step
 from bvit_jax.training.teacher import load_teacher
-from bvit_jax.weights import pretrained
 from bvit_jax.workdir.checkpoint import Checkpoints
 from configs import digits
 from tests.configs import tiny
@@ -242,10 +241,10 @@ def test_distillation_mixed_with_labels_in_bfloat16(data_dir: Path, tmp_path: Pa
     mixed = 0.9 * line["distillation_loss"] + 0.1 * line["label_loss"]
     assert line["loss"] == pytest.approx(mixed, rel=1e-6)
 
-    teacher = pretrained.load(Path(config.teacher.path))
+    teacher = weights.load(Path(config.teacher.path))
     teacher.variables["params"]["head"]["bias"] += 1
     config.teacher.path = str(tmp_path / "other")
-    pretrained.save(teacher, tmp_path / "other")
+    weights.save(teacher, tmp_path / "other")
     with pytest.raises(UserError, match="was started with another teacher"):
         train_and_evaluate(config, tmp_path)
 
@@ -377,9 +376,9 @@ def test_a_distillation_head_needs_both(data_dir: Path, weight: float) -> None:
 
 def test_the_teacher_s_images_are_normalised_as_it_says(data_dir: Path, tmp_path: Path) -> None:
     config = two_headed(data_dir, 0.5)
-    teacher = pretrained.load(Path(config.teacher.path))
+    teacher = weights.load(Path(config.teacher.path))
     other = dataclasses.replace(teacher.preprocessing, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    pretrained.save(dataclasses.replace(teacher, preprocessing=other), tmp_path / "teacher")
+    weights.save(dataclasses.replace(teacher, preprocessing=other), tmp_path / "teacher")
     config.teacher.path = str(tmp_path / "teacher")
     loaded = load_teacher(config)
     assert (loaded.normalize.mean, loaded.normalize.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

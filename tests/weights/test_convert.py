@@ -10,10 +10,11 @@ import pytest
 
 from bvit_jax import cli, optim
 from bvit_jax import config as config_lib
+from bvit_jax import weights
 from bvit_jax.models import create_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.training.steps.state import create_state
-from bvit_jax.weights import files, pretrained
+from bvit_jax.weights import tensor_files as files
 from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint import Checkpoints
 from configs import deit_digits, digits
@@ -50,7 +51,7 @@ def binary_run(tmp_path):
 @pytest.fixture
 def source(tmp_path):
     """A Facebook DeiT whose heads have 64 channels."""
-    state, _ = pretrained.to_format(tiny_pretrained("deit", width=64, num_heads=1), "timm")
+    state, _ = weights.to_format(tiny_pretrained("deit", width=64, num_heads=1), "timm")
     path = tmp_path / "deit.safetensors"
     path.write_bytes(files.encode_safetensors(state, {}))
     return path
@@ -76,10 +77,10 @@ def test_a_binary_run_goes_to_pytorch_and_back(tmp_path, binary_run, capsys):
     state, _ = files.read_safetensors(tmp_path / "x.safetensors")
     assert state["vit.layernorm.num_batches_tracked"] == 7  # steps
     assert main([str(tmp_path / "x.safetensors"), str(tmp_path / "native")]) == 0
-    model = pretrained.load(tmp_path / "native")
+    model = weights.load(tmp_path / "native")
     assert model.config == config.model
     assert_same_trees(model.variables, variables)
-    assert model.preprocessing == pretrained.Preprocessing(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    assert model.preprocessing == weights.Preprocessing(32, 32, "bicubic", (0.5,) * 3, (0.5,) * 3)
     assert model.class_names == tuple("0123456789")
     assert [entry["format"] for entry in model.history] == ["run", "reference"]
     assert model.history[0]["file"] == "checkpoints/7"
@@ -91,7 +92,7 @@ def test_the_deit_of_a_run_goes_to_hugging_face(tmp_path):
     config.model.depth = 1
     variables = make_run(tmp_path / "run", config)
     assert main([str(tmp_path / "run"), str(tmp_path / "x"), "--format=huggingface"]) == 0
-    model = pretrained.load(tmp_path / "x")
+    model = weights.load(tmp_path / "x")
     assert model.config == config.model
     assert_same_trees(model.variables["params"], variables["params"])
     assert model.class_names[9] == "class 9"  # a run without names
@@ -119,7 +120,7 @@ def test_what_is_assumed_and_left_out_is_said(tmp_path, source, capsys):
     assert main([str(source), str(tmp_path / "x")]) == 0
     out = capsys.readouterr().out
     assert "assumed, since the file does not say: num_heads 1 (64 channels each); norm_epsilon 1e-06" in out
-    state, _ = pretrained.to_format(tiny_pretrained("binaryvit"), "reference")
+    state, _ = weights.to_format(tiny_pretrained("binaryvit"), "reference")
     (tmp_path / "b.safetensors").write_bytes(files.encode_safetensors(state, {}))
     settings = ["--set=num_heads=(1,2)", "--set=reduction=(2,1)", "--set=weight_bits=1"]
     assert main([str(tmp_path / "b.safetensors"), str(tmp_path / "y"), *settings]) == 0
@@ -127,27 +128,27 @@ def test_what_is_assumed_and_left_out_is_said(tmp_path, source, capsys):
 
 
 def test_arrays_that_are_never_read_are_kept_and_counted(tmp_path, capsys):
-    state, _ = pretrained.to_format(tiny_pretrained("bivit_release_deit"), "bivit")
+    state, _ = weights.to_format(tiny_pretrained("bivit_release_deit"), "bivit")
     state["blocks.1.attn.qkv.bias"] += 1
     source = tmp_path / "b.safetensors"
     source.write_bytes(files.encode_safetensors(state, {}))
     assert main([str(source), str(tmp_path / "x")]) == 0
     expected = "kept, though the model never reads them: 8 arrays such as blocks.0.attn.proj.bias"
     assert expected in capsys.readouterr().out
-    kept = pretrained.load(tmp_path / "x")
+    kept = weights.load(tmp_path / "x")
     assert kept.unused() == tuple(sorted(name for name in state if name in kept.bookkeeping))
-    back, _ = pretrained.to_format(kept, "bivit")
+    back, _ = weights.to_format(kept, "bivit")
     assert (back["blocks.1.attn.qkv.bias"] == 1).all()
     state["blocks.1.attn.qkv.bias"] = state["blocks.1.attn.qkv.bias"][1:]
     source.write_bytes(files.encode_safetensors(state, {}))
     assert main([str(source), str(tmp_path / "y")]) != 0
-    assert "blocks.1.attn.qkv.bias is another than" in capsys.readouterr().err
+    assert "blocks.1.attn.qkv.bias differs from the one" in capsys.readouterr().err
 
 
 def test_settings(tmp_path, source):
     arguments = ["--set", "num_heads=4", "--set", "norm_epsilon=1e-12", "--set", "weight_init=trunc_normal"]
     assert main([str(source), str(tmp_path / "x"), *arguments]) == 0
-    config = pretrained.load(tmp_path / "x").config
+    config = weights.load(tmp_path / "x").config
     assert (config.num_heads, config.norm_epsilon, config.weight_init) == (4, 1e-12, "trunc_normal")
 
 
@@ -156,7 +157,7 @@ def test_another_size_and_other_classes(tmp_path, source):
     names.write_text("cat\nn01440764\n")
     arguments = ["--image_size=64", "--reset_head=2", f"--class_names={names}"]
     assert main([str(source), str(tmp_path / "x"), *arguments]) == 0
-    model = pretrained.load(tmp_path / "x")
+    model = weights.load(tmp_path / "x")
     assert model.config.image_size == 64
     assert model.class_names == ("cat", "tench, Tinca tinca")
     assert model.variables["params"]["head"]["bias"].shape == (2,)
@@ -165,7 +166,7 @@ def test_another_size_and_other_classes(tmp_path, source):
 def test_names_without_a_new_head(tmp_path, source):
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
     assert main([str(source), str(tmp_path / "x"), f"--class_names={tmp_path / 'names.txt'}"]) == 0
-    assert pretrained.load(tmp_path / "x").class_names == ("a", "b", "c")
+    assert weights.load(tmp_path / "x").class_names == ("a", "b", "c")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_names_without_a_new_head(tmp_path, source):
         (["--config=none.json"], "no file none.json"),
         (["--image_size=50"], "config.model.image_size is 50"),
         (["--class_names=none.txt"], "cannot read none.txt"),
-        (["--key=model"], "is no .pth file, in which --key would choose"),
+        (["--key=model"], "is not a .pth file; leave out --key"),
     ],
 )
 def test_wrong_options(tmp_path, source, capsys, monkeypatch, arguments, message):
@@ -220,7 +221,7 @@ def test_a_name_that_is_too_long(tmp_path, source, capsys):
 
 
 def test_hugging_face_s_directory_with_checkpoints_is_no_run(tmp_path):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    weights.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
     (tmp_path / "x" / "checkpoints").mkdir()
     assert not runs.is_run(tmp_path / "x")
     assert main([str(tmp_path / "x"), str(tmp_path / "y")]) == 0

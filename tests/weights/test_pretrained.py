@@ -10,9 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from bvit_jax import weights
 from bvit_jax.errors import UserError
-from bvit_jax.weights import adapt, files, labels, pretrained
-from bvit_jax.weights.formats import FORMATS, Preprocessing
+from bvit_jax.weights import FORMATS, Preprocessing, resize, saving
+from bvit_jax.weights import tensor_files as files
+from bvit_jax.weights.class_names import readable_class_names
 from bvit_jax.weights.formats.base import ASSUMED_PREPROCESSING
 from tests.tiny_models import TINY, assert_same_states, assert_same_trees, tiny_pretrained
 
@@ -24,7 +26,7 @@ def formats_of(model):
     """Returns the formats that can hold a model."""
     for name in FORMATS:
         try:
-            pretrained.to_format(model, name)
+            weights.to_format(model, name)
         except UserError:
             continue
         yield name
@@ -40,7 +42,7 @@ def overrides_of(model):
 
 def foreign_state(model, file_format, rng):
     """Returns a state dict as PyTorch would have saved it: counters have counted, unused arrays vary."""
-    state, _ = pretrained.to_format(model, file_format)
+    state, _ = weights.to_format(model, file_format)
     naming = FORMATS[file_format].naming(model.config)
     for name in state:
         if naming.is_unused(name):
@@ -80,22 +82,22 @@ def test_from_torch_and_back_is_bit_identical(tmp_path, name, file_format, targe
     state = foreign_state(model, file_format, np.random.default_rng(0))
     if file_format == "huggingface":
         source = tmp_path / "source"
-        pretrained.save(model, source, file_format)
+        weights.save(model, source, file_format)
         options = {}
     else:
         source = write_safetensors(tmp_path / "source.safetensors", state)
         options = {"overrides": overrides_of(model)}
-    loaded = pretrained.load(source, **options)
+    loaded = weights.load(source, **options)
     assert loaded.bookkeeping_format == file_format
     assert loaded.config == model.config
     assert_same_trees(loaded.variables, model.variables)
 
-    pretrained.save(loaded, tmp_path / "native")
-    native = pretrained.load(tmp_path / "native")
-    pretrained.save(native, tmp_path / target, file_format)
+    weights.save(loaded, tmp_path / "native")
+    native = weights.load(tmp_path / "native")
+    weights.save(native, tmp_path / target, file_format)
     assert_same_states(read_state(tmp_path / target), state)
     # What is written describes itself: nothing is assumed any more.
-    again = pretrained.load(tmp_path / target)
+    again = weights.load(tmp_path / target)
     assert again.config == model.config
     assert not again.assumed
     assert_same_trees(again.variables, model.variables)
@@ -106,9 +108,9 @@ def test_dtypes_are_kept(tmp_path, dtype):
     model = tiny_pretrained("deit_heads", dtype=dtype)
     state = foreign_state(model, "timm", np.random.default_rng(0))
     source = write_safetensors(tmp_path / "source.safetensors", state)
-    loaded = pretrained.load(source, overrides=overrides_of(model))
-    pretrained.save(loaded, tmp_path / "native")
-    pretrained.save(pretrained.load(tmp_path / "native"), tmp_path / "back.safetensors", "timm")
+    loaded = weights.load(source, overrides=overrides_of(model))
+    weights.save(loaded, tmp_path / "native")
+    weights.save(weights.load(tmp_path / "native"), tmp_path / "back.safetensors", "timm")
     assert_same_states(read_state(tmp_path / "back.safetensors"), state)
     assert {a.dtype for a in jax.tree.leaves(loaded.arrays())} == {np.dtype(np.float32)}
 
@@ -118,20 +120,20 @@ def test_what_is_known_travels_with_the_model(tmp_path):
     preprocessing = Preprocessing(40, 32, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     model = dataclasses.replace(model, preprocessing=preprocessing, class_names=("a", "b", "c"))
     path = tmp_path / "0"
-    pretrained.save(model, path)
+    weights.save(model, path)
     for i, name in enumerate(("huggingface", "reference", "native"), 1):
-        loaded = pretrained.load(path)
+        loaded = weights.load(path)
         assert (loaded.config, loaded.preprocessing) == (model.config, preprocessing)
         assert loaded.class_names == ("a", "b", "c")
         path = tmp_path / str(i)
-        pretrained.save(loaded, path, name)
-    history = pretrained.load(path).history
+        weights.save(loaded, path, name)
+    history = weights.load(path).history
     assert [entry["format"] for entry in history] == ["huggingface", "reference"]
     assert history[0]["sha256"] == files.sha256(tmp_path / "1" / "model.safetensors")
 
 
 def test_a_native_directory_is_what_the_documentation_says(tmp_path):
-    pretrained.save(tiny_pretrained("binaryvit"), tmp_path / "native")
+    weights.save(tiny_pretrained("binaryvit"), tmp_path / "native")
     assert {path.name for path in (tmp_path / "native").iterdir()} == {"config.json", "model.safetensors"}
     values = json.loads((tmp_path / "native" / "config.json").read_text())
     assert values["format"] == "bvit_jax"
@@ -153,18 +155,18 @@ def bare(tmp_path, name, file_format, **settings):
 
 def test_heads_of_64_channels_are_assumed(tmp_path):
     path = bare(tmp_path, "deit", "timm", width=128)
-    loaded = pretrained.load(path)
+    loaded = weights.load(path)
     assert loaded.config.num_heads == 2
     assert loaded.config.norm_epsilon == 1e-6
     assert loaded.assumed == ("num_heads 2 (64 channels each)", "norm_epsilon 1e-06", ASSUMED_PREPROCESSING)
-    assert pretrained.load(path, overrides={"num_heads": 4}).config.num_heads == 4
-    assumed = pretrained.load(path, overrides={"num_heads": 4}).assumed
+    assert weights.load(path, overrides={"num_heads": 4}).config.num_heads == 4
+    assumed = weights.load(path, overrides={"num_heads": 4}).assumed
     assert assumed == ("norm_epsilon 1e-06", ASSUMED_PREPROCESSING)
 
 
 def test_sizes_and_switches_of_the_reference_come_from_the_arrays(tmp_path):
     path = bare(tmp_path, "binaryvit_w1a32", "reference")
-    loaded = pretrained.load(path)
+    loaded = weights.load(path)
     config = loaded.config
     assert (config.width, config.depth, config.mlp_dim) == ((4, 8), (1, 2), (8, 16))
     assert (config.act_bits, config.image_size, config.patch_size) == (32, 32, 4)
@@ -173,7 +175,7 @@ def test_sizes_and_switches_of_the_reference_come_from_the_arrays(tmp_path):
 
 def test_the_clipping_of_the_reference_comes_from_its_constants(tmp_path):
     path = bare(tmp_path, "binaryvit_w4", "reference")
-    loaded = pretrained.load(path, overrides={"weight_bits": 4})
+    loaded = weights.load(path, overrides={"weight_bits": 4})
     assert loaded.config.clip_val == 1.5
 
 
@@ -192,7 +194,7 @@ def test_the_reference_s_config_json_is_a_configuration(tmp_path):
         "id2label": {"0": "x", "1": "y", "2": "z"},
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
-    loaded = pretrained.load(path, config_file=tmp_path / "config.json")
+    loaded = weights.load(path, config_file=tmp_path / "config.json")
     assert loaded.config == model.config
     assert loaded.class_names == ("x", "y", "z")
     assert loaded.assumed == ("weight_bits 1",)
@@ -203,13 +205,13 @@ def test_stages_of_one_width_need_the_config_json(tmp_path):
     state = foreign_state(model, "reference", np.random.default_rng(0))
     path = write_safetensors(tmp_path / "x.safetensors", state)
     with pytest.raises(UserError, match="arrays that do not fit the model"):
-        pretrained.load(path)
+        weights.load(path)
     (tmp_path / "config.json").write_text(
         json.dumps({"hidden_size": [8, 8], "depths": [1, 2], "intermediate_size": [16, 16]}).replace(
             "}", ', "num_attention_heads": [1, 1], "reduction_ratio": [1, 1]}'
         )
     )
-    loaded = pretrained.load(path, config_file=tmp_path / "config.json")
+    loaded = weights.load(path, config_file=tmp_path / "config.json")
     assert loaded.config == model.config
 
 
@@ -225,20 +227,20 @@ def test_a_training_checkpoint_of_the_reference(tmp_path):
     content = {"model": tensors, "optimizer": {"state": {}}, "epoch": 3, "scaler": {}, "args": args}
     torch.save(content | {"model_ema": other}, tmp_path / "checkpoint.pth")
     options = {"overrides": {"num_heads": (1, 2), "reduction": (2, 1)}}
-    loaded = pretrained.load(tmp_path / "checkpoint.pth", **options)
+    loaded = weights.load(tmp_path / "checkpoint.pth", **options)
     assert (loaded.config.weight_bits, loaded.config.drop_path) == (4, 0.1)
     assert loaded.left_out == ("args", "epoch", "model_ema", "optimizer", "scaler")
     assert_same_trees(loaded.variables, model.variables)
 
-    averaged = pretrained.load(tmp_path / "checkpoint.pth", weights_key="model_ema", **options)
+    averaged = weights.load(tmp_path / "checkpoint.pth", weights_key="model_ema", **options)
     assert "model" in averaged.left_out
     np.testing.assert_array_equal(
         averaged.variables["params"]["head"]["bias"], model.variables["params"]["head"]["bias"] + 1
     )
     with pytest.raises(UserError, match=r"no entry 'model_em'; did you mean 'model_ema'"):
-        pretrained.load(tmp_path / "checkpoint.pth", weights_key="model_em")
+        weights.load(tmp_path / "checkpoint.pth", weights_key="model_em")
     with pytest.raises(UserError, match="holds no state dict under 'epoch'"):
-        pretrained.load(tmp_path / "checkpoint.pth", weights_key="epoch")
+        weights.load(tmp_path / "checkpoint.pth", weights_key="epoch")
 
 
 def test_the_prefix_of_data_parallel_models_is_understood(tmp_path):
@@ -246,19 +248,19 @@ def test_the_prefix_of_data_parallel_models_is_understood(tmp_path):
     state = foreign_state(model, "timm", np.random.default_rng(0))
     wrapped = {f"module.{name}": array for name, array in state.items()}
     path = write_safetensors(tmp_path / "x.safetensors", wrapped)
-    assert_same_trees(pretrained.load(path, overrides=overrides_of(model)).variables, model.variables)
+    assert_same_trees(weights.load(path, overrides=overrides_of(model)).variables, model.variables)
 
 
 def test_a_thousand_classes_without_names_are_imagenet_s(tmp_path):
-    loaded = pretrained.load(bare(tmp_path, "deit", "timm", num_classes=1000))
+    loaded = weights.load(bare(tmp_path, "deit", "timm", num_classes=1000))
     assert loaded.class_names[:2] == ("tench, Tinca tinca", "goldfish, Carassius auratus")
     assert loaded.class_names[-1] == "toilet tissue, toilet paper, bathroom tissue"
-    assert labels.readable(["n01443537", "cat"]) == ("goldfish, Carassius auratus", "cat")
+    assert readable_class_names(["n01443537", "cat"]) == ("goldfish, Carassius auratus", "cat")
 
 
 def test_sharded_directories_are_read(tmp_path):
     model = tiny_pretrained("swin")
-    pretrained.save(model, tmp_path / "whole", "huggingface")
+    weights.save(model, tmp_path / "whole", "huggingface")
     state = read_state(tmp_path / "whole")
     names = sorted(state)
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
@@ -267,7 +269,7 @@ def test_sharded_directories_are_read(tmp_path):
     weight_map = {name: file for file, members in shards.items() for name in members}
     (tmp_path / "whole" / "model.safetensors").unlink()
     (tmp_path / "whole" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    loaded = pretrained.load(tmp_path / "whole")
+    loaded = weights.load(tmp_path / "whole")
     assert_same_trees(loaded.variables, model.variables)
     assert [entry["file"] for entry in loaded.history] == ["a.safetensors", "b.safetensors"]
 
@@ -279,9 +281,9 @@ def test_sharded_directories_are_read(tmp_path):
 def test_preprocessing_through_hugging_face_s_file(tmp_path, square):
     model = tiny_pretrained("deit")
     expected = Preprocessing(48, 32, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), square)
-    pretrained.save(dataclasses.replace(model, preprocessing=expected), tmp_path / "x", "huggingface")
+    weights.save(dataclasses.replace(model, preprocessing=expected), tmp_path / "x", "huggingface")
     edit_json(tmp_path / "x" / "config.json", bvit_jax=None)  # as if others had written it
-    assert pretrained.load(tmp_path / "x").preprocessing == expected
+    assert weights.load(tmp_path / "x").preprocessing == expected
 
 
 @pytest.mark.parametrize(
@@ -300,17 +302,17 @@ def test_preprocessing_through_hugging_face_s_file(tmp_path, square):
     ],
 )
 def test_older_processors_of_hugging_face(tmp_path, processor, expected):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    weights.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
     edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
     (tmp_path / "x" / "preprocessor_config.json").write_text(json.dumps(processor))
-    assert pretrained.load(tmp_path / "x").preprocessing == expected
+    assert weights.load(tmp_path / "x").preprocessing == expected
 
 
 def test_without_a_processor_images_are_prepared_as_for_deit(tmp_path):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    weights.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
     edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
     (tmp_path / "x" / "preprocessor_config.json").unlink()
-    assert pretrained.load(tmp_path / "x").preprocessing == Preprocessing(36, 32)
+    assert weights.load(tmp_path / "x").preprocessing == Preprocessing(36, 32)
 
 
 @pytest.mark.parametrize(
@@ -318,19 +320,19 @@ def test_without_a_processor_images_are_prepared_as_for_deit(tmp_path):
     [{"size": 64}, {"resample": 9}, {"do_normalize": False}, {"image_mean": 3}, {"rescale_factor": 1.0}],
 )
 def test_a_processor_that_is_not_understood(tmp_path, change):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    weights.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
     processor = {"size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
     (tmp_path / "x" / "preprocessor_config.json").write_text(json.dumps(processor | change))
     with pytest.raises(UserError, match=r"its preprocessor_config.json is not understood"):
-        pretrained.load(tmp_path / "x")
+        weights.load(tmp_path / "x")
 
 
 def test_timm_s_crop_is_understood(tmp_path):
     model = tiny_pretrained("swin")
     expected = Preprocessing(35, 32, "bicubic", (0.5,) * 3, (0.25,) * 3)
-    pretrained.save(dataclasses.replace(model, preprocessing=expected), tmp_path / "x", "timm")
+    weights.save(dataclasses.replace(model, preprocessing=expected), tmp_path / "x", "timm")
     edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
-    loaded = pretrained.load(tmp_path / "x")
+    loaded = weights.load(tmp_path / "x")
     assert loaded.preprocessing == expected
     assert loaded.config.image_size == 32
 
@@ -354,11 +356,11 @@ def test_the_former_name_of_a_model_still_loads_and_is_not_written_again(tmp_pat
 @pytest.mark.parametrize("name", ["deit", "deit_heads", "react_deit", "react_deit_ls", "binaryvit", "swin"])
 def test_another_image_size(tmp_path, name):
     model = tiny_pretrained(name)
-    resized = adapt.resized(model, 64)
+    resized = resize.resized(model, 64)
     assert (resized.config.image_size, model.config.image_size) == (64, 32)
     assert (resized.preprocessing.crop, resized.preprocessing.resize) == (64, 72)
-    pretrained.save(resized, tmp_path / "x")  # and its shapes are those of the larger model
-    assert_same_trees(pretrained.load(tmp_path / "x").variables, resized.variables)
+    weights.save(resized, tmp_path / "x")  # and its shapes are those of the larger model
+    assert_same_trees(weights.load(tmp_path / "x").variables, resized.variables)
     if name.startswith("deit"):
         old, new = (m.variables["params"]["embedding"]["positions"] for m in (model, resized))
         extra = 2 if name == "deit_heads" else 1
@@ -369,21 +371,21 @@ def test_masks_are_those_of_the_new_size(tmp_path):
     model = tiny_pretrained("swin")
     state = foreign_state(model, "microsoft", np.random.default_rng(0))
     path = write_safetensors(tmp_path / "x.safetensors", state)
-    resized = adapt.resized(pretrained.load(path, overrides=overrides_of(model)), 64)
-    pretrained.save(resized, tmp_path / "y.safetensors", "microsoft")
-    again = pretrained.load(tmp_path / "y.safetensors")
+    resized = resize.resized(weights.load(path, overrides=overrides_of(model)), 64)
+    weights.save(resized, tmp_path / "y.safetensors", "microsoft")
+    again = weights.load(tmp_path / "y.safetensors")
     assert again.config.image_size == 64
     assert again.bookkeeping["layers.0.blocks.1.attn_mask"].shape == (16, 16, 16)
 
 
 def test_an_image_size_that_does_not_divide():
     with pytest.raises(UserError, match=r"config.model.image_size is 33"):
-        adapt.resized(tiny_pretrained("deit"), 33)
+        resize.resized(tiny_pretrained("deit"), 33)
 
 
 def test_a_new_head_is_initialised_and_the_rest_kept():
     model = tiny_pretrained("deit_heads")
-    changed = adapt.with_new_head(model, ("a", "b", "c", "d", "e"))
+    changed = resize.with_new_head(model, ("a", "b", "c", "d", "e"))
     assert changed.config.num_classes == 5
     params = changed.variables["params"]
     for name in ("head", "distillation_head"):
@@ -404,22 +406,22 @@ def edit_json(path: Path, **entries) -> None:
 
 @pytest.fixture(params=["native", "huggingface"])
 def directory(tmp_path, request):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "d", request.param)
+    weights.save(tiny_pretrained("deit"), tmp_path / "d", request.param)
     return tmp_path / "d"
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match="no file or directory"):
-        pretrained.load(tmp_path / "none")
+        weights.load(tmp_path / "none")
     with pytest.raises(UserError, match=r"no config.json in"):
-        pretrained.load(tmp_path)
+        weights.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_missing_file(directory, name):
     (directory / name).unlink()
     with pytest.raises(UserError, match=f"no {name} in"):
-        pretrained.load(directory)
+        weights.load(directory)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, 0.5, -1])
@@ -428,7 +430,7 @@ def test_truncated_weights(directory, kept):
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     with pytest.raises(UserError, match=r"cannot read .*model.safetensors"):
-        pretrained.load(directory)
+        weights.load(directory)
 
 
 DEEP = "[" * 200_000
@@ -438,21 +440,21 @@ DEEP = "[" * 200_000
 def test_config_that_is_no_description(directory, text):
     (directory / "config.json").write_text(text)
     with pytest.raises(UserError, match=rf"^cannot read {directory / 'config.json'}: ") as caught:
-        pretrained.load(directory)
+        weights.load(directory)
     assert "\n" not in str(caught.value)
 
 
 def test_config_of_another_model(tmp_path):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    weights.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
     edit_json(tmp_path / "x" / "config.json", model_type="bert")
     with pytest.raises(UserError, match=r"model_type is 'bert'; expected vit, deit or swin"):
-        pretrained.load(tmp_path / "x")
+        weights.load(tmp_path / "x")
 
 
 def test_config_that_is_not_text(directory):
     (directory / "config.json").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(UserError, match=r"config.json"):
-        pretrained.load(directory)
+        weights.load(directory)
 
 
 @pytest.mark.parametrize(
@@ -471,30 +473,30 @@ def test_config_that_is_not_text(directory):
     ],
 )
 def test_hugging_face_config_that_is_not_supported(tmp_path, key, value):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "d", "huggingface")
+    weights.save(tiny_pretrained("deit"), tmp_path / "d", "huggingface")
     edit_json(tmp_path / "d" / "config.json", **{key: value})
     with pytest.raises(UserError) as caught:
-        pretrained.load(tmp_path / "d")
+        weights.load(tmp_path / "d")
     assert "\n" not in str(caught.value)
 
 
 def test_swin_of_hugging_face_with_another_epsilon(tmp_path):
-    pretrained.save(tiny_pretrained("swin"), tmp_path / "d", "huggingface")
+    weights.save(tiny_pretrained("swin"), tmp_path / "d", "huggingface")
     edit_json(tmp_path / "d" / "config.json", layer_norm_eps=1e-6)
     with pytest.raises(UserError, match="for some norms of Swin only"):
-        pretrained.load(tmp_path / "d")
+        weights.load(tmp_path / "d")
     with pytest.raises(UserError, match="transformers' Swin computes with 1e-05"):
-        pretrained.save(tiny_pretrained("swin", norm_epsilon=1e-6), tmp_path / "e", "huggingface")
+        weights.save(tiny_pretrained("swin", norm_epsilon=1e-6), tmp_path / "e", "huggingface")
 
 
 def test_changed_native_weights_are_found(tmp_path):
-    pretrained.save(tiny_pretrained("binaryvit"), tmp_path / "d")
+    weights.save(tiny_pretrained("binaryvit"), tmp_path / "d")
     path = tmp_path / "d" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"its weights are not those that its description was written for"):
-        pretrained.load(tmp_path / "d")
+        weights.load(tmp_path / "d")
 
 
 @pytest.mark.parametrize(
@@ -512,10 +514,10 @@ def test_changed_native_weights_are_found(tmp_path):
     ],
 )
 def test_native_config_that_does_not_fit(tmp_path, entries):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "d")
+    weights.save(tiny_pretrained("deit"), tmp_path / "d")
     edit_json(tmp_path / "d" / "config.json", **entries)
     with pytest.raises(UserError) as caught:
-        pretrained.load(tmp_path / "d")
+        weights.load(tmp_path / "d")
     assert "\n" not in str(caught.value)
 
 
@@ -524,20 +526,20 @@ def test_constants_of_a_changed_model_are_found(tmp_path):
     state = foreign_state(model, "microsoft", np.random.default_rng(0))
     state["layers.0.blocks.1.attn_mask"] = np.array(state["layers.0.blocks.1.attn_mask"] / 2)
     path = write_safetensors(tmp_path / "x.safetensors", state)
-    with pytest.raises(UserError, match=r"the constant layers.0.blocks.1.attn_mask is another"):
-        pretrained.load(path, overrides=overrides_of(model))
+    with pytest.raises(UserError, match=r"the constant layers.0.blocks.1.attn_mask differs from the one"):
+        weights.load(path, overrides=overrides_of(model))
 
 
 def test_arrays_of_an_unknown_model(tmp_path):
     path = write_safetensors(tmp_path / "x.safetensors", {"conv1.weight": np.zeros(3), "fc": np.zeros(2)})
     with pytest.raises(UserError, match=r"its arrays are called conv1.weight, fc\.\.\.; expected"):
-        pretrained.load(path)
+        weights.load(path)
 
 
 def test_an_unknown_kind_of_file(tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"x.onnx is of no known kind"):
-        pretrained.load(tmp_path / "x.onnx")
+    with pytest.raises(UserError, match=r"x.onnx is of an unknown kind"):
+        weights.load(tmp_path / "x.onnx")
 
 
 @pytest.mark.parametrize(("name", "file_format"), [("deit", "timm"), ("binaryvit", "reference")])
@@ -547,7 +549,7 @@ def test_a_damaged_state_names_the_file_and_the_arrays(tmp_path, name, file_form
     del state[lost]
     path = write_safetensors(tmp_path / "x.safetensors", state)
     with pytest.raises(UserError, match=rf"^{path}: arrays that do not fit the model: 1 missing \({lost}\)$"):
-        pretrained.load(path, overrides=overrides_of(tiny_pretrained(name)))
+        weights.load(path, overrides=overrides_of(tiny_pretrained(name)))
 
 
 @pytest.mark.parametrize(
@@ -563,7 +565,7 @@ def test_a_damaged_state_names_the_file_and_the_arrays(tmp_path, name, file_form
 )
 def test_a_format_that_cannot_hold_the_model(tmp_path, name, file_format, message):
     with pytest.raises(UserError, match=message):
-        pretrained.save(tiny_pretrained(name), tmp_path / "x", file_format)
+        weights.save(tiny_pretrained(name), tmp_path / "x", file_format)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -574,7 +576,7 @@ def test_a_format_that_cannot_hold_the_model(tmp_path, name, file_format, messag
 def test_an_existing_target_is_kept(tmp_path, target):
     (tmp_path / target).write_text("mine")
     with pytest.raises(UserError, match=r"exists; delete it or choose another target"):
-        pretrained.save(tiny_pretrained("deit"), tmp_path / target)
+        weights.save(tiny_pretrained("deit"), tmp_path / target)
     assert (tmp_path / target).read_text() == "mine"
 
 
@@ -583,24 +585,24 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
         path.write_bytes(content[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "_write", fail)
+    monkeypatch.setattr(saving, "_write", fail)
     for target in ("x", "x.safetensors"):
         with pytest.raises(UserError, match=r"cannot write .*x.*: No space left on device"):
-            pretrained.save(tiny_pretrained("deit"), tmp_path / target)
+            weights.save(tiny_pretrained("deit"), tmp_path / target)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_target_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        pretrained.save(tiny_pretrained("deit"), tmp_path / "file" / "x")
+        weights.save(tiny_pretrained("deit"), tmp_path / "file" / "x")
 
 
 def test_the_digest_is_that_of_the_weights(tmp_path):
     model = tiny_pretrained("deit")
     for name in ("native", "timm", "huggingface"):
-        pretrained.save(model, tmp_path / name, name)
-        assert pretrained.load(tmp_path / name).digest() == model.digest()
+        weights.save(model, tmp_path / name, name)
+        assert weights.load(tmp_path / name).digest() == model.digest()
     assert tiny_pretrained("deit", seed=1).digest() != model.digest()
 
 
@@ -630,7 +632,7 @@ def with_value(tree, path, value):
 def assert_understood_or_refused(directory):
     """Loads a directory; a problem must be one line that names it."""
     try:
-        pretrained.load(directory)
+        weights.load(directory)
     except UserError as error:
         message = str(error)
     else:
@@ -643,7 +645,7 @@ def assert_understood_or_refused(directory):
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
 @pytest.mark.parametrize("file_format", ["native", "huggingface", "timm"])
 def test_nonsense_in_a_description_is_one_line(tmp_path, file_format, file):
-    pretrained.save(tiny_pretrained("swin", num_classes=2), tmp_path / "x", file_format)
+    weights.save(tiny_pretrained("swin", num_classes=2), tmp_path / "x", file_format)
     path = tmp_path / "x" / file
     if not path.exists():
         assert file_format != "huggingface"
@@ -673,7 +675,7 @@ def test_arrays_of_any_shape_are_refused_in_one_line(tmp_path, name, shape):
         changed = state | {array: np.zeros(shape, state[array].dtype)}
         path = write_safetensors(tmp_path / "x.safetensors", changed)
         with pytest.raises(UserError) as caught:
-            pretrained.load(path, overrides=overrides_of(model) if name != "binaryvit_w4" else BITS)
+            weights.load(path, overrides=overrides_of(model) if name != "binaryvit_w4" else BITS)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -686,9 +688,9 @@ BITS = {"num_heads": (1, 2), "reduction": (2, 1), "weight_bits": 4}
 
 def test_weights_inside_a_directory_are_read_with_its_description(tmp_path):
     model = tiny_pretrained("deit", norm_epsilon=1e-12)
-    pretrained.save(model, tmp_path / "x", "huggingface")
+    weights.save(model, tmp_path / "x", "huggingface")
     edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
-    loaded = pretrained.load(tmp_path / "x" / "model.safetensors")
+    loaded = weights.load(tmp_path / "x" / "model.safetensors")
     assert loaded.config == model.config
     assert loaded.bookkeeping_format == "huggingface"
 
@@ -696,12 +698,12 @@ def test_weights_inside_a_directory_are_read_with_its_description(tmp_path):
 def test_the_old_weights_file_of_hugging_face(tmp_path):
     pytest.importorskip("torch")
     model = tiny_pretrained("deit")
-    pretrained.save(model, tmp_path / "x", "huggingface")
+    weights.save(model, tmp_path / "x", "huggingface")
     edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
-    weights = tmp_path / "x" / "model.safetensors"
-    files.write_torch(tmp_path / "x" / "pytorch_model.bin", read_state(weights))
-    weights.unlink()
-    assert_same_trees(pretrained.load(tmp_path / "x").variables, model.variables)
+    safetensors = tmp_path / "x" / "model.safetensors"
+    files.write_torch(tmp_path / "x" / "pytorch_model.bin", read_state(safetensors))
+    safetensors.unlink()
+    assert_same_trees(weights.load(tmp_path / "x").variables, model.variables)
 
 
 def test_the_reference_s_config_json_does_not_change_the_epsilon(tmp_path):
@@ -709,9 +711,9 @@ def test_the_reference_s_config_json_does_not_change_the_epsilon(tmp_path):
     state = foreign_state(tiny_pretrained("deit_1e-5"), "reference", np.random.default_rng(0))
     tensors = {name: torch.from_numpy(array) for name, array in state.items()}
     torch.save({"model": tensors, "args": argparse.Namespace(model_type="deit")}, tmp_path / "x.pth")
-    pretrained.save(tiny_pretrained("deit", norm_epsilon=1e-12), tmp_path / "hf", "huggingface")
+    weights.save(tiny_pretrained("deit", norm_epsilon=1e-12), tmp_path / "hf", "huggingface")
     edit_json(tmp_path / "hf" / "config.json", bvit_jax=None)
-    loaded = pretrained.load(tmp_path / "x.pth", config_file=tmp_path / "hf" / "config.json")
+    loaded = weights.load(tmp_path / "x.pth", config_file=tmp_path / "hf" / "config.json")
     assert (loaded.bookkeeping_format, loaded.config.norm_epsilon) == ("reference", 1e-5)
 
 
@@ -725,17 +727,17 @@ def test_the_reference_s_config_json_does_not_change_the_epsilon(tmp_path):
     ],
 )
 def test_other_models_of_timm_are_refused(tmp_path, values, message):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "timm")
+    weights.save(tiny_pretrained("deit"), tmp_path / "x", "timm")
     edit_json(tmp_path / "x" / "config.json", bvit_jax=None, **values)
     with pytest.raises(UserError, match=message):
-        pretrained.load(tmp_path / "x")
+        weights.load(tmp_path / "x")
 
 
 def test_timm_s_class_names_and_first_config_files_are_read(tmp_path):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "timm")
+    weights.save(tiny_pretrained("deit"), tmp_path / "x", "timm")
     flat = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_pct": 1.0}
     edit_json(tmp_path / "x" / "config.json", bvit_jax=None, pretrained_cfg=None, **flat)
-    loaded = pretrained.load(tmp_path / "x")
+    loaded = weights.load(tmp_path / "x")
     assert loaded.class_names == ("name 0", "name 1", "name 2")
     assert loaded.preprocessing == Preprocessing(32, 32, "bilinear", (0.5,) * 3, (0.25,) * 3)
 
@@ -744,7 +746,7 @@ def test_timm_s_class_names_and_first_config_files_are_read(tmp_path):
 def test_bits_that_are_not_those_of_the_arrays(tmp_path, bits, name):
     path = bare(tmp_path, name, "reference")
     with pytest.raises(UserError, match=f"weight_bits is {bits}"):
-        pretrained.load(path, overrides={"num_heads": (1, 2), "reduction": (2, 1), "weight_bits": bits})
+        weights.load(path, overrides={"num_heads": (1, 2), "reduction": (2, 1), "weight_bits": bits})
 
 
 @pytest.mark.parametrize(
@@ -758,37 +760,37 @@ def test_bits_that_are_not_those_of_the_arrays(tmp_path, bits, name):
 def test_bookkeeping_of_modules_that_do_not_exist(tmp_path, name, file_format, array):
     model = tiny_pretrained(name)
     if file_format == "huggingface":
-        pretrained.save(model, tmp_path / "x", file_format)
+        weights.save(model, tmp_path / "x", file_format)
         path = tmp_path / "x"
         write_safetensors(path / "model.safetensors", read_state(path) | {array: np.zeros(1)})
     else:
         state = foreign_state(model, file_format, np.random.default_rng(0))
         path = write_safetensors(tmp_path / "x.safetensors", state | {array: np.zeros(1)})
     with pytest.raises(UserError, match=rf"1 unexpected \({array}\)"):
-        pretrained.load(path, overrides=overrides_of(model))
+        weights.load(path, overrides=overrides_of(model))
 
 
 @pytest.mark.parametrize("file_format", ["native", "huggingface", "timm"])
 @pytest.mark.parametrize("target", ["x", "x.safetensors"])
 def test_a_flipped_bit_of_a_weight_is_found(tmp_path, file_format, target):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / target, file_format)
+    weights.save(tiny_pretrained("deit"), tmp_path / target, file_format)
     path = tmp_path / target
     path = path / "model.safetensors" if path.is_dir() else path
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="its weights are not those that its description was written for"):
-        pretrained.load(tmp_path / target)
+        weights.load(tmp_path / target)
 
 
 def test_a_model_that_transformers_trained_further_is_read_without_our_description(tmp_path):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    weights.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
     other = tiny_pretrained("deit", seed=1)
-    state, _ = pretrained.to_format(other, "huggingface")
+    state, _ = weights.to_format(other, "huggingface")
     write_safetensors(tmp_path / "x" / "model.safetensors", state)
     edit_json(tmp_path / "x" / "config.json", transformers_version="5.0")
     edit_json(tmp_path / "x" / "preprocessor_config.json", image_mean=[0.5] * 3)
-    loaded = pretrained.load(tmp_path / "x")
+    loaded = weights.load(tmp_path / "x")
     assert_same_trees(loaded.variables, other.variables)
     assert loaded.preprocessing.mean == (0.5,) * 3
 
@@ -798,7 +800,7 @@ def test_arrays_of_several_dtypes_are_not_stacked(tmp_path):
     query = model.variables["params"]["block0"]["query"]
     query["kernel"] = query["kernel"].astype(np.float16)
     with pytest.raises(UserError, match="would stack arrays of different dtypes, float16, float32, float32"):
-        pretrained.save(model, tmp_path / "x", "timm")
+        weights.save(model, tmp_path / "x", "timm")
 
 
 @pytest.mark.parametrize(
@@ -815,21 +817,21 @@ def test_arrays_of_several_dtypes_are_not_stacked(tmp_path):
     ],
 )
 def test_what_a_processor_leaves_out_is_its_default(tmp_path, processor, expected):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    weights.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
     edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
     (tmp_path / "x" / "preprocessor_config.json").write_text(json.dumps(processor))
-    assert pretrained.load(tmp_path / "x").preprocessing == expected
+    assert weights.load(tmp_path / "x").preprocessing == expected
 
 
 def test_arrays_are_left_out_when_asked(tmp_path):
     model = tiny_pretrained("deit")
-    pretrained.save(model, tmp_path / "x", "huggingface")
+    weights.save(model, tmp_path / "x", "huggingface")
     edit_json(tmp_path / "x" / "config.json", bvit_jax=None)
     pooler = {"vit.pooler.dense.weight": np.zeros((8, 8)), "vit.pooler.dense.bias": np.zeros(8)}
     write_safetensors(tmp_path / "x" / "model.safetensors", read_state(tmp_path / "x") | pooler)
     with pytest.raises(UserError, match=r"2 unexpected \(vit.pooler.dense.bias, vit.pooler.dense.weight\)"):
-        pretrained.load(tmp_path / "x")
-    loaded = pretrained.load(tmp_path / "x", ignored=["vit.pooler.*"])
+        weights.load(tmp_path / "x")
+    loaded = weights.load(tmp_path / "x", ignored=["vit.pooler.*"])
     assert loaded.left_out == ("vit.pooler.dense.bias", "vit.pooler.dense.weight")
     assert_same_trees(loaded.variables, model.variables)
 
@@ -839,44 +841,44 @@ def test_a_missing_norm_is_named_and_not_its_block(tmp_path):
     del state["blocks.1.norm1.weight"]
     path = write_safetensors(tmp_path / "x.safetensors", state)
     with pytest.raises(UserError, match=r"1 missing \(blocks.1.norm1.weight\)$"):
-        pretrained.load(path, overrides={"num_heads": 2})
+        weights.load(path, overrides={"num_heads": 2})
 
 
 def test_the_size_of_microsoft_s_swin_is_that_of_its_masks(tmp_path):
     state = foreign_state(tiny_pretrained("swin"), "microsoft", np.random.default_rng(0))
-    loaded = pretrained.load(write_safetensors(tmp_path / "x.safetensors", state))
+    loaded = weights.load(write_safetensors(tmp_path / "x.safetensors", state))
     assert loaded.config.image_size == tiny_pretrained("swin").config.image_size
     assert not any(text.startswith("image_size") for text in loaded.assumed)
 
 
 def test_a_window_cannot_shrink():
     with pytest.raises(UserError, match="choose a larger --image_size"):
-        adapt.resized(tiny_pretrained("swin"), 16)
+        resize.resized(tiny_pretrained("swin"), 16)
 
 
 def test_more_blocks_than_arrays_are_refused_at_once(tmp_path):
-    pretrained.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
+    weights.save(tiny_pretrained("deit"), tmp_path / "x", "huggingface")
     edit_json(tmp_path / "x" / "config.json", num_hidden_layers=3_000_000)
     with pytest.raises(UserError, match=r"config.model.depth is 3000000, and the file has 40 arrays"):
-        pretrained.load(tmp_path / "x")
+        weights.load(tmp_path / "x")
 
 
 def test_a_dangling_link_is_not_replaced(tmp_path):
     (tmp_path / "x.safetensors").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="exists; delete it"):
-        pretrained.save(tiny_pretrained("deit"), tmp_path / "x.safetensors")
+        weights.save(tiny_pretrained("deit"), tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").is_symlink()
 
 
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
-    write = pretrained._write
+    write = saving._write
 
     def slow(path, content):
         write(path, content)
         (tmp_path / "x.safetensors").write_text("another's")
 
-    monkeypatch.setattr(pretrained, "_write", slow)
+    monkeypatch.setattr(saving, "_write", slow)
     with pytest.raises(UserError, match="exists; delete it"):
-        pretrained.save(tiny_pretrained("deit"), tmp_path / "x.safetensors")
+        weights.save(tiny_pretrained("deit"), tmp_path / "x.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     assert (tmp_path / "x.safetensors").read_text() == "another's"

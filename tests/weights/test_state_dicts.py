@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bvit_jax import parity
-from bvit_jax.weights import names
+from bvit_jax.weights import naming as names
 from bvit_jax.weights.state_dicts import StateDictError, from_state_dict, to_state_dict
 from tests.tiny_models import TINY, abstract_of, assert_same_trees, random_variables, tiny_config
 

@@ -1,119 +1,26 @@
-"""What all file formats share: what was read, and what is known after reading it."""
+"""What all file formats share: their description, and what is known once one has interpreted a file."""
 
-import dataclasses
-import difflib
-import math
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from bvit_jax.weights.document import Document
-
-INTERPOLATIONS = ("bicubic", "bilinear")
-MAX_SIZE = 1 << 16  # pixels
-EVAL_CROP = 224 / 256  # share of the resized short side that the evaluation crop keeps
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From an image file to the input of a model.
-
-    Attributes:
-      resize: length of the short side after resizing, in pixels.
-      crop: side of the square that is cut out of the centre, in pixels: the model's image size.
-      interpolation: "bicubic" or "bilinear".
-      mean, std: of each colour, of images in [0, 1].
-      square: both sides are resized to ``resize``, whatever the aspect.
-
-    Raises:
-      ValueError: a value is of another kind or out of range.
-    """
-
-    resize: int
-    crop: int
-    interpolation: str = "bicubic"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    square: bool = False
-
-    def __post_init__(self) -> None:
-        sizes = (self.resize, self.crop)
-        if not all(type(size) is int and 0 < size < MAX_SIZE for size in sizes):
-            raise ValueError(f"resize and crop are {sizes}, expected whole numbers of pixels")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation is {self.interpolation!r}, expected bicubic or bilinear")
-        for name, least in (("mean", -math.inf), ("std", 0.0)):
-            values = getattr(self, name)
-            numbers = isinstance(values, tuple) and all(type(v) in (int, float) for v in values)
-            if not numbers or len(values) != 3 or not all(least < v < math.inf for v in values):
-                raise ValueError(f"{name} is {values}, expected a number for each of three colours")
-        if type(self.square) is not bool:
-            raise ValueError(f"square is {self.square!r}, expected true or false")
-
-    def scaled_to(self, image_size: int) -> "Preprocessing":
-        """Returns the same for another image size."""
-        resize = round(self.resize * image_size / self.crop)
-        return dataclasses.replace(self, resize=resize, crop=image_size)
-
+from bvit_jax.models.swin import MERGE, stage_window
+from bvit_jax.models.windows import relative_positions, shift_mask
+from bvit_jax.weights.naming import Naming
+from bvit_jax.weights.preprocessing import Preprocessing
+from bvit_jax.weights.raw_checkpoint import RawCheckpoint
 
 ASSUMED_PREPROCESSING = "preprocessing as for DeiT (256 to 224 pixels, bicubic, ImageNet's colours)"
 
-
-def deit_preprocessing(image_size: int) -> Preprocessing:
-    """Returns what DeiT and BinaryViT evaluate with: 256 to 224 pixels and in proportion."""
-    return Preprocessing(resize=int(image_size / EVAL_CROP), crop=image_size)
+Config = Mapping[str, Any]  # of a model
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class RawCheckpoint:
-    """What the files say, before anyone understood it.
-
-    Attributes:
-      state: the arrays by their names in the files.
-      values: a configuration in the format's own terms, such as its ``config.json``; empty if none.
-      args: what the training script was called with; empty if unknown.
-      processor: Hugging Face's ``preprocessor_config.json``; empty if none.
-      document: what this project wrote about the model; None in other people's files.
-      files: the files of the arrays.
-      origin: what messages call it.
-    """
-
-    state: Mapping[str, np.ndarray]
-    values: Mapping[str, Any] = field(default_factory=dict)
-    args: Mapping[str, Any] = field(default_factory=dict)
-    processor: Mapping[str, Any] = field(default_factory=dict)
-    document: "Document | None" = None
-    files: tuple[Path, ...] = ()
-    origin: str = ""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of an array; raises `UserError` if there is none of that name."""
-        if name not in self.state:
-            raise UserError(f"{self.origin} has no array {name!r}{_close_to(name, self.state)}")
-        return self.state[name].shape
-
-    def count(self, before: str) -> int:
-        """Returns how many numbered parts there are: one more than the highest number after ``before``."""
-        pattern = re.compile(re.escape(before) + r"(\d+)\.")
-        numbers = [int(match[1]) for name in self.state if (match := pattern.match(name))]
-        return max(numbers, default=-1) + 1
-
-
-def _close_to(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    return f"; the nearest is {close[0]!r}" if close else ""
-
-
-@dataclass(frozen=True)
-class Understood:
+class Interpretation:
     """The model that a raw checkpoint holds.
 
     Attributes:
@@ -131,6 +38,43 @@ class Understood:
     assumed: tuple[str, ...] = ()
 
 
+def _accept(config: Config, raw: RawCheckpoint) -> None:
+    """Checks nothing."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One family of PyTorch files.
+
+    Attributes:
+      name: what users call it.
+      models: the names of our models that it can hold.
+      check: raises `UserError` if it cannot hold the model of a configuration after all.
+      naming: from a model's configuration to the names of its arrays.
+      recognise: whether files have this format.
+      interpret: from files to a model.
+      describe: from (configuration, class names, preprocessing) to the ``config.json``.
+      constants: from a configuration and the names of a state dict to the arrays that do not affect the
+        function, with the values they must have; counters and arrays that the naming calls unused may
+        have any value.
+      writes_constants: whether PyTorch's modules own them today, so that a new file needs them.
+      check_raw: raises `UserError` if the final configuration contradicts the files.
+      processor: from the preprocessing to a ``preprocessor_config.json``; None if the format has none.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    check: Callable[[Config], None]
+    naming: Callable[[Config], Naming]
+    recognise: Callable[[RawCheckpoint], bool]
+    interpret: Callable[[RawCheckpoint], Interpretation]
+    describe: Callable[[Config, tuple[str, ...], Preprocessing], dict[str, Any]]
+    constants: Callable[[Config, Mapping[str, np.ndarray]], Arrays]
+    writes_constants: bool
+    check_raw: Callable[[Config, RawCheckpoint], None] = _accept
+    processor: Callable[[Preprocessing], dict[str, Any]] | None = None
+
+
 def square_side(tokens: int, origin: str) -> int:
     """Returns the side of a square grid of tokens; raises `UserError` if it is not square."""
     side = round(max(tokens, 0) ** 0.5)
@@ -146,3 +90,25 @@ def check_epsilon(who: str, epsilon: float, config: Mapping[str, Any]) -> None:
             f"norm_epsilon is {config['norm_epsilon']}, and {who} computes with {epsilon} whatever its files"
             f" say; use another format, or accept the difference with norm_epsilon={epsilon}"
         )
+
+
+def window_constants(config: Config, naming: Naming) -> Arrays:
+    """Returns the constants among the arrays of PyTorch's Swin modules: relative positions and masks.
+
+    Empty for models other than Swin.
+    """
+    if config["name"] != "swin":
+        return {}
+    arrays: Arrays = {}
+    side = config["image_size"] // config["patch_size"]
+    for stage, depth in enumerate(config["depth"]):
+        for i in range(depth):
+            window = stage_window(side, config["window_size"], shifted=i % 2 == 1)
+            table = naming.name(f"stage{stage}_block{i}/position_bias")
+            index = table.replace("relative_position_bias_table", "relative_position_index")
+            arrays[index] = relative_positions(window.size)
+            if window.shift:
+                block = naming.name(f"stage{stage}_block{i}/mlp_norm/scale").rsplit(".", 2)[0]
+                arrays[f"{block}.attn_mask"] = shift_mask(window)
+        side //= MERGE
+    return arrays

@@ -1,7 +1,7 @@
 """Checkpoints of Bi-ViT's released code: the names of its backbones, and those of its quantisers.
 
-The linear layers of a block have a bias that the code creates and never adds. It says nothing about the
-function and is kept with the other such arrays for the way back.
+The linear layers of a block have a bias that the code creates but never adds. It does not affect the
+function and is kept, with the other arrays of that kind, for the way back.
 
 Source: the behaviour of github.com/YanjingLi0202/Bi-ViT.
 """
@@ -15,9 +15,17 @@ import numpy as np
 from bvit_jax.errors import UserError
 from bvit_jax.models import family
 from bvit_jax.weights.formats import timm
-from bvit_jax.weights.formats.base import Preprocessing, RawCheckpoint, Understood, check_epsilon
-from bvit_jax.weights.formats.swin_constants import window_constants
-from bvit_jax.weights.names import BIVIT_DEIT, BIVIT_SWIN, Naming
+from bvit_jax.weights.formats.base import (
+    Arrays,
+    Config,
+    Format,
+    Interpretation,
+    check_epsilon,
+    window_constants,
+)
+from bvit_jax.weights.naming import BIVIT_DEIT, BIVIT_SWIN, Naming
+from bvit_jax.weights.preprocessing import Preprocessing
+from bvit_jax.weights.raw_checkpoint import RawCheckpoint
 
 NAME = "bivit"
 SWIN, DEIT = "bivit_release_swin", "bivit_release_deit"
@@ -27,12 +35,12 @@ _DEIT_SCALE = "blocks.0.attn.q_act.alpha"
 _SWIN_SCALE = "layers.0.blocks.0.attn.q_act.alpha"
 
 
-def naming(config: Mapping[str, Any]) -> Naming:
+def naming(config: Config) -> Naming:
     """Returns the names of the arrays of a model of `MODELS`."""
     return BIVIT_SWIN if config["name"] == SWIN else BIVIT_DEIT
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Config) -> None:
     """Raises `UserError` if the code cannot compute this model of `MODELS`."""
     if config["name"] == SWIN:
         check_epsilon("Bi-ViT's Swin", timm.SWIN_NORM_EPSILON, config)
@@ -47,9 +55,9 @@ def recognise(raw: RawCheckpoint) -> bool:
     return _DEIT_SCALE in raw.state or _SWIN_SCALE in raw.state
 
 
-def understand(raw: RawCheckpoint) -> Understood:
+def interpret(raw: RawCheckpoint) -> Interpretation:
     """Finds the model from the shapes of its arrays."""
-    backbone = timm.understand(raw)
+    backbone = timm.interpret(raw)
     if backbone.model == "swin":
         return dataclasses.replace(backbone, model=SWIN)
     heads = {"num_heads": raw.shape(_DEIT_SCALE)[0]}
@@ -57,13 +65,13 @@ def understand(raw: RawCheckpoint) -> Understood:
     return dataclasses.replace(backbone, model=DEIT, settings=backbone.settings | heads, assumed=assumed)
 
 
-def describe(config: Mapping[str, Any], class_names: tuple[str, ...], p: Preprocessing) -> dict[str, Any]:
+def describe(config: Config, class_names: tuple[str, ...], p: Preprocessing) -> dict[str, Any]:
     """Returns a ``config.json`` like that of the backbone; the code itself has none."""
     values = timm.describe(_backbone(config), class_names, p)
     return values | {"architecture": f"{values['architecture']}_bivit"}
 
 
-def constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def constants(config: Config, names: Mapping[str, np.ndarray]) -> Arrays:
     """Returns the unused biases as zeros, though they may have any value, and a Swin's windows."""
     found = naming(config)
     layers = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
@@ -72,5 +80,18 @@ def constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dic
     return unused | window_constants(_backbone(config), found)
 
 
-def _backbone(config: Mapping[str, Any]) -> dict[str, Any]:
+def _backbone(config: Config) -> dict[str, Any]:
     return {key: config[key] for key in config} | {"name": family(config["name"]).backbone}
+
+
+FORMAT = Format(
+    name=NAME,
+    models=MODELS,
+    check=check,
+    naming=naming,
+    recognise=recognise,
+    interpret=interpret,
+    describe=describe,
+    constants=constants,
+    writes_constants=True,
+)

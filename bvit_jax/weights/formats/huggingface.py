@@ -11,25 +11,26 @@ import numpy as np
 from bvit_jax.errors import UserError
 from bvit_jax.weights.formats.base import (
     ASSUMED_PREPROCESSING,
-    Preprocessing,
-    RawCheckpoint,
-    Understood,
+    Arrays,
+    Config,
+    Format,
+    Interpretation,
     check_epsilon,
-    deit_preprocessing,
+    window_constants,
 )
 from bvit_jax.weights.formats.reference import MODEL_TYPES, labels_of
-from bvit_jax.weights.formats.swin_constants import window_constants
-from bvit_jax.weights.names import (
+from bvit_jax.weights.naming import (
     HUGGING_FACE_DEIT,
     HUGGING_FACE_DEIT_HEADS,
     HUGGING_FACE_SWIN,
     HUGGING_FACE_VIT,
     Naming,
 )
+from bvit_jax.weights.preprocessing import Preprocessing, deit_preprocessing
+from bvit_jax.weights.raw_checkpoint import PROCESSOR_FILE, RawCheckpoint
 
 NAME = "huggingface"
 MODELS = ("deit", "swin")
-PROCESSOR_FILE = "preprocessor_config.json"
 
 _SHARED_KEYS = {  # of config.json -> of ours
     "image_size": "image_size",
@@ -51,7 +52,7 @@ _SWIN_KEYS = {
     "window_size": "window_size",
     "drop_path_rate": "drop_path",
 }
-_FIXED = {  # what our models do, and cannot do otherwise
+_FIXED = {  # the only values that our models support
     "hidden_act": "gelu",
     "qkv_bias": True,
     "num_channels": 3,
@@ -60,13 +61,13 @@ _FIXED = {  # what our models do, and cannot do otherwise
 SWIN_NORM_EPSILON = 1e-5  # transformers takes layer_norm_eps for some of Swin's norms only
 _PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
 _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
-_PROCESSOR_DEFAULTS: dict[str, dict[str, Any]] = {  # of the processors, where their files leave something out
+_PROCESSOR_DEFAULTS: dict[str, dict[str, Any]] = {  # of the processors, for what their files leave out
     "ViT": {"size": 224, "resample": 2, **_HALF},
     "DeiT": {"size": 256, "crop_size": 224, "do_center_crop": True, "resample": 3, **_HALF},
 }
 
 
-def naming(config: Mapping[str, Any]) -> Naming:
+def naming(config: Config) -> Naming:
     """Returns the names of the arrays of a model of `MODELS`."""
     if config["name"] == "swin":
         return HUGGING_FACE_SWIN
@@ -84,7 +85,7 @@ def recognise(raw: RawCheckpoint) -> bool:
     return known and "model_type" in raw.values and not binary and not reference
 
 
-def understand(raw: RawCheckpoint) -> Understood:
+def interpret(raw: RawCheckpoint) -> Interpretation:
     """Finds the model that ``config.json`` describes."""
     values = raw.values
     kind = values.get("model_type")
@@ -111,7 +112,7 @@ def understand(raw: RawCheckpoint) -> Understood:
         settings["distillation_token"] = kind == "deit"
         settings["distillation_head"] = two_heads
     model = "swin" if kind == "swin" else "deit"
-    return Understood(
+    return Interpretation(
         model,
         settings,
         _preprocessing(raw, settings["image_size"]),
@@ -120,7 +121,7 @@ def understand(raw: RawCheckpoint) -> Understood:
     )
 
 
-def describe(config: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[str, Any]:
+def describe(config: Config, class_names: tuple[str, ...], _: Preprocessing) -> dict[str, Any]:
     """Returns the ``config.json`` of a model of `MODELS`."""
     swin = config["name"] == "swin"
     keys = _SHARED_KEYS | (_SWIN_KEYS if swin else _VIT_KEYS)
@@ -177,13 +178,13 @@ def describe_processor(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Config) -> None:
     """Raises `UserError` if transformers cannot compute this model of `MODELS`."""
     if config["name"] == "swin":
         check_epsilon("transformers' Swin", SWIN_NORM_EPSILON, config)
 
 
-def constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def constants(config: Config, names: Mapping[str, np.ndarray]) -> Arrays:
     """Returns the constants that files of older versions of transformers hold for Swin."""
     del names
     return window_constants(config, naming(config))
@@ -237,3 +238,17 @@ def _whole(value: float, origin: str) -> int:
     if int(value) != value:
         raise UserError(f"{origin}: mlp_ratio is {value}; only whole ratios are supported")
     return int(value)
+
+
+FORMAT = Format(
+    name=NAME,
+    models=MODELS,
+    check=check,
+    naming=naming,
+    recognise=recognise,
+    interpret=interpret,
+    describe=describe,
+    constants=constants,
+    writes_constants=False,
+    processor=describe_processor,
+)

@@ -12,14 +12,10 @@ import numpy as np
 
 from bvit_jax.errors import UserError
 from bvit_jax.models.binaryvit import BinaryViT
-from bvit_jax.weights.formats.base import (
-    RawCheckpoint,
-    Understood,
-    check_epsilon,
-    deit_preprocessing,
-    square_side,
-)
-from bvit_jax.weights.names import REFERENCE, Naming
+from bvit_jax.weights.formats.base import Arrays, Config, Format, Interpretation, check_epsilon, square_side
+from bvit_jax.weights.naming import REFERENCE, Naming
+from bvit_jax.weights.preprocessing import Preprocessing, deit_preprocessing
+from bvit_jax.weights.raw_checkpoint import RawCheckpoint
 
 NAME = "reference"
 MODELS = ("binaryvit", "react_deit", "deit")
@@ -45,13 +41,13 @@ _CONFIG_KEYS = {  # of its config.json -> of ours
 }
 
 
-def naming(config: Mapping[str, Any]) -> Naming:
+def naming(config: Config) -> Naming:
     """Returns the names of the arrays of a model of `MODELS`."""
     del config
     return REFERENCE
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Config) -> None:
     """Raises `UserError` if the code cannot compute this model of `MODELS`."""
     if config.get("distillation_token"):
         raise UserError("the BinaryViT code's DeiT has no distillation token; use another format")
@@ -63,7 +59,7 @@ def recognise(raw: RawCheckpoint) -> bool:
     return "vit.layernorm.weight" in raw.state
 
 
-def understand(raw: RawCheckpoint) -> Understood:
+def interpret(raw: RawCheckpoint) -> Interpretation:
     """Finds the model in a checkpoint: from its arrays, and what these leave open from its configuration."""
     blocks = _blocks(raw)
     model = _model_name(raw)
@@ -97,7 +93,7 @@ def understand(raw: RawCheckpoint) -> Understood:
     if "reduction" in said:
         assumed = [text for text in assumed if not text.startswith("reduction")]
     labels = labels_of(raw.values, settings["num_classes"])
-    return Understood(model, settings, deit_preprocessing(settings["image_size"]), labels, tuple(assumed))
+    return Interpretation(model, settings, deit_preprocessing(settings["image_size"]), labels, tuple(assumed))
 
 
 def from_config_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +113,7 @@ def labels_of(values: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     return tuple(by_index.get(i, f"class {i}") for i in range(num_classes))
 
 
-def describe(config: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[str, Any]:
+def describe(config: Config, class_names: tuple[str, ...], _: Preprocessing) -> dict[str, Any]:
     """Returns the ``config.json`` that the code builds a model of this configuration from."""
     values: dict[str, Any] = {
         "architectures": ["ViTForImageClassification"],
@@ -142,7 +138,7 @@ def describe(config: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[st
     return values | {"num_hidden_layers": depth}
 
 
-def constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def constants(config: Config, names: Mapping[str, np.ndarray]) -> Arrays:
     """Returns the arrays besides parameters and statistics that the code's modules hold."""
     counters = {
         name.removesuffix("running_mean") + "num_batches_tracked": np.array(0, np.int64)
@@ -229,7 +225,7 @@ def _clip_val(raw: RawCheckpoint) -> float:
     return float(np.max(next(limits, np.array(DEFAULT_CLIP_VAL))))
 
 
-def check_bits(config: Mapping[str, Any], raw: RawCheckpoint) -> None:
+def check_bits(config: Config, raw: RawCheckpoint) -> None:
     """Raises `UserError` if the bits are not those of the arrays: only 2 to 8 bits are clipped."""
     clipped = any(name.endswith(".weight_clip_val") for name in raw.state)
     bits = config.get("weight_bits", 32)
@@ -238,3 +234,17 @@ def check_bits(config: Mapping[str, Any], raw: RawCheckpoint) -> None:
             f"{raw.origin}: weight_bits is {bits}, and its arrays are those of"
             f" {'2 to 8 bits' if clipped else '1 or 32 bits'}; say how many with weight_bits"
         )
+
+
+FORMAT = Format(
+    name=NAME,
+    models=MODELS,
+    check=check,
+    naming=naming,
+    recognise=recognise,
+    interpret=interpret,
+    describe=describe,
+    constants=constants,
+    writes_constants=True,
+    check_raw=check_bits,
+)

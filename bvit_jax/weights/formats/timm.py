@@ -17,15 +17,17 @@ from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
 from bvit_jax.weights.formats.base import (
     ASSUMED_PREPROCESSING,
-    Preprocessing,
-    RawCheckpoint,
-    Understood,
+    Arrays,
+    Config,
+    Format,
+    Interpretation,
     check_epsilon,
-    deit_preprocessing,
     square_side,
+    window_constants,
 )
-from bvit_jax.weights.formats.swin_constants import window_constants
-from bvit_jax.weights.names import MICROSOFT_SWIN, TIMM_DEIT, TIMM_SWIN, Naming
+from bvit_jax.weights.naming import MICROSOFT_SWIN, TIMM_DEIT, TIMM_SWIN, Naming
+from bvit_jax.weights.preprocessing import Preprocessing, deit_preprocessing
+from bvit_jax.weights.raw_checkpoint import RawCheckpoint
 
 NAME = "timm"
 MICROSOFT = "microsoft"
@@ -53,12 +55,12 @@ _FAMILIES = {  # (width, depth) -> how timm calls it
 }
 
 
-def naming(config: Mapping[str, Any]) -> Naming:
+def naming(config: Config) -> Naming:
     """Returns timm's names of the arrays of a model of `MODELS`."""
     return TIMM_SWIN if config["name"] == "swin" else TIMM_DEIT
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Config) -> None:
     """Raises `UserError` if timm and Microsoft cannot compute this model of `MODELS`."""
     if config["name"] == "swin":
         check_epsilon("their Swin", SWIN_NORM_EPSILON, config)
@@ -66,12 +68,6 @@ def check(config: Mapping[str, Any]) -> None:
     if config["distillation_token"] != config["distillation_head"]:
         raise UserError("timm's DeiT has a distillation token only with its head; use another format")
     check_epsilon("timm's DeiT", DEIT_NORM_EPSILON, config)
-
-
-def microsoft_naming(config: Mapping[str, Any]) -> Naming:
-    """Returns Microsoft's names of the arrays of a Swin."""
-    del config
-    return MICROSOFT_SWIN
 
 
 def recognise(raw: RawCheckpoint) -> bool:
@@ -85,7 +81,7 @@ def recognise_microsoft(raw: RawCheckpoint) -> bool:
     return _is_swin(raw) and "head.fc.weight" not in raw.state
 
 
-def understand(raw: RawCheckpoint) -> Understood:
+def interpret(raw: RawCheckpoint) -> Interpretation:
     """Finds the model from the shapes of its arrays, and what these leave open from ``config.json``."""
     _check_architecture(raw)
     settings, assumed = _swin_settings(raw) if _is_swin(raw) else _deit_settings(raw)
@@ -103,7 +99,7 @@ def understand(raw: RawCheckpoint) -> Understood:
     model = "swin" if _is_swin(raw) else "deit"
     names = tuple(raw.values.get("label_names", ()))
     preprocessing = _preprocessing(raw, settings["image_size"])
-    return Understood(model, settings, preprocessing, names, tuple(assumed))
+    return Interpretation(model, settings, preprocessing, names, tuple(assumed))
 
 
 def _check_architecture(raw: RawCheckpoint) -> None:
@@ -130,7 +126,7 @@ def _swin_image_size(raw: RawCheckpoint, settings: Mapping[str, Any]) -> int | N
     return side * settings["patch_size"]
 
 
-def describe(config: Mapping[str, Any], class_names: tuple[str, ...], p: Preprocessing) -> dict[str, Any]:
+def describe(config: Config, class_names: tuple[str, ...], p: Preprocessing) -> dict[str, Any]:
     """Returns the ``config.json`` that timm's hub directories have."""
     size = config["image_size"]
     values: dict[str, Any] = {
@@ -158,16 +154,10 @@ def describe(config: Mapping[str, Any], class_names: tuple[str, ...], p: Preproc
     return values | {"model_args": sizes}
 
 
-def constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def constants(config: Config, names: Mapping[str, np.ndarray]) -> Arrays:
     """Returns the constants of a Swin that Microsoft's modules and older ones of timm hold."""
     del names
     return window_constants(config, naming(config))
-
-
-def microsoft_constants(config: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the constants that Microsoft's modules hold: relative positions and masks."""
-    del names
-    return window_constants(config, MICROSOFT_SWIN)
 
 
 def _is_swin(raw: RawCheckpoint) -> bool:
@@ -242,10 +232,34 @@ def _preprocessing(raw: RawCheckpoint, image_size: int) -> Preprocessing:
         raise UserError(f"{raw.origin}: its pretrained_cfg is not understood: {error}") from error
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def _architecture(config: Config) -> str:
     family = _FAMILIES.get((config["width"], config["depth"]), "tiny")
     patch, size = config["patch_size"], config["image_size"]
     if config["name"] == "swin":
         return f"swin_{family}_patch{patch}_window{config['window_size']}_{size}"
     distilled = "distilled_" if config["distillation_head"] else ""
     return f"deit_{family}_{distilled}patch{patch}_{size}"
+
+
+FORMAT = Format(
+    name=NAME,
+    models=MODELS,
+    check=check,
+    naming=naming,
+    recognise=recognise,
+    interpret=interpret,
+    describe=describe,
+    constants=constants,
+    writes_constants=False,
+)
+MICROSOFT_FORMAT = Format(
+    name=MICROSOFT,
+    models=MICROSOFT_MODELS,
+    check=check,
+    naming=lambda config: MICROSOFT_SWIN,
+    recognise=recognise_microsoft,
+    interpret=interpret,
+    describe=describe,
+    constants=lambda config, names: window_constants(config, MICROSOFT_SWIN),
+    writes_constants=True,
+)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bvit_jax.errors import UserError
-from bvit_jax.weights import files as tensor_files
+from bvit_jax.weights import tensor_files
 from tests.tiny_models import assert_same_states
 
 STATE = {

@@ -1,4 +1,4 @@
-"""Models made fit for another task: another image size, other classes, other names of them."""
+"""Models resized: to other image sizes, and to other numbers of classes."""
 
 import dataclasses
 
@@ -10,14 +10,13 @@ from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.layers.init import bias_init, kernel_init
 from bvit_jax.weights.formats import FORMATS
-from bvit_jax.weights.names import path_name
-from bvit_jax.weights.positions import resize_positions
+from bvit_jax.weights.naming import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import StateDict, abstract_variables
 
 
 def resized(pretrained: Pretrained, image_size: int) -> Pretrained:
-    """Returns the model for another image size, position embeddings interpolated as DeiT does.
+    """Returns the model for another image size, its position embeddings interpolated as DeiT does.
 
     Raises:
       UserError: the model cannot have that size.
@@ -33,8 +32,8 @@ def resized(pretrained: Pretrained, image_size: int) -> Pretrained:
         name = path_name(path)
         if not name.endswith("/positions"):
             raise UserError(
-                f"with images of {image_size} pixels {name} would be {target.shape} and not {array.shape}:"
-                " a stage would be smaller than its window; choose a larger --image_size"
+                f"for images of {image_size} pixels {name} would have shape {target.shape} instead of"
+                f" {array.shape}: a stage would be smaller than its window; choose a larger --image_size"
             )
         first = extra if name.startswith("params/embedding/") else 0
         return resize_positions(array, first, round((target.shape[1] - first) ** 0.5))
@@ -56,12 +55,55 @@ def _extra_tokens(config: ConfigDict) -> int:
 
 
 def _resized_bookkeeping(pretrained: Pretrained, config: ConfigDict) -> StateDict:
-    """Returns the bookkeeping with the masks of the new size in place of those of the old one."""
+    """Returns the bookkeeping with its attention masks replaced by those of the new size."""
     kept = {name: a for name, a in pretrained.bookkeeping.items() if not name.endswith("attn_mask")}
     if len(kept) == len(pretrained.bookkeeping):
         return kept
     constants = FORMATS[pretrained.bookkeeping_format].constants(config, {})
     return kept | {name: a for name, a in constants.items() if name.endswith("attn_mask")}
+
+
+def resize_positions(positions: np.ndarray, extra_tokens: int, side: int) -> np.ndarray:
+    """Resizes the grid of position embeddings bicubically, as DeiT does for fine-tuning.
+
+    The filter is that of PyTorch's ``interpolate(mode="bicubic", align_corners=False)``: no
+    antialiasing, the border repeated.
+
+    Args:
+      positions: (1, extra_tokens + n², channels).
+      extra_tokens: number of embeddings at the front that belong to no patch, which are kept.
+      side: tokens along each side of the new grid.
+
+    Returns:
+      (1, extra_tokens + side², channels) in the dtype of ``positions``.
+    """
+    first, patches = positions[:, :extra_tokens], positions[:, extra_tokens:]
+    channels = positions.shape[-1]
+    old_side = round(patches.shape[1] ** 0.5)
+    grid = patches.reshape(old_side, old_side, channels).astype(np.float64)
+    weights = _bicubic_weights(old_side, side)
+    grid = np.einsum("io,jp,opc->ijc", weights, weights, grid, optimize=True)
+    grid = grid.reshape(1, side * side, channels).astype(positions.dtype)
+    return np.concatenate([first, grid], axis=1)
+
+
+def _bicubic_weights(old: int, new: int) -> np.ndarray:
+    """Returns the matrix (new, old) that resizes one axis."""
+    centre = (np.arange(new) + 0.5) * (old / new) - 0.5
+    base = np.floor(centre).astype(int)
+    weights = np.zeros((new, old))
+    for offset in (-1, 0, 1, 2):
+        at = base + offset
+        np.add.at(weights, (np.arange(new), np.clip(at, 0, old - 1)), _cubic(np.abs(centre - at)))
+    return weights
+
+
+def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+    """Returns Keys' cubic convolution kernel at distances from 0 to 2."""
+    d = distance
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
 
 
 def with_new_head(pretrained: Pretrained, class_names: tuple[str, ...]) -> Pretrained:
@@ -81,8 +123,3 @@ def with_new_head(pretrained: Pretrained, class_names: tuple[str, ...]) -> Pretr
         }
     variables = pretrained.variables | {"params": params}
     return dataclasses.replace(pretrained, config=config, variables=variables, class_names=class_names)
-
-
-def with_class_names(pretrained: Pretrained, class_names: tuple[str, ...]) -> Pretrained:
-    """Returns the model with other names for its classes."""
-    return dataclasses.replace(pretrained, class_names=class_names)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bvit_jax.weights.positions import resize_positions
+from bvit_jax.weights.resize import resize_positions
 
 
 @pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (3, 8), (7, 1), (1, 5), (2, 3)])
