@@ -11,6 +11,7 @@ import pytest
 from bvit_jax import cli, optim
 from bvit_jax import config as config_lib
 from bvit_jax import weights
+from bvit_jax.errors import UserError
 from bvit_jax.models import create_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.training.steps.state import create_state
@@ -30,7 +31,8 @@ def make_run(path: Path, config) -> dict:
     path.mkdir()
     config_lib.save(config, path / "config.json")
     optimizer = optim.make_optimizer(config.optim, lambda step: 1.0)
-    state = create_state(jax.random.key(0), create_model(config.model), optimizer, config.model.image_size)
+    model, size = create_model(config.model), config.model.image_size
+    state = jax.jit(lambda key: create_state(key, model, optimizer, size))(jax.random.key(0))
     state = dataclasses.replace(state, step=np.int32(7))
     state = jax.device_put(state, replicated(make_mesh(jax.devices()[:1])))
     checkpoints = Checkpoints(path, keep=1)
@@ -39,13 +41,15 @@ def make_run(path: Path, config) -> dict:
     return jax.tree.map(np.asarray, state.variables)
 
 
-@pytest.fixture
-def binary_run(tmp_path):
+@pytest.fixture(scope="module")
+def binary_run(tmp_path_factory):
+    """The directory of a run, its configuration and its variables; nobody writes into it."""
+    path = tmp_path_factory.mktemp("convert") / "run"
     config = digits.get_config()
     config.model.depth = (1, 1)
-    variables = make_run(tmp_path / "run", config)
-    runs.write_class_names(tmp_path / "run", [str(i) for i in range(10)])
-    return tmp_path / "run", config, variables
+    variables = make_run(path, config)
+    runs.write_class_names(path, [str(i) for i in range(10)])
+    return path, config, variables
 
 
 @pytest.fixture
@@ -107,10 +111,10 @@ def test_options_of_files_mean_nothing_for_a_run(tmp_path, binary_run, capsys):
 
 
 @pytest.mark.parametrize("text", ["", "[]", '["only one"]', "[1,2,3,4,5,6,7,8,9,10]"])
-def test_damaged_class_names(tmp_path, binary_run, capsys, text):
-    run, _, _ = binary_run
-    (run / runs.CLASSES_FILE).write_text(text)
-    assert f"cannot read {run / runs.CLASSES_FILE}" in error_of(capsys, run, tmp_path / "x")
+def test_damaged_class_names(tmp_path, text):
+    (tmp_path / runs.CLASSES_FILE).write_text(text)
+    with pytest.raises(UserError, match=f"cannot read {tmp_path / runs.CLASSES_FILE}"):
+        runs.read_class_names(tmp_path, 10)
 
 
 # --- options -----------------------------------------------------------------------------------
