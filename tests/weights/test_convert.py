@@ -8,9 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from bvit_jax import cli, optim
+from bvit_jax import cli, optim, weights
 from bvit_jax import config as config_lib
-from bvit_jax import weights
 from bvit_jax.errors import UserError
 from bvit_jax.models import create_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
