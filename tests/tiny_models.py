@@ -1,5 +1,6 @@
 """Small models, the only place where tests spell their sizes, and random weights for them."""
 
+import functools
 from typing import Any
 
 import jax
@@ -114,7 +115,10 @@ def tiny_config(name: str, num_classes: int = 3, **settings: Any) -> ConfigDict:
 
 def abstract_of(config: ConfigDict) -> Variables:
     """Returns the shapes of a model's variables."""
-    return abstract_variables(models.create_model(config), config.image_size)
+    return jax.tree.map(lambda leaf: leaf, _abstract(models.create_model(config), config.image_size))
+
+
+_abstract = functools.cache(abstract_variables)  # which takes long
 
 
 def random_variables(abstract: Variables, seed: int = 0, dtype: Any = np.float32) -> Variables:
