@@ -24,11 +24,11 @@ BINARY_WEIGHT = "binary_weight"  # and a real input
 BINARY_INPUT = "binary_input"  # and a real weight, or one of several bits
 REAL = "real"
 KINDS = (BINARY, BINARY_WEIGHT, BINARY_INPUT, REAL)
-BINARY_PER_OP = 64  # binary multiply-accumulates that count as one operation: a 64-bit XNOR and popcount
+BINARY_PER_OP = 64  # binary multiply-accumulates per operation: a 64-bit XNOR and popcount
 FLOAT_BYTES = 4
 
 OTHER = "shortcuts, biases, shifts, signs, scales"
-CONCEPTS = {  # of element-wise operations, by a named scope or by the class of a module
+CONCEPTS = {  # of element-wise operations, by named scope or by class of the module
     "BatchNorm": "normalisation",
     "LayerNorm": "normalisation",
     "RPReLU": "activation",
@@ -51,25 +51,26 @@ argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
 _REDUCTIONS = frozenset(_REDUCTION_NAMES.split())
 _WINDOWS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 _FREE = LAYOUT | {"bitcast_convert_type", "iota"}
+KNOWN = _FREE.union(_PRODUCTS, _ELEMENTWISE, _REDUCTIONS, _WINDOWS)
 
 
 @dataclass
 class LayerCost:
-    """What one module costs for one image, its submodules not included.
+    """The cost of one module for one image, without its submodules.
 
     Attributes:
       path: of the module in the model, "" for the model itself.
       kind: the class of the module.
       binary_params, low_bit_params, real_params: learned values by how inference must keep them: in one
         bit, in a few, as a float32.
-      packed_bits: of the learned values, packed, with the scales that the binary weights need.
-      scales: float32 numbers that inference needs of the binary weights beside their bits.
-      statistics: running statistics, which belong to no parameter.
+      packed_bits: size of the learned values when packed, including the scales of binary weights.
+      scales: float32 numbers that inference needs for binary weights in addition to their bits.
+      statistics: running statistics, which are not parameters.
       macs: multiply-accumulates of products by kind, one of `KINDS`.
       elementwise_by: operations on single elements that depend on the image, by `CONCEPTS`.
-      moved_bytes: operands and results of the products, in the dtypes that the program has.
-      packed_moved_bytes: the same with one bit for every element of a binary operand.
-      saved_bytes: of the arrays made here that a training step keeps for its backward pass.
+      moved_bytes: size of the operands and results of the products, in the dtypes of the program.
+      packed_moved_bytes: the same with one bit per element of a binary operand.
+      saved_bytes: size of the arrays made here that a training step saves for its backward pass.
     """
 
     path: str
@@ -93,17 +94,17 @@ class LayerCost:
 
     @property
     def packed_bytes(self) -> int:
-        """What the learned values take in memory when packed."""
+        """Size of the learned values in memory when packed."""
         return -(-self.packed_bits // 8)
 
     @property
     def float_bytes(self) -> int:
-        """What the learned values take in memory in float32."""
+        """Size of the learned values in memory in float32."""
         return FLOAT_BYTES * self.params
 
     @property
     def real_macs(self) -> int:
-        """The multiply-accumulates that are no XNOR: all but those of two binary operands."""
+        """The multiply-accumulates that are not an XNOR: all but those of two binary operands."""
         return sum(self.macs.values()) - self.macs[BINARY]
 
     @property
@@ -123,7 +124,7 @@ class LayerCost:
 
     @property
     def macs_per_byte(self) -> float:
-        """Arithmetic intensity of the products: multiply-accumulates per byte that they move."""
+        """Arithmetic intensity of the products: multiply-accumulates per byte moved."""
         return sum(self.macs.values()) / self.moved_bytes if self.moved_bytes else 0.0
 
     @property
@@ -139,7 +140,7 @@ class Uncounted:
     Attributes:
       path: of the module.
       what: the operation, or the parameter that no counted operation takes.
-      elements: of its results, all its runs together; of a parameter, its size.
+      elements: of the results of all its runs, or of the parameter.
     """
 
     path: str
@@ -149,11 +150,11 @@ class Uncounted:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model costs for one image.
+    """The cost of a model for one image.
 
     Attributes:
-      layers: by path, in the order of their first operation.
-      uncounted: what is in no figure.
+      layers: one entry per path, in the order of their first operation.
+      uncounted: what the other numbers leave out.
       inference_bytes: the largest live set of a forward pass; see `bvit_jax.cost.memory`.
     """
 
@@ -167,7 +168,7 @@ class ModelCost:
         return add_up(self.layers, "total", "")
 
     def grouped(self, depth: int) -> tuple[LayerCost, ...]:
-        """Returns the layers with modules below ``depth`` added to the one above; 0 keeps all of them."""
+        """Returns the layers with modules below ``depth`` added to their parent; 0 keeps all of them."""
         if not depth:
             return self.layers
         groups: dict[str, list[LayerCost]] = defaultdict(list)
@@ -195,15 +196,15 @@ def cost_of(
     training: bool = True,
     trained: nn.Module | None = None,
 ) -> ModelCost:
-    """Counts what a model costs for one image, by tracing it; nothing is computed and no memory taken.
+    """Counts the cost of a model for one image by tracing it; computes nothing and allocates nothing.
 
     Args:
       model: takes images (batch, size, size, 3) and ``train``, and returns logits as the models here do.
       image_size: in pixels.
       dtype: of the images.
-      training: whether to trace the backward pass too, which takes most of the time; else ``saved_bytes``
-        are 0.
-      trained: the model as it is trained, with rematerialisation for example; if None, ``model``.
+      training: whether to trace the backward pass too, which takes most of the time; otherwise
+        ``saved_bytes`` is 0.
+      trained: the model as it is trained, for example with rematerialisation; ``model`` if None.
     """
     variables = jax.tree.map(_float32, abstract_variables(model, image_size))
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), dtype)
@@ -240,7 +241,7 @@ def _count(program: Program, variables: Mapping[str, Any], saved: Mapping[Path, 
     for operation in program.operations:
         result = operation.outputs[0] if operation.outputs else None
         if result is None or not any(values[node].varies for node in operation.inputs):
-            continue  # of parameters alone: done once, not for every image
+            continue  # of parameters alone: done once, not per image
         if operation.name in _PRODUCTS:
             _add_product(layer(operation.layer), operation, values)
         elif operation.name in _ELEMENTWISE:
@@ -250,7 +251,7 @@ def _count(program: Program, variables: Mapping[str, Any], saved: Mapping[Path, 
         elif operation.name in _WINDOWS:
             window = math.prod(operation.params["window_dimensions"])
             _add_elementwise(layer(operation.layer), operation, window * result.size)
-        elif operation.name not in _FREE:
+        elif operation.name not in KNOWN:
             key = ("/".join(operation.layer), operation.name)
             uncounted[key] += operation.times * sum(node.size for node in operation.outputs)
 
@@ -314,7 +315,7 @@ def _kind(left: Value, right: Value) -> str:
 
 
 def _uses(program: Program, values: Mapping[Node, Value]) -> Mapping[Path, list[Value]]:
-    """Returns, for each parameter, every form of it that meets something that depends on the image."""
+    """Returns, per parameter, every value derived from it that meets one that depends on the image."""
     uses: dict[Path, list[Value]] = defaultdict(list)
     for operation in program.operations:
         inputs = [values[node] for node in operation.inputs]
@@ -329,7 +330,7 @@ def _uses(program: Program, values: Mapping[Node, Value]) -> Mapping[Path, list[
 
 
 def _add_parameter(layer: LayerCost, module: nn.Module | None, size: int, uses: list[Value]) -> None:
-    """Adds a parameter to what a layer holds, in the fewest bits that all its uses leave it."""
+    """Adds a parameter to a layer, in the fewest bits that suffice for all its uses."""
     whole = [value for value in uses if value.distinct >= size and size > 1]
     bits = getattr(module, "weight_bits", None)
     if whole and all(value.one_bit for value in whole):

@@ -1,4 +1,4 @@
-"""The memory of activations: what a training step keeps, and the most that inference needs at once."""
+"""The memory of activations: what a training step saves, and the most that inference needs at once."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from flax import linen as nn
 from bvit_jax.cost.program import Node, Path, Program, trace
 from bvit_jax.cost.values import Value, analyse
 
-# Operations whose result needs no memory of its own.
+# Operations whose result shares the memory of their input.
 _ALIASES = frozenset(
     ("copy", "copy_p", "expand_dims", "name", "optimization_barrier", "reshape", "squeeze", "stop_gradient")
 )
@@ -19,8 +19,8 @@ _ALIASES = frozenset(
 def saved_for_backward(model: nn.Module, variables: Mapping[str, Any], images: Any) -> dict[Path, int]:
     """Returns the bytes of activations that the backward pass of the logits needs, by their layer.
 
-    They are the residuals of JAX's own reverse-mode derivative, each array once, without the parameters,
-    what follows from parameters alone, and the images themselves. A compiler may keep less.
+    They are the residuals of JAX's reverse-mode derivative, each array counted once. Parameters, values that
+    depend on parameters alone, and the images themselves are not counted. A compiler may keep less.
 
     Args:
       model: as it is trained.
@@ -55,8 +55,8 @@ def saved_for_backward(model: nn.Module, variables: Mapping[str, Any], images: A
 def largest_live_set(program: Program, values: Mapping[Node, Value]) -> int:
     """Returns the bytes of the activations that are alive at once, at the worst operation of a program.
 
-    The operations run in the order of the program and each writes its result to memory: a compiler that
-    fuses them needs less. Parameters, and what follows from parameters alone, are not counted.
+    The operations run in the order of the program and each writes its result to memory; a compiler that
+    fuses them needs less. Parameters, and values that depend on parameters alone, are not counted.
     """
     owner = _owners(program)
     last: dict[Node, int] = {}
@@ -83,7 +83,7 @@ def largest_live_set(program: Program, values: Mapping[Node, Value]) -> int:
 
 
 def _owners(program: Program) -> dict[Node, Node]:
-    """Returns, for each array that needs no memory of its own, the one whose memory it shares."""
+    """Returns, per array without memory of its own, the array whose memory it shares."""
     owner: dict[Node, Node] = {}
     for operation in program.operations:
         if operation.name in _ALIASES:

@@ -1,7 +1,7 @@
-"""How many times fewer operations a binary model takes than its real-valued backbone, by what is counted.
+"""By what factor a binary model needs fewer operations than its real-valued backbone, by what is counted.
 
 Published speed-ups depend on which layers are in the count, and on rounding. Bi-ViT's 61.5 (DeiT-Ti) is no
-quotient of exact counts; it is that of the two counts rounded to 0.01 G without the patch embedding: 1.23 G
+quotient of exact counts; it is that of both counts rounded to 0.01 G without the patch embedding: 1.23 G
 over 0.02 G. Its 56.1 (Swin-T) is 4.49 G over 0.08 G, with the patch embedding and without the head.
 """
 

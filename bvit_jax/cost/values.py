@@ -1,9 +1,9 @@
-"""What can be told of every array of a program without running it: does it hold one bit an element?
+"""What is known of every array of a program without running it: does one bit per element suffice?
 
-The analysis goes through the operations in order and keeps, of each array, whether it depends on the
-images, whether its values are whole numbers and in which range, and which parameters it comes from. An
-array of whole numbers in [-1, 1] is one of codes: signs, or the {0, 1} of binarised probabilities. A sign
-of exactly zero, which is 0 in most of the models and has no bit, counts as one all the same.
+The analysis goes through the operations in order and tracks, per array, whether it depends on the images,
+whether its values are integers and in which range, and which parameters it is derived from. An array of
+integers in [-1, 1] consists of codes: signs, or the {0, 1} of binarised probabilities. That includes the
+sign of exactly zero, which is 0 in most of the models and has no bit.
 """
 
 import math
@@ -30,17 +30,17 @@ class Value:
 
     Attributes:
       varies: whether it depends on the images (or on a random key), not on parameters alone.
-      whole: whether all elements are whole numbers.
-      low, high: between what they lie.
-      sources: the parameters and statistics that it comes from.
-      raw: the parameter or statistic that it is, unchanged but for its layout and dtype; else None.
-      distinct: how many elements are not copies of others by broadcasting.
-      moved: whether a whole number that is known before the images is to be added to all that is said of
-        the range: codes with an offset are still codes.
+      integer: whether all elements are integers.
+      low, high: bounds of the elements.
+      sources: the parameters and statistics that it is derived from.
+      raw: the parameter or statistic that it is, up to layout and dtype; otherwise None.
+      distinct: the number of elements that are not copies of others by broadcasting.
+      moved: whether the bounds are those before the addition of an integer that does not depend on the
+        images: codes with an offset are still codes.
     """
 
     varies: bool
-    whole: bool = False
+    integer: bool = False
     low: float = -math.inf
     high: float = math.inf
     sources: frozenset[Path] = frozenset()
@@ -51,7 +51,7 @@ class Value:
     @property
     def one_bit(self) -> bool:
         """Whether one bit holds an element."""
-        return self.whole and self.low >= -1 and self.high <= 1
+        return self.integer and self.low >= -1 and self.high <= 1
 
 
 def analyse(program: Program, fixed: Callable[[Path], bool]) -> dict[Node, Value]:
@@ -59,7 +59,7 @@ def analyse(program: Program, fixed: Callable[[Path], bool]) -> dict[Node, Value
 
     Args:
       program: of `bvit_jax.cost.program.trace`.
-      fixed: whether an input, by its name, is a parameter or statistic, which inference does not change.
+      fixed: whether an input, by its name, is a parameter or statistic, constant in inference.
     """
     values: dict[Node, Value] = {}
     for node in program.inputs:
@@ -67,7 +67,7 @@ def analyse(program: Program, fixed: Callable[[Path], bool]) -> dict[Node, Value
         is_fixed = fixed(node.name)
         sources = frozenset([node.name]) if is_fixed else frozenset()
         values[node] = Value(not is_fixed, sources=sources, raw=node.name if is_fixed else None)
-        values[node] = replace(values[node], distinct=node.size, whole=_whole_dtype(node))
+        values[node] = replace(values[node], distinct=node.size, integer=_integer_dtype(node))
     for operation in program.operations:
         for node in (*operation.inputs, *operation.params.get(CARRIED_WITH, ())):
             values.setdefault(node, _of_constant(node))
@@ -81,13 +81,13 @@ def analyse(program: Program, fixed: Callable[[Path], bool]) -> dict[Node, Value
     return values
 
 
-def _whole_dtype(node: Node) -> bool:
+def _integer_dtype(node: Node) -> bool:
     return np.dtype(node.dtype).kind in "iub" if isinstance(node.dtype, np.dtype) else False
 
 
 def _of_constant(node: Node) -> Value:
     if node.value is None:
-        return Value(False, whole=_whole_dtype(node), distinct=node.size)
+        return Value(False, integer=_integer_dtype(node), distinct=node.size)
     return Value(False, float(node.value).is_integer(), node.value, node.value)
 
 
@@ -97,7 +97,7 @@ def _result(operation: Operation, node: Node, inputs: Sequence[Value]) -> Value:
     known = _range(operation.name, inputs)
     if known is None and node.dtype == np.bool_:
         known = True, 0.0, 1.0
-    whole, low, high = known or (_whole_dtype(node), -math.inf, math.inf)
+    integer, low, high = known or (_integer_dtype(node), -math.inf, math.inf)
     first = inputs[0] if inputs else None
     is_layout = operation.name in LAYOUT and first is not None
     distinct = node.size
@@ -118,17 +118,17 @@ def _result(operation: Operation, node: Node, inputs: Sequence[Value]) -> Value:
     moved = known is not None and (
         any(value.moved for value in inputs) or (operation.name in ("add", "sub") and _is_offset(inputs))
     )
-    return Value(varies, whole, low, high, sources, raw, distinct, moved)
+    return Value(varies, integer, low, high, sources, raw, distinct, moved)
 
 
 Range = tuple[bool, float, float]
 
 
 def _range(name: str, inputs: Sequence[Value]) -> Range | None:
-    """Returns whether the elements of a result are whole and their bounds; None if nothing is known."""
+    """Returns whether the elements of a result are integers, and their bounds; None if nothing is known."""
     if name == "sign":
         return True, -1.0, 1.0
-    if name == "scan_carry":  # what later rounds of the loop carry is not followed
+    if name == "scan_carry":  # what the loop carries later is not followed
         return None
     if name in ("add", "sub") and _is_offset(inputs):
         return True, -1.0, 1.0
@@ -142,16 +142,16 @@ def _range(name: str, inputs: Sequence[Value]) -> Range | None:
         return True, low, math.ceil(high) if math.isfinite(high) else high
     if name in _ARITHMETIC and len(inputs) == 2:
         a, b = inputs
-        return (a.whole and b.whole, *_ARITHMETIC[name](a, b))
+        return (a.integer and b.integer, *_ARITHMETIC[name](a, b))
     if name == "neg":
-        return inputs[0].whole, -inputs[0].high, -inputs[0].low
+        return inputs[0].integer, -inputs[0].high, -inputs[0].low
     if name == "abs":
         largest = max(abs(inputs[0].low), abs(inputs[0].high))
-        return inputs[0].whole, 0.0, largest
+        return inputs[0].integer, 0.0, largest
     if name == "clamp":
         least, x, most = inputs
-        whole = all(value.whole for value in inputs)
-        return whole, max(x.low, least.low), min(x.high, most.high)
+        integer = all(value.integer for value in inputs)
+        return integer, max(x.low, least.low), min(x.high, most.high)
     return None
 
 
@@ -163,17 +163,17 @@ def _layout_range(name: str, inputs: Sequence[Value]) -> Range:
         used = inputs[:1]  # the rest are positions
     elif name == "dynamic_update_slice":
         used = inputs[:2]
-    return all(v.whole for v in used), min(v.low for v in used), max(v.high for v in used)
+    return all(v.integer for v in used), min(v.low for v in used), max(v.high for v in used)
 
 
 def _is_offset(inputs: Sequence[Value]) -> bool:
-    """Returns whether a sum is that of codes and a whole number that is known before the images are.
+    """Returns whether a sum is that of codes and an integer that does not depend on the images.
 
-    Its part of a product is then a correction of the sum that is known too.
+    A product then needs the bits alone: what the integer adds to it is known in advance.
     """
     a, b = inputs
     return any(
-        code.varies and code.one_bit and offset.whole and not offset.varies
+        code.varies and code.one_bit and offset.integer and not offset.varies
         for code, offset in ((a, b), (b, a))
     )
 

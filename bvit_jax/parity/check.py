@@ -1,11 +1,11 @@
 """Our model on a golden file, group by group: outputs, gradients, statistics, optimiser steps.
 
-A gradient's scale is at least 1e-4 of the largest gradient in the file, because a shift in front of a
-batch norm has a gradient of zero by cancellation, 1e-17 on both sides.
+Errors of a gradient are relative to at least 1e-4 of the largest gradient in the file: the gradient of a
+shift in front of a batch norm is zero by cancellation, which leaves 1e-17 on both sides.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.models.bivit.first_values import first_batch
 from bvit_jax.parity import merging
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
-from bvit_jax.parity.subject import Subject, subject_of
+from bvit_jax.parity.subject import Loss, Subject, subject_of
 from bvit_jax.weights.naming import REFERENCE
 from bvit_jax.weights.state_dicts import Variables, abstract_variables, from_state_dict, to_state_dict
 
@@ -31,7 +31,7 @@ COUNTER = ".num_batches_tracked"
 
 
 def check(path: Path) -> Iterator[Row]:
-    """Runs our model on a golden file in float64 and yields one row per group, as they are done.
+    """Runs our model on a golden file in float64 and yields one row per group, as each is done.
 
     Raises:
       UserError: the file cannot be read, or holds a model or state dict that does not fit.
@@ -63,12 +63,11 @@ def _check_model(golden: GoldenFile, subject: Subject) -> Iterator[Row]:
         yield merging.compare_first_state(golden, state)
         variables = from_state_dict(state | golden.group("state2"), abstract, np.float64, naming)
 
-    apply = jax.jit(functools.partial(model.apply, capture=True))
-    output = apply(variables, golden.images())
+    output = _forward(model, variables, golden.images())
     yield compare("eval logits", {"": output.logits}, {"": golden.array("eval/logits")})
     for group, ours in (("hidden", output.hidden_states), ("attention", output.attentions)):
         if theirs := golden.group(f"eval/{group}"):
-            # Only what the file holds: files may leave out the large arrays.
+            # Files may leave out the large arrays.
             named = {str(i): array for i, array in enumerate(ours) if str(i) in theirs}
             yield compare(f"eval {group}", named, theirs)
 
@@ -78,10 +77,10 @@ def _check_model(golden: GoldenFile, subject: Subject) -> Iterator[Row]:
 
 
 def _compare_inputs(golden: GoldenFile, subject: Subject) -> Row:
-    """Checks what the format promises of weights and inputs: ``weights_dtype`` holds them exactly.
+    """Checks what the format promises: ``weights_dtype`` holds weights and inputs exactly.
 
-    A parameter such as a key's bias has no influence on anything that is computed, so only this can
-    tell that it was damaged. The constants among the buffers must be those that our model computes with.
+    Some parameters, such as the bias of a key, affect nothing that is computed, so that only this check
+    finds damage to them. The constants among the buffers must equal those that our model computes with.
     """
     theirs = {f"state/{name}": array for name, array in golden.group("state").items()}
     theirs |= {f"input/{name}": array for name, array in golden.group("input").items()}
@@ -105,8 +104,18 @@ def _compare_inputs(golden: GoldenFile, subject: Subject) -> Row:
     return compare("inputs", ours, theirs)
 
 
-def _loss(subject: Subject, model: nn.Module) -> Any:
-    """Returns the training loss as a function whose gradient is taken."""
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model: nn.Module, variables: Variables, images: Any) -> Any:
+    return model.apply(variables, images, capture=True)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _loss_and_gradients(model: nn.Module, loss_of: Loss, *batch: Any) -> Any:
+    return jax.value_and_grad(_loss(model, loss_of), argnums=(0, 1), has_aux=True)(*batch)
+
+
+def _loss(model: nn.Module, loss_of: Loss) -> Callable[..., Any]:
+    """Returns the training loss as a function of (params, images, statistics, targets)."""
 
     def loss(params: Any, images: Any, statistics: Any, targets: Any) -> tuple[Any, Any]:
         output, updates = model.apply(
@@ -115,7 +124,7 @@ def _loss(subject: Subject, model: nn.Module) -> Any:
             train=True,
             mutable=["batch_stats"],
         )
-        return subject.loss(output, targets), (output.head_logits, updates.get("batch_stats", {}))
+        return loss_of(output, targets), (output.head_logits, updates.get("batch_stats", {}))
 
     return loss
 
@@ -131,10 +140,8 @@ def _check_training(
     golden: GoldenFile, subject: Subject, model: nn.Module, variables: Variables
 ) -> Iterator[Row]:
     naming = subject.file_format.naming(subject.config)
-    gradient = jax.jit(jax.value_and_grad(_loss(subject, model), argnums=(0, 1), has_aux=True))
-    (loss, (logits, statistics)), (to_params, to_images) = gradient(
-        variables["params"], golden.images(), variables.get("batch_stats", {}), _targets(golden)
-    )
+    batch = variables["params"], golden.images(), variables.get("batch_stats", {}), _targets(golden)
+    (loss, (logits, statistics)), (to_params, to_images) = _loss_and_gradients(model, subject.loss, *batch)
     if theirs := golden.group("train/logits"):  # of each head
         yield compare("train logits", {str(i): head for i, head in enumerate(logits)}, theirs)
     else:
@@ -158,7 +165,7 @@ def _magnitudes(arrays: Arrays) -> dict[str, float]:
 
 
 def _buffers(golden: GoldenFile, expected: Arrays, steps: int) -> Arrays:
-    """Returns those of the ``expected`` arrays that are PyTorch's buffers, ``steps`` batches later."""
+    """Returns the ``expected`` arrays that are PyTorch's buffers, as they are ``steps`` batches later."""
     return {
         name: array + steps if name.endswith(COUNTER) else array
         for name, array in golden.group("state").items()
@@ -178,7 +185,7 @@ def _check_steps(
         raise UserError(f"its meta does not describe the optimizer: {error!r}") from error
     rates = golden.float64("steps/lr")
     optimizer = optim.make_optimizer(settings, lambda step: jnp.asarray(rates)[step])
-    gradient = jax.value_and_grad(_loss(subject, model), has_aux=True)
+    gradient = jax.value_and_grad(_loss(model, subject.loss), has_aux=True)
 
     @jax.jit
     def step(params: Any, statistics: Any, state: Any, images: Any, targets: Any) -> tuple:
@@ -202,11 +209,10 @@ def _check_steps(
 
 
 def _final_floors(golden: GoldenFile, amplification: float) -> dict[str, float]:
-    """Returns the least scales of final parameters whose gradient is zero by cancellation.
+    """Returns the smallest scales for final parameters whose gradient is zero by cancellation.
 
-    What is left of such a gradient is the rounding noise of either side, and Adam's normaliser
-    amplifies it by up to the sum of the learning rates over epsilon. The difference allowed is the one
-    that the check of the gradients allows, amplified.
+    Such a gradient is nothing but rounding noise on either side, which Adam's normaliser amplifies by up to
+    the sum of the learning rates over epsilon. The allowed difference is that of the gradients, amplified.
     """
     gradients = _magnitudes(golden.group("grad"))
     largest = max(gradients.values(), default=0.0)

@@ -16,7 +16,7 @@ from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
 from bvit_jax.parity.reference import named
 
-SCRIPT = Path(__file__).with_name("torch_side.py")
+PROGRAM = Path(__file__).with_name("torch_side")
 DEFAULT_BATCH = 2
 
 
@@ -36,16 +36,16 @@ def dump(
     """Runs the PyTorch code and writes what it computes as the golden file ``out``.
 
     Args:
-      out: the file, which appears whole or not at all and must not exist.
+      out: the file, which must not exist and appears complete or not at all.
       repo: checkout of github.com/Phuoc-Hoan-Le/BinaryViT.
       python: interpreter with the modules that the checkout needs.
       model: one of our configurations; by default what the checkpoint's arguments say.
       checkpoint: weights; without it, random ones.
       images: files for the evaluation transform of the reference; without them, random images.
       batch: number of random images.
-      seed: of everything random.
+      seed: for everything random.
       compact: whether to compress, and to store large outputs in float32.
-      overrides: values in place of the reference's arguments and of its config.json.
+      overrides: values that replace arguments of the reference or entries of its config.json.
 
     Raises:
       UserError: a path or a file is wrong, or the PyTorch code refuses or fails.
@@ -57,7 +57,7 @@ def dump(
         raise UserError(f"--batch is {batch}; expected at least 1")
     if images and batch not in (None, len(images)):
         raise UserError(f"--batch is {batch}, but there are {len(images)} --images; leave --batch out")
-    # In the target's directory, so that the last step is a rename.
+    # In the directory of the target, so that the last step is a rename.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
         scratch = Path(name)
         request = {
@@ -89,7 +89,7 @@ def _check_paths(out: Path, repo: Path, checkpoint: Path | None) -> None:
             "expected a checkout of github.com/Phuoc-Hoan-Le/BinaryViT"
         )
     if checkpoint is not None and not checkpoint.is_file():
-        raise UserError(f"--checkpoint is {checkpoint}, which is no file; expected a .pth file")
+        raise UserError(f"--checkpoint is {checkpoint}, which is not a file; expected a .pth file")
     if out.exists():
         raise UserError(f"{out} exists; remove it or write to another file")
     if not out.parent.is_dir():
@@ -107,7 +107,7 @@ def load_images(paths: Sequence[Path], size: int) -> np.ndarray:
     """Returns image files as the reference evaluates them: float32 (batch, 3, size, size).
 
     Raises:
-      UserError: a file is missing or no image.
+      UserError: a file is missing or is not an image.
     """
     return np.stack([_load_image(path, size) for path in paths])
 
@@ -121,21 +121,25 @@ def _load_image(path: Path, size: int) -> np.ndarray:
         raise UserError(f"--images: no file {path}") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"--images: cannot read {path}: {error}; expected a JPEG or PNG file") from error
-    # 256 of 224 pixels, whatever the size.
+    # The short side is 256 pixels for a crop of 224, and in proportion for other sizes.
     pixels = eval_transform(image, size=size, resize=256 * size // 224, interpolation="bicubic")
     mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
     return ((pixels.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)
 
 
 def _run(python: str, command: str, request: Mapping[str, Any], scratch: Path) -> str:
-    """Runs the script on the PyTorch side and returns its stdout; one line of its stderr on failure."""
+    """Runs the program on the PyTorch side and returns its stdout.
+
+    Raises:
+      UserError: it fails; the message is the last line of its stderr.
+    """
     path = scratch / "request.json"
     path.write_text(json.dumps(request))
-    # The checkout is only read.
+    # Nothing is written into the checkout.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         result = subprocess.run(
-            [python, str(SCRIPT), command, str(path)],
+            [python, str(PROGRAM), command, str(path)],
             capture_output=True,
             text=True,
             errors="replace",

@@ -1,13 +1,13 @@
-"""Where two models part: our layers against a golden file's trace, and the signs that rounding flips.
+"""Where two models diverge: our layers against a golden file's trace, and the signs that rounding flips.
 
-Layers have the names of PyTorch's modules. A layer is compared in float64 at the elements that the file
-holds of it; the flips say which share of the signs that a binary product sees differs in a narrower
-dtype from those in float64.
+Layers have the names of PyTorch's modules. A layer is compared in float64, at the elements that the file
+holds. Flips are the share of the signs entering a binary product that differ between float64 and a
+narrower dtype.
 """
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ from bvit_jax.parity.reference import config_of
 from bvit_jax.weights.naming import REFERENCE
 from bvit_jax.weights.state_dicts import Variables, abstract_variables, from_state_dict
 
-NARROW = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+NARROW: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# Each kind of layer, and the parameter of it whose PyTorch name starts with the module's.
+# Per kind of layer, a parameter whose PyTorch name starts with that of the module.
 _LAYERS: dict[type[nn.Module], str] = {
     BinaryDense: "kernel",
     BinaryPatchConv: "kernel",
@@ -52,12 +52,12 @@ class LayerRow:
     """One layer.
 
     Attributes:
-      name: PyTorch's name of it.
-      path: ours.
-      error: of its output in float64, relative to the largest magnitude in the trace.
+      name: PyTorch's name.
+      path: our path.
+      error: error of its output in float64, relative to the largest magnitude in the trace.
       passed: whether the error is within the tolerance.
-      flips: share of flipped signs by ``torch float32``, ``float32`` and ``bfloat16``; empty where the
-        layer sees no signs. For the RPReLU of queries, keys and values they are the signs of its shifted
+      flips: the share of flipped signs by ``torch float32``, ``float32`` and ``bfloat16``; empty if the
+        layer takes no signs. For the RPReLU of queries, keys and values they are the signs of its shifted
         output in the attention product, for all others those of its shifted input.
     """
 
@@ -70,7 +70,7 @@ class LayerRow:
 
 @dataclass
 class _Trace:
-    """What one run of our model did, by PyTorch's names of the layers."""
+    """What one run of our model computed, by PyTorch's names of the layers."""
 
     paths: dict[str, str]
     outputs: dict[str, np.ndarray]
@@ -104,27 +104,39 @@ def layer_rows(path: Path) -> Iterator[LayerRow]:
         yield LayerRow(name, wide.paths.get(name, ""), row.error, row.passed, shares)
 
 
-def _run(golden: GoldenFile, config: ConfigDict, dtype: DTypeLike) -> _Trace:
+def _run(golden: GoldenFile, config: ConfigDict, dtype: Any) -> _Trace:
     model = models.create_model(config, dtype)
     weights = np.float64 if dtype == jnp.float64 else np.float32
     state = golden.group("state")
     variables = from_state_dict(state, abstract_variables(model, config.image_size), weights)
-    sizes = {name: array.size for name, array in golden.group("trace").items()}
+    sizes = tuple((name, array.size) for name, array in golden.group("trace").items())
+    run, paths = _recording(model, sizes, dtype)
+    outputs, signs = jax.device_get(run(variables, golden.images().astype(weights)))
+    return _Trace(paths, outputs, signs)
+
+
+@functools.lru_cache(maxsize=8)  # files of the same model share its compiled programs
+def _recording(
+    model: nn.Module, sizes: tuple[tuple[str, int], ...], dtype: Any
+) -> tuple[Callable[..., Any], dict[str, str]]:
+    """Returns the compiled forward pass with the outputs and signs of its layers, and their paths.
+
+    The paths are known once it has run.
+    """
     paths: dict[str, str] = {}
 
     def forward(variables: Variables, images: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-        recorder = _Recorder(variables["params"], sizes, dtype)
+        recorder = _Recorder(variables["params"], dict(sizes), dtype)
         with nn.intercept_methods(recorder):
             model.apply(variables, images)
         paths.update(recorder.paths)
         return recorder.outputs, recorder.signs
 
-    outputs, signs = jax.device_get(jax.jit(forward)(variables, golden.images().astype(weights)))
-    return _Trace(paths, outputs, signs)
+    return jax.jit(forward), paths
 
 
 class _Recorder:
-    """An interceptor of linen's method calls that keeps what the layers compute."""
+    """Intercepts the method calls of linen modules and keeps what the layers compute."""
 
     def __init__(self, params: Mapping[str, Any], sizes: Mapping[str, int], dtype: DTypeLike) -> None:
         self.params, self.sizes, self.dtype = params, sizes, dtype
@@ -132,7 +144,7 @@ class _Recorder:
         self.outputs: dict[str, Array] = {}
         self.signs: dict[str, Array] = {}
 
-    def __call__(self, call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def __call__(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         output = call(*args, **kwargs)
         module = context.module
         leaf = next((leaf for kind, leaf in _LAYERS.items() if isinstance(module, kind)), None)
@@ -166,7 +178,7 @@ class _Recorder:
 
 
 def _sample(array: Array, count: int | None) -> Array:
-    """Returns ``count`` evenly spaced elements, those that a golden file's trace holds."""
+    """Returns ``count`` evenly spaced elements: those that a golden file's trace holds."""
     flat = array.reshape(-1)
     count = min(count or 1, flat.size)
     return flat[np.arange(count) * flat.size // count]

@@ -1,11 +1,13 @@
 """Bi-ViT's binary patch merging on a golden file of that module alone."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax import Array
 
 from bvit_jax.errors import UserError
@@ -16,7 +18,7 @@ from bvit_jax.models.transformer import TransformerConfig
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
 from bvit_jax.weights.formats import timm
 from bvit_jax.weights.naming import BIVIT_SWIN
-from bvit_jax.weights.state_dicts import from_state_dict, to_state_dict
+from bvit_jax.weights.state_dicts import Variables, from_state_dict, to_state_dict
 
 CASE = "bivit_merging"
 
@@ -37,23 +39,33 @@ def check(golden: GoldenFile) -> Iterator[Row]:
     abstract = jax.eval_shape(module.init, jax.random.key(0), grid)
     variables: Any = from_state_dict(golden.group("state"), abstract, np.float64, BIVIT_SWIN)
 
-    y, variables = module.apply(variables, grid, first_batch=True, mutable=list(COLLECTIONS))
+    y, variables = _first_batch(module, variables, grid)
     yield compare("first output", {"": y}, {"": golden.array("init/y")})
     state = to_state_dict(variables, BIVIT_SWIN)
     yield compare_first_state(golden, state)
 
     variables = from_state_dict(state | golden.group("state2"), abstract, np.float64, BIVIT_SWIN)
 
+    if to_y.shape != y.shape:
+        raise UserError(f"its gradient of the output is {to_y.shape}; expected {y.shape}")
+    y, (to_params, to_grid) = _output_and_gradients(module, variables, grid, to_y)
+    yield compare("output", {"": y}, {"": golden.array("y")})
+    yield compare("gradients", to_state_dict({"params": to_params}, BIVIT_SWIN), golden.group("grad"))
+    yield compare("input gradient", {"x": to_grid.reshape(x.shape)}, golden.group("grad_input"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first_batch(module: nn.Module, variables: Variables, grid: Array) -> Any:
+    return module.apply(variables, grid, first_batch=True, mutable=list(COLLECTIONS))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _output_and_gradients(module: nn.Module, variables: Variables, grid: Array, to_y: Any) -> Any:
     def output(params: Any, grid: Array) -> Any:
         return module.apply(variables | {"params": params}, grid)
 
     y, pullback = jax.vjp(output, variables["params"], grid)
-    if to_y.shape != y.shape:
-        raise UserError(f"its gradient of the output is {to_y.shape}; expected {y.shape}")
-    to_params, to_grid = pullback(to_y)
-    yield compare("output", {"": y}, {"": golden.array("y")})
-    yield compare("gradients", to_state_dict({"params": to_params}, BIVIT_SWIN), golden.group("grad"))
-    yield compare("input gradient", {"x": to_grid.reshape(x.shape)}, golden.group("grad_input"))
+    return y, pullback(to_y)
 
 
 def compare_first_state(golden: GoldenFile, state: Arrays) -> Row:

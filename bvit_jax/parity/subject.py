@@ -1,4 +1,4 @@
-"""What a golden file is about: our model for it, the names of its arrays, and its training loss."""
+"""The subject of a golden file: our model for it, the names of its arrays, and its training loss."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from bvit_jax.models import ModelOutput
 from bvit_jax.parity.reference import config_of
 from bvit_jax.weights.formats import FORMATS, Format, bivit, reference, timm
 
-Targets = Mapping[str, Array]  # ``teacher_logits`` and, where there are any, ``labels``
+Targets = Mapping[str, Array]  # ``teacher_logits`` and, if there are any, ``labels``
+Loss = Callable[[ModelOutput, Targets], Array]
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,18 @@ class Subject:
     """The model of a golden file.
 
     Attributes:
-      config: of our model.
-      file_format: whose names the arrays have.
-      loss: of the model's output and the targets of its batch.
+      config: the configuration of our model.
+      file_format: the format whose names the arrays have.
+      loss: from the model's output and the targets of the batch to a scalar.
     """
 
     config: ConfigDict
     file_format: Format
-    loss: Callable[[ModelOutput, Targets], Array]
+    loss: Loss
 
 
 def subject_of(meta: Mapping[str, Any]) -> Subject:
-    """Returns the subject of a golden file of the BinaryViT code or of the models of Bi-ViT's.
+    """Returns the subject of a golden file, which may be of the BinaryViT code or of Bi-ViT's.
 
     Raises:
       UserError: its ``meta`` describes no such model.
@@ -74,7 +75,7 @@ _SWIN = _SHARED | {
 _MLP_RATIO = 4
 
 
-# Each case: our model and whose names its arrays have.
+# Per case: our model, and the format whose names its arrays have.
 _CASES = {
     "deit_distilled": ("deit", timm.NAME),
     "bivit_deit": (bivit.DEIT, bivit.NAME),

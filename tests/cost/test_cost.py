@@ -4,8 +4,11 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
@@ -14,6 +17,8 @@ from jax import lax
 from bvit_jax import config as config_lib
 from bvit_jax import models
 from bvit_jax.cost import cost_of
+from bvit_jax.cost import count as counting
+from bvit_jax.cost import program as tracing
 from bvit_jax.cost.speedup import speedups
 from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.models.factory import MODELS
@@ -195,7 +200,7 @@ def test_parameters_of_every_model(name):
         sizes["downsample1", "reduction"] = 4 * 8 * 16
     binary = {tuple(x.path.split("/")): x.binary_params for x in cost.layers if x.binary_params}
     assert binary == sizes
-    assert not cost.uncounted
+    assert not cost.uncounted, f"jax {jax.__version__} has operations that bvit_jax.cost does not know"
 
 
 def _subtree(tree, path):
@@ -309,6 +314,27 @@ def test_groups_keep_the_sum():
     assert sum(group.params for group in groups) == cost.total.params
     assert sum(group.ops for group in groups) == cost.total.ops
     assert cost.grouped(0) == cost.layers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_operation_of_a_training_step_is_known(name):
+    config = small(name)
+    model = models.create_model(config)
+    variables = abstract_variables(model, config.image_size)
+    images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+
+    def loss(params, state, images):
+        output, _ = model.apply({"params": params, **state}, images, train=True, mutable=list(state))
+        return jnp.sum(output.logits)
+
+    program = tracing.trace(jax.grad(loss), variables.pop("params"), variables, images)
+    unknown = {operation.name for operation in program.operations} - counting.KNOWN
+    assert not unknown, f"jax {jax.__version__} has operations that bvit_jax.cost does not know"
+
+
+def test_a_version_of_jax_without_name_stacks_is_named():
+    with pytest.raises(RuntimeError, match=rf"named scopes of jax {re.escape(jax.__version__)}"):
+        tracing._scopes(SimpleNamespace(source_info=None))
 
 
 # --- memory ------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""The reference's models once more in PyTorch, small, written from their description alone.
+"""The reference's models, written again in PyTorch from their description alone.
 
 This directory stands in for a checkout of the reference in tests: ``models.get_model``, the config
 directories and the names in state dicts are those of the reference, its code is not. The golden files
-vouch for it (``tests/test_parity_dump.py``).
+show that it computes the same (``tests/parity/test_parity_dump.py``).
 """
 
 import json
