@@ -1,16 +1,16 @@
 """Element-wise representational capability: how many values an element before the classifier can take.
 
-It is the measure of the supplement of BinaryViT (CVPRW 2023), section 3. Three of its numbers are known
-here, not its text: R(ResNet-34) = 71,193,472; R(DeiT-S), printed as 153,216; and 155,568, to which its
+This is the measure of section 3 of the supplement of BinaryViT (CVPRW 2023). We know three of its numbers,
+not its text: R(ResNet-34) = 71,193,472; R(DeiT-S), printed as 153,216; and 155,568, to which its
 printed formula evaluates, the difference being a term of 196 for the attention of each of the 12 blocks.
-The rules below are **reconstructed** from those numbers, which they give exactly:
+The rules below are **reconstructed** from those numbers, which they reproduce exactly:
 
 1. A real product of k inputs from an image has ``floor(255 k / 2)`` values.
-2. A binary product with fan-in k that a shortcut passes by adds k. In attention, the sum over the keys is
+2. A binary product with fan-in k and a shortcut around it adds k. In attention, the sum over the keys is
    such a product, with as many inputs as there are keys.
 3. An average over n elements, and so a pool in a shortcut, multiplies by n; repeating elements does not.
 4. What a shortcut carries into a block is counted once: shortcuts inside it, from the same tokens, add
-   nothing. A product that no shortcut passes by, such as the first convolution of a block of ResNet-34,
+   nothing. A product without a shortcut around it, such as the first convolution of a block of ResNet-34,
    adds nothing either.
 5. Normalisation, RPReLU, scales and shifts per channel change no number of values.
 
@@ -18,7 +18,7 @@ By rule 2, in a block of width C with feed-forward width M: query, key, value an
 attention the number of its keys, the first product of the feed-forward C, M/C times over by rule 3 because
 the shortcut of the second averages as many channels, and the second M. That is 4 C + keys + 2 M.
 
-What the three numbers leave open is decided here, and said where it is used: pooling branches beside a
+What the three numbers leave open is decided here and stated where it is used: pooling branches parallel to a
 block, the product that reduces keys and values, and LayerScale have no term.
 """
 
@@ -66,7 +66,7 @@ class Derivation:
     Attributes:
       name: of the network.
       lines: from the image to the classifier.
-      notes: what is to be known of the result.
+      notes: caveats of the result.
     """
 
     name: str

@@ -1,7 +1,8 @@
-"""Parity with PyTorch: ``python -m bvit_jax.parity {check,layers,dump}``; see ``docs/parity.md``.
+"""Parity with PyTorch: ``bvit parity {check,layers,dump}``; see ``docs/parity.md``.
 
-Golden files hold what the PyTorch code computed from some weights and images in float64. ``check``
-compares our model with them, group by group; ``layers`` does so layer by layer; ``dump`` writes them.
+Golden files hold what the PyTorch code computed from some weights and images in float64. ``check`` compares
+our model with them group by group, ``layers`` layer by layer; ``dump`` writes them by running ``torch_side``
+in the Python of the PyTorch code. May build and run models; trains nothing.
 """
 
 from bvit_jax.parity.golden import GoldenFile, Row, compare

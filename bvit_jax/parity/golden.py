@@ -1,8 +1,8 @@
 """Golden files, and how their arrays are compared.
 
-A golden file (``.npz``) holds a model's configuration, weights and inputs and everything the PyTorch
-code computed from them in float64; ``docs/parity.md`` describes the format. Arrays are compared by
-the worst absolute difference over the largest magnitude of the file's array.
+A golden file (``.npz``) holds the configuration, weights and inputs of a model and everything that the
+PyTorch code computed from them in float64; ``docs/parity.md`` describes the format. The error of an array
+is the largest absolute difference over the largest magnitude in the file's array.
 """
 
 import json
@@ -22,7 +22,7 @@ FLOAT32_TOLERANCE = 1e-6  # for arrays stored in float32
 
 Arrays = dict[str, np.ndarray]
 
-# What numpy, zipfile and json raise for damaged files, and for files of another kind.
+# What numpy, zipfile and json raise for damaged files and for files of other kinds.
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -103,7 +103,7 @@ def compare(
     golden: Mapping[str, np.ndarray],
     floors: Mapping[str, float] | None = None,
 ) -> Row:
-    """Compares arrays name by name; ``floors`` holds the least scale that errors are divided by."""
+    """Compares arrays by name; ``floors`` holds lower bounds of the scale that errors are divided by."""
     floors = floors or {}
     errors = {}
     for name in sorted(golden.keys() | ours.keys()):

@@ -69,7 +69,7 @@ def _output_and_gradients(module: nn.Module, variables: Variables, grid: Array, 
 
 
 def compare_first_state(golden: GoldenFile, state: Arrays) -> Row:
-    """Compares what the first batch made of the quantisers, as far as the file holds it."""
+    """Compares the quantisers after the first batch, as far as the file holds them."""
     theirs = golden.group("init_state")
     return compare("first state", {name: a for name, a in state.items() if name in theirs}, theirs)
 

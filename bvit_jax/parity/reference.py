@@ -1,7 +1,7 @@
 """How the PyTorch reference spells its models, and which of ours they are.
 
-The reference describes a model by a configuration directory, a model type and command-line switches:
-those of its ``scripts/*.sh`` have the names of our ``configs/*.py`` here.
+The reference describes a model by a configuration directory, a model type and command-line switches. Here
+those of its ``scripts/*.sh`` go by the names of our ``configs/*.py``.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from bvit_jax.weights.formats.reference import MODEL_TYPES, NORM_EPSILON, from_c
 
 _DEIT_DIRECTORY, _BINARYVIT_DIRECTORY = "deit-small-patch16-224", "binaryvit-small-patch4-224"
 
-# The switches and their values where a script does not give them.
+# The switches, with the values they have unless a script sets them.
 _SWITCHES: dict[str, Any] = {
     "weight_bits": 1,
     "input_bits": 1,
@@ -79,7 +79,7 @@ def named(name: str) -> dict[str, Any]:
 def config_of(meta: Mapping[str, Any]) -> ConfigDict:
     """Returns our model configuration for the ``meta`` of a golden file of the BinaryViT code.
 
-    The reference spells a model as a base configuration, overrides of it, and command-line switches.
+    The reference describes a model by a base configuration, overrides of it, and command-line switches.
 
     Raises:
       UserError: something is missing, or we have no such model.

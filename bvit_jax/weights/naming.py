@@ -1,9 +1,9 @@
-"""Names and layouts: where each array of our trees lives in a PyTorch state dict.
+"""Names and layouts: where each array of our trees is in a PyTorch state dict.
 
 Rules turn the path of an array, ``block0/attention/query/dense/kernel``, into a name such as
-``vit.encoder.layer.0.attention.attention.query.weight``. Only this direction is written down; the way
-back is the same table read from the names of a model. Where a file stacks several arrays in one, as
-``blocks.0.attn.qkv.weight`` does, their paths have one name.
+``vit.encoder.layer.0.attention.attention.query.weight``. Only this direction is written down; the other is
+found by applying it to all arrays of a model. If a file stacks several arrays in one, as
+``blocks.0.attn.qkv.weight`` does, their paths have the same name.
 """
 
 import re
@@ -23,10 +23,9 @@ class Naming:
 
     Attributes:
       rules: (pattern, replacement), applied in order to "/"-joined paths.
-      bookkeeping: last parts of the names of arrays that say nothing about the function: counters
-        that PyTorch does not use, and constants that follow from the configuration.
-      unused: pattern of names of further such arrays, which PyTorch's modules own and never read; "" for
-        none.
+      bookkeeping: last parts of the names of arrays that do not affect the function: counters that
+        PyTorch does not use, and constants that follow from the configuration.
+      unused: pattern of the names of arrays that PyTorch's modules own but never read; "" for none.
     """
 
     rules: Rules
@@ -40,11 +39,11 @@ class Naming:
         return path.replace("/", ".")
 
     def is_bookkeeping(self, name: str) -> bool:
-        """Returns whether an array of a file says nothing about the function."""
+        """Returns whether an array of a file does not affect the function."""
         return name.rpartition(".")[2] in self.bookkeeping or self.is_unused(name)
 
     def is_unused(self, name: str) -> bool:
-        """Returns whether PyTorch's modules own an array without reading it: it may have any value."""
+        """Returns whether PyTorch's modules own an array but never read it, so that it may have any value."""
         return bool(self.unused) and re.search(self.unused, name) is not None
 
 

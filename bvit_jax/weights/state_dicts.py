@@ -1,4 +1,4 @@
-"""Our variables as PyTorch state dicts, and back, in any of the namings of `bvit_jax.weights.naming`."""
+"""Our variables as PyTorch state dicts and back, in any of the namings of `bvit_jax.weights.naming`."""
 
 import difflib
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from bvit_jax.weights.naming import REFERENCE, Naming, from_torch_layout, path_n
 Variables = dict[str, Any]
 StateDict = dict[str, np.ndarray]
 
-LISTED = 5  # names of a kind that a message lists
-COMPARED = 100_000  # pairs of missing and unexpected names: half a second
-_STACK_ORDER = ("query", "key", "value")  # of arrays that share a name
+LISTED = 5  # names of each kind that a message lists
+COMPARED = 100_000  # pairs of missing and unexpected names, in half a second
+_STACK_ORDER = ("query", "key", "value")  # of arrays stacked under one name
 
 
 class StateDictError(UserError):
     """A state dict does not fit a model.
 
     Attributes:
-      problems: one line for each array that is missing, unexpected or of another shape.
+      problems: one line per array that is missing, unexpected or of another shape.
     """
 
     def __init__(self, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
@@ -72,11 +72,11 @@ def from_state_dict(
     Args:
       state: arrays in PyTorch's names and layouts.
       abstract: the variables expected, from `abstract_variables`.
-      dtype: dtype of the result, None for that of each array.
+      dtype: dtype of the result; None keeps that of each array.
       naming: the names of ``state``.
 
     Raises:
-      StateDictError: arrays are missing, unexpected, of another shape, or no numbers.
+      StateDictError: arrays are missing, unexpected, of another shape, or not floating-point numbers.
     """
     arrays = {name: np.asarray(a) for name, a in state.items() if not naming.is_bookkeeping(name)}
     names = _names(abstract, naming)
@@ -118,7 +118,7 @@ def check_fit(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, 
         elif not jnp.issubdtype(array.dtype, jnp.floating):
             misshapen.append(f"{name} holds {array.dtype}, expected floating-point numbers")
     if missing or unexpected or misshapen:
-        # Beyond that number it is a file of another model.
+        # With more of them it is a file of another model.
         similar = len(missing) * len(unexpected) <= COMPARED
         raise StateDictError(
             [name + _nearest(name, unexpected if similar else []) for name in missing],

@@ -1,8 +1,8 @@
-"""Files of named arrays: safetensors, sharded too, and PyTorch's ``.pth``.
+"""Files of named arrays: safetensors, possibly sharded, and PyTorch's ``.pth``.
 
-Reading never runs code from a file: safetensors holds none, and a ``.pth`` goes through
-``torch.load(weights_only=True)`` with one more class allowed, the harmless `argparse.Namespace` that
-training scripts store their arguments in.
+Reading never runs code from a file: safetensors holds none, and a ``.pth`` is read by
+``torch.load(weights_only=True)``, which is allowed one more class, the harmless `argparse.Namespace` in
+which training scripts store their arguments.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
     """Returns the arrays of a file, in the dtypes they are stored in, and its metadata.
 
     Raises:
-      UserError: the file is missing, damaged, or no safetensors file.
+      UserError: the file is missing, damaged, or not a safetensors file.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -77,7 +77,7 @@ def read_sharded(index: Path) -> tuple[StateDict, list[Path]]:
         shard, _ = read_safetensors(index.parent / name)
         for key, array in shard.items():
             if weight_map.get(key) != name:
-                raise UserError(f"{index.parent / name} holds {key!r}, which {index.name} does not say")
+                raise UserError(f"{index.parent / name} holds {key!r}, which {index.name} does not list")
             state[key] = array
     if absent := sorted(weight_map.keys() - state.keys()):
         raise UserError(f"{index} lists {len(absent)} arrays that no shard holds, the first is {absent[0]}")
@@ -94,11 +94,11 @@ def encode_safetensors(state: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
 
 def read_torch(path: Path) -> dict[str, Any]:
-    """Returns what a ``.pth`` file holds, its tensors as numpy arrays and a namespace as a dict.
+    """Returns what a ``.pth`` file holds, with tensors as numpy arrays and namespaces as dicts.
 
     Raises:
       UserError: torch is not installed; the file is missing, damaged, wants to run code, or holds
-        something else than a dict.
+        something other than a dict.
     """
     torch = _import_torch()
     if not path.is_file():
@@ -106,7 +106,7 @@ def read_torch(path: Path) -> dict[str, Any]:
     _check_zip(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters raises
+            warnings.simplefilter("ignore")  # about pickle protocols; real problems raise
             content = _to_numpy(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # pickle, zip and torch each raise their own
         raise UserError(f"cannot read {path}: {_unpickling_reason(path, error)}") from error
@@ -133,7 +133,7 @@ def _import_torch() -> Any:
 
 
 def _check_zip(path: Path) -> None:
-    """Compares checksums, which torch does not. Older files than PyTorch 1.6's have none."""
+    """Compares checksums, which torch does not. Files from before PyTorch 1.6 have none."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -152,13 +152,13 @@ def _unpickling_reason(path: Path, error: Exception) -> str:
             f"it wants the class {foreign}, and only tensors, numbers, text and argparse.Namespace are"
             " allowed; a file that needs more can run code: do not open it unless you trust its source"
         )
-    # torch's advice is to load the file without protection, so only its first sentence is passed on.
+    # Only the first sentence: torch goes on to recommend loading the file without protection.
     reason = _first_line(error).split(". ")[0]
     return f"{reason}; is the file complete, and is it a PyTorch checkpoint?"
 
 
 def _class_in_bare_pickle(path: Path) -> str | None:
-    """Returns the first class that a pickle outside a zip archive asks for; runs nothing of it."""
+    """Returns the first class that a pickle outside a zip archive asks for, without running any of it."""
     strings: list[str] = []
     try:
         for opcode, argument, _ in pickletools.genops(path.read_bytes()):
@@ -168,7 +168,7 @@ def _class_in_bare_pickle(path: Path) -> str | None:
                 return ".".join(strings[-2:])
             if isinstance(argument, str):
                 strings.append(argument)
-    except Exception:  # not a pickle: genops raises what it likes
+    except Exception:  # not a pickle: genops may raise anything
         pass
     return None
 

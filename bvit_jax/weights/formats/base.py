@@ -24,11 +24,11 @@ class Interpretation:
     """The model that a raw checkpoint holds.
 
     Attributes:
-      model: its name here.
-      settings: those of its settings that the files determine.
-      preprocessing: what its images go through.
-      class_names: empty if the files do not say.
-      assumed: settings that the files do not determine, in words.
+      model: our name of it.
+      settings: the settings that the files determine, or that are assumed.
+      preprocessing: from an image file to its input.
+      class_names: empty if the files do not name the classes.
+      assumed: the settings that the files do not determine, in words.
     """
 
     model: str
@@ -79,12 +79,12 @@ def square_side(tokens: int, origin: str) -> int:
     """Returns the side of a square grid of tokens; raises `UserError` if it is not square."""
     side = round(max(tokens, 0) ** 0.5)
     if side * side != tokens or side == 0:
-        raise UserError(f"{origin} has position embeddings of {tokens} patches, which is no square grid")
+        raise UserError(f"{origin} has position embeddings of {tokens} patches, which form no square grid")
     return side
 
 
 def check_epsilon(who: str, epsilon: float, config: Mapping[str, Any]) -> None:
-    """Raises `UserError` if a model's epsilon is not the one that others compute with."""
+    """Raises `UserError` if a model's epsilon is not the one that other code computes with."""
     if config["norm_epsilon"] != epsilon:
         raise UserError(
             f"norm_epsilon is {config['norm_epsilon']}, and {who} computes with {epsilon} whatever its files"

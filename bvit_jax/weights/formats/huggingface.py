@@ -58,7 +58,7 @@ _FIXED = {  # the only values that our models support
     "num_channels": 3,
     "use_absolute_embeddings": False,
 }
-SWIN_NORM_EPSILON = 1e-5  # transformers takes layer_norm_eps for some of Swin's norms only
+SWIN_NORM_EPSILON = 1e-5  # transformers uses layer_norm_eps in some of Swin's norms only
 _PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
 _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 _PROCESSOR_DEFAULTS: dict[str, dict[str, Any]] = {  # of the processors, for what their files leave out
@@ -77,7 +77,7 @@ def naming(config: Config) -> Naming:
 
 
 def recognise(raw: RawCheckpoint) -> bool:
-    """Returns whether the names are those of a transformers classifier with its configuration."""
+    """Returns whether the files are a transformers classifier and its configuration."""
     names = ("vit.layernorm.weight", "deit.layernorm.weight", "swin.layernorm.weight")
     known = any(name in raw.state for name in names)
     binary = any(name.endswith(".moveq") for name in raw.state)
@@ -102,7 +102,7 @@ def interpret(raw: RawCheckpoint) -> Interpretation:
         settings["mlp_ratio"] = _whole(values.get("mlp_ratio", 4), raw.origin)
         if settings["norm_epsilon"] != SWIN_NORM_EPSILON:
             raise UserError(
-                f"{raw.origin}: layer_norm_eps is {settings['norm_epsilon']}, which transformers takes"
+                f"{raw.origin}: layer_norm_eps is {settings['norm_epsilon']}, which transformers uses"
                 f" for some norms of Swin only; expected {SWIN_NORM_EPSILON}"
             )
     two_heads = "cls_classifier.weight" in raw.state
@@ -130,7 +130,7 @@ def describe(config: Config, class_names: tuple[str, ...], _: Preprocessing) -> 
     if swin:
         kind, architecture = "swin", "SwinForImageClassification"
         stages = len(config["depth"])
-        # transformers derives these, and writes them.
+        # transformers derives these and writes them nevertheless.
         values |= {
             "mlp_ratio": float(config["mlp_ratio"]),
             "hidden_size": config["width"] * 2 ** (stages - 1),
@@ -162,7 +162,7 @@ def describe_processor(preprocessing: Preprocessing) -> dict[str, Any]:
     resize = {"height": p.resize, "width": p.resize} if p.square else {"shortest_edge": p.resize}
     crop = p.resize != p.crop or not p.square
     return {
-        # ViT's own processor has no crop, and DeiT's no resizing by the short side: Bit's has both.
+        # ViT's processor does not crop, and DeiT's does not resize by the short side: Bit's does both.
         "image_processor_type": "DeiTImageProcessor" if p.square else "BitImageProcessor",
         "do_resize": True,
         "size": resize,
@@ -185,7 +185,7 @@ def check(config: Config) -> None:
 
 
 def constants(config: Config, names: Mapping[str, np.ndarray]) -> Arrays:
-    """Returns the constants that files of older versions of transformers hold for Swin."""
+    """Returns the constants in Swin files of older versions of transformers."""
     del names
     return window_constants(config, naming(config))
 
@@ -211,7 +211,7 @@ def _preprocessing(raw: RawCheckpoint, image_size: int) -> Preprocessing:
 
 
 def _resize(processor: Mapping[str, Any]) -> tuple[int, bool]:
-    """Returns the length to resize to, and whether both sides get it."""
+    """Returns the length to resize to, and whether it applies to both sides."""
     size = processor["size"]
     if isinstance(size, Mapping) and "shortest_edge" in size:
         return int(size["shortest_edge"]), False

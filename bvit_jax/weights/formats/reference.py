@@ -20,7 +20,7 @@ from bvit_jax.weights.raw_checkpoint import RawCheckpoint
 NAME = "reference"
 MODELS = ("binaryvit", "react_deit", "deit")
 MODEL_TYPES = {"extra-res-pyramid": "binaryvit", "extra-res": "react_deit", "deit": "deit"}
-NORM_EPSILON = 1e-5  # the code sets it, whatever its config.json says
+NORM_EPSILON = 1e-5  # set by the code, whatever its config.json says
 HEAD_SIZE = 64
 DEFAULT_CLIP_VAL = 2.5
 
@@ -60,7 +60,7 @@ def recognise(raw: RawCheckpoint) -> bool:
 
 
 def interpret(raw: RawCheckpoint) -> Interpretation:
-    """Finds the model in a checkpoint: from its arrays, and what these leave open from its configuration."""
+    """Finds the model from its arrays, and from its configuration where these leave something open."""
     blocks = _blocks(raw)
     model = _model_name(raw)
     settings: dict[str, Any] = {
@@ -114,7 +114,7 @@ def labels_of(values: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
 
 
 def describe(config: Config, class_names: tuple[str, ...], _: Preprocessing) -> dict[str, Any]:
-    """Returns the ``config.json`` that the code builds a model of this configuration from."""
+    """Returns the ``config.json`` from which the code builds a model of this configuration."""
     values: dict[str, Any] = {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
@@ -139,7 +139,7 @@ def describe(config: Config, class_names: tuple[str, ...], _: Preprocessing) -> 
 
 
 def constants(config: Config, names: Mapping[str, np.ndarray]) -> Arrays:
-    """Returns the arrays besides parameters and statistics that the code's modules hold."""
+    """Returns the arrays other than parameters and statistics that the code's modules hold."""
     counters = {
         name.removesuffix("running_mean") + "num_batches_tracked": np.array(0, np.int64)
         for name in names
@@ -213,7 +213,7 @@ def _switches(raw: RawCheckpoint, model: str) -> dict[str, Any]:
 
 
 def _weight_bits(raw: RawCheckpoint) -> int:
-    """Returns the bits that the arguments say; `_clip_val` checks them against the arrays."""
+    """Returns the bits that the arguments state; `check_bits` compares them with the arrays."""
     bits = raw.args.get("weight_bits", 1)
     if type(bits) is not int:
         raise UserError(f"{raw.origin}: the weight_bits of its args are {bits!r}, expected a whole number")
@@ -226,7 +226,7 @@ def _clip_val(raw: RawCheckpoint) -> float:
 
 
 def check_bits(config: Config, raw: RawCheckpoint) -> None:
-    """Raises `UserError` if the bits are not those of the arrays: only 2 to 8 bits are clipped."""
+    """Raises `UserError` if the bits do not fit the arrays: only weights of 2 to 8 bits are clipped."""
     clipped = any(name.endswith(".weight_clip_val") for name in raw.state)
     bits = config.get("weight_bits", 32)
     if clipped != (2 <= bits <= 8):

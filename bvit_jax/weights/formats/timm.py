@@ -1,7 +1,7 @@
 """DeiT and Swin in timm's names, which for DeiT are Facebook's, and Swin in Microsoft's.
 
-A bare file says neither the number of heads nor the epsilon: the published models have 64 channels a
-head, and 1e-6 in DeiT. Source: ``timm/models/{deit,swin_transformer}.py`` of
+A bare file states neither the number of heads nor the epsilon: the published models have 64 channels per
+head, and an epsilon of 1e-6 in DeiT. Source: ``timm/models/{deit,swin_transformer}.py`` of
 github.com/huggingface/pytorch-image-models and ``models/swin_transformer.py`` of
 github.com/microsoft/Swin-Transformer.
 """
@@ -44,7 +44,7 @@ _MODEL_ARGS = {
     *("img_size", "patch_size", "embed_dim", "depth", "depths", "num_heads", "mlp_ratio", "window_size"),
     *("num_classes", "drop_rate", "drop_path_rate"),
 }
-_FAMILIES = {  # (width, depth) -> how timm calls it
+_FAMILIES = {  # (width, depth) -> timm's name of the size
     (192, 12): "tiny",
     (384, 12): "small",
     (768, 12): "base",
@@ -82,7 +82,7 @@ def recognise_microsoft(raw: RawCheckpoint) -> bool:
 
 
 def interpret(raw: RawCheckpoint) -> Interpretation:
-    """Finds the model from the shapes of its arrays, and what these leave open from ``config.json``."""
+    """Finds the model from the shapes of its arrays, and from ``config.json`` where these leave it open."""
     _check_architecture(raw)
     settings, assumed = _swin_settings(raw) if _is_swin(raw) else _deit_settings(raw)
     settings["patch_size"] = raw.shape("patch_embed.proj.weight")[-1]
@@ -103,7 +103,7 @@ def interpret(raw: RawCheckpoint) -> Interpretation:
 
 
 def _check_architecture(raw: RawCheckpoint) -> None:
-    """Raises `UserError` if ``config.json`` asks for something that our models do not do."""
+    """Raises `UserError` if ``config.json`` asks for something that our models cannot do."""
     name = raw.values.get("architecture", "deit_")
     plain = name.startswith(("deit_", "vit_", "swin_")) and not re.search("clip|gelu|rms", name)
     others = _args(raw).keys() - _MODEL_ARGS
@@ -116,7 +116,7 @@ def _check_architecture(raw: RawCheckpoint) -> None:
 
 
 def _swin_image_size(raw: RawCheckpoint, settings: Mapping[str, Any]) -> int | None:
-    """Returns what ``config.json`` says, or the masks of the first stage, one for each window."""
+    """Returns the size that ``config.json`` states, or that the number of masks, one per window, implies."""
     if "input_size" in _pretrained_cfg(raw):
         return int(_pretrained_cfg(raw)["input_size"][-1])
     mask = raw.state.get("layers.0.blocks.1.attn_mask")
@@ -127,7 +127,7 @@ def _swin_image_size(raw: RawCheckpoint, settings: Mapping[str, Any]) -> int | N
 
 
 def describe(config: Config, class_names: tuple[str, ...], p: Preprocessing) -> dict[str, Any]:
-    """Returns the ``config.json`` that timm's hub directories have."""
+    """Returns a ``config.json`` like those of timm's directories on the hub."""
     size = config["image_size"]
     values: dict[str, Any] = {
         "architecture": _architecture(config),
@@ -155,7 +155,7 @@ def describe(config: Config, class_names: tuple[str, ...], p: Preprocessing) -> 
 
 
 def constants(config: Config, names: Mapping[str, np.ndarray]) -> Arrays:
-    """Returns the constants of a Swin that Microsoft's modules and older ones of timm hold."""
+    """Returns the constants of a Swin that older modules of timm hold."""
     del names
     return window_constants(config, naming(config))
 
@@ -194,7 +194,7 @@ def _swin_settings(raw: RawCheckpoint) -> tuple[dict[str, Any], list[str]]:
         "width": width,
         "depth": tuple(raw.count(f"layers.{i}.blocks.") for i in range(len(tables))),
         "num_heads": tuple(heads for _, heads in tables),
-        # The last stage's window may be cut to its grid; the first one's is the setting.
+        # The window of the last stage may be cut to its grid; that of the first is the setting.
         "window_size": (math.isqrt(tables[0][0]) + 1) // 2,
         "mlp_ratio": raw.shape("layers.0.blocks.0.mlp.fc1.weight")[0] // width,
         "num_classes": raw.shape(classifier)[0],
