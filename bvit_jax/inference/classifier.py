@@ -13,13 +13,11 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from bvit_jax import models
+from bvit_jax import models, weights
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
 from bvit_jax.inference.images import Picture, label_of, model_input
-from bvit_jax.weights import pretrained
-from bvit_jax.weights.formats import Preprocessing
-from bvit_jax.weights.pretrained import NATIVE, Pretrained
+from bvit_jax.weights import NATIVE, Preprocessing, Pretrained
 from bvit_jax.weights.state_dicts import Variables
 
 IMAGES_AT_ONCE = 8
@@ -140,7 +138,7 @@ def load(
       path: the workdir of a run, a converted directory or file, or anything else that ``bvit convert`` reads.
       checkpoint: which one of a run; the latest if None.
       ema: whether to take the moving average of a run; if None, where it keeps one.
-      options: of `bvit_jax.weights.pretrained.load`, for files that do not describe themselves.
+      options: of `bvit_jax.weights.load`, for files that do not describe themselves.
 
     Raises:
       UserError: there is no such model, or it is damaged.
@@ -162,7 +160,7 @@ def save(model: Classifier | Pretrained, path: str | os.PathLike[str], format: s
       UserError: the path exists or cannot be written, or the format cannot hold the model.
     """
     read = model.pretrained if isinstance(model, Classifier) else model
-    pretrained.save(read, Path(path).expanduser(), format)
+    weights.save(read, Path(path).expanduser(), format)
 
 
 def predict(model: Classifier | str | os.PathLike[str], images: Images) -> np.ndarray:

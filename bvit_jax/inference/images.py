@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
-from bvit_jax.weights.formats import Preprocessing
+from bvit_jax.weights import Preprocessing
 
 MAX_ASPECT = 50  # the short side is resized to hundreds of pixels, and the long one with it
 
