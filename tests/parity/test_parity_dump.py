@@ -401,7 +401,7 @@ def test_arguments_that_make_no_sense(in_process, tmp_path, capsys):
     assert "but there are 1 --images" in refused(tmp_path, capsys, NAMED, "--batch=2", "--images", "a.jpg")
     assert "expected KEY=VALUE" in refused(tmp_path, capsys, NAMED, "--set=depths")
     assert "no such key" in refused(tmp_path, capsys, NAMED, "--set=depth=[1]")
-    assert "no file" in refused(tmp_path, capsys, "--checkpoint", tmp_path / "missing.pth")
+    assert "is not a file" in refused(tmp_path, capsys, "--checkpoint", tmp_path / "missing.pth")
 
 
 def test_target_in_a_missing_directory(tmp_path, capsys):
