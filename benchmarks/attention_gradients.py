@@ -49,8 +49,9 @@ def figures_of(learned_scale: bool, teacher: str) -> Figures:
     batch = shard_batch({name: loaded[name] for name in ("image", "label")}, run.mesh)
     key = jax.random.key(0)
     given = initial.load(config, run.state.variables)
-    state = run.create(key, replicate(given.variables, run.mesh))
-    state = run.start(state, batch, key)
+    state = run.programs.create.run(key, replicate(given.variables, run.mesh))
+    assert run.programs.first_batch is not None  # these models start from a batch
+    state = run.programs.first_batch.run(state, batch, key)
     return measure(run, state.variables, batch, config)
 
 

@@ -28,6 +28,7 @@ from workload import (
     process_memory,
 )
 
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.cost.count import BINARY, cost_of
 from bvit_jax.cost.program import trace
 from bvit_jax.cost.values import analyse
@@ -40,14 +41,11 @@ from bvit_jax.plan.hlo import hbm_bytes
 from bvit_jax.runtime.allocator import keep_freed_memory
 from bvit_jax.runtime.compilation import lower, release_memory
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
+from bvit_jax.training.steps.batch import Inputs
+from bvit_jax.training.steps.evaluate import EvalSettings
+from bvit_jax.training.steps.programs import jit_eval_step, jit_train_step
 from bvit_jax.training.steps.state import TrainState, create_state
-from bvit_jax.training.steps.train import (
-    Normalization,
-    jit_eval_step,
-    jit_train_step,
-    make_eval_step,
-    make_train_step,
-)
+from bvit_jax.training.steps.train import Objective, TrainSettings
 
 NORMALIZE = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CACHE_HIT = "/jax/compilation_cache/cache_hits"  # an event of jax.monitoring
@@ -98,8 +96,8 @@ class JaxSide:
         self._state: TrainState = jax.jit(initial, out_shardings=whole)(self._key)
 
         at_once = images_at_once(self._mesh, packed)
-        evaluate = make_eval_step(evaluated, NORMALIZE, images_at_once=at_once)
-        train = make_train_step(model, optimizer, NORMALIZE, teacher=teacher)
+        evaluate = EvalSettings(evaluated, NORMALIZE, images_at_once=at_once)
+        train = TrainSettings(model, optimizer, Inputs(NORMALIZE), Objective(teacher))
         jitted: dict[Kind, Any] = {
             "forward": _jit_forward(evaluated, self._mesh),
             "evaluation": jit_eval_step(evaluate, self._mesh),

@@ -34,8 +34,10 @@ from bvit_jax.errors import UserError
 from bvit_jax.models import create_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.training.steps import health
+from bvit_jax.training.steps.batch import Inputs
+from bvit_jax.training.steps.programs import jit_health, jit_train_step
 from bvit_jax.training.steps.state import TrainState, create_state
-from bvit_jax.training.steps.train import jit_train_step, make_train_step
+from bvit_jax.training.steps.train import Objective, TrainSettings
 from bvit_jax.workdir.checkpoint import Checkpoints
 from bvit_jax.workdir.metrics import MetricWindow, MetricWriter
 
@@ -55,7 +57,8 @@ class Program:
             raise UserError(f"--batch is {plan.batch}; expected a multiple of the {mesh.size} devices")
         optimizer, whole = fixed_optimizer(), replicated(mesh)
         teacher = FixedTeacher(plan.batch, model.num_classes)
-        step = make_train_step(model, optimizer, NORMALIZE, teacher=teacher)
+        inputs = Inputs(NORMALIZE)
+        training = TrainSettings(model, optimizer, inputs, Objective(teacher))
         create = functools.partial(
             create_state, model=model, optimizer=optimizer, image_size=model.image_size, health=True
         )
@@ -63,8 +66,8 @@ class Program:
         self._batch = random_batch(plan.batch, model, mesh)
         self._teacher = jax.device_put(teacher.init(self._key, self._batch["image"]), whole)
         self._state: TrainState = jax.jit(create, out_shardings=whole)(self._key)
-        self._step = jit_train_step(step, mesh)
-        self._health = health.jit_health_step(health.make_health_step(model, NORMALIZE), mesh)
+        self._step = jit_train_step(training, mesh)
+        self._health = jit_health(model, inputs, 1, mesh)
         self._writer, self._window = MetricWriter(directory, active=True), MetricWindow()
         self._checkpoints = Checkpoints(directory, keep=2)
         self._count = 0

@@ -34,8 +34,10 @@ from bvit_jax.errors import UserError
 from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.models import create_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
+from bvit_jax.training.steps.batch import Inputs
+from bvit_jax.training.steps.programs import jit_train_step
 from bvit_jax.training.steps.state import create_state
-from bvit_jax.training.steps.train import jit_train_step, make_train_step
+from bvit_jax.training.steps.train import Objective, TrainSettings
 
 DEIT_TINY = {"width": 192, "depth": 12, "num_heads": 3, "mlp_dim": 768}
 BOTH_TOKENS = {"distillation_token": True, "distillation_head": True}
@@ -62,16 +64,8 @@ def steps(overrides: dict[str, Any], batch: int) -> dict[str, Call]:
     data = random_batch(batch, student, mesh)
 
     def compiled(ranking: Ranking | None) -> Call:
-        step = make_train_step(
-            student,
-            optimizer,
-            NORMALIZE,
-            teacher=teacher,
-            teacher_targets="hard",
-            distillation_weight=0.5,
-            ranking=ranking,
-            mesh=mesh,
-        )
+        objective = Objective(teacher, teacher_targets="hard", distillation_weight=0.5, ranking=ranking)
+        step = TrainSettings(student, optimizer, Inputs(NORMALIZE), objective, mesh=mesh)
         start = jax.jit(
             lambda: create_state(key, student, optimizer, student.image_size), out_shardings=whole
         )

@@ -1,15 +1,21 @@
 """A model of two layers, for tests of the training step that need no transformer."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from bvit_jax.augment.augmentation import NO_AUGMENTATION
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.config import default_config
 from bvit_jax.layers.norm import BatchNorm, LayerNorm
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.optim import make_optimizer
+from bvit_jax.training.steps import programs
+from bvit_jax.training.steps.batch import Inputs
+from bvit_jax.training.steps.train import Objective, TrainSettings, train_step
 
 NORMALIZE = Normalization((0.5,) * 3, (0.25,) * 3)
 SIZE, CLASSES = 4, 5
@@ -40,6 +46,31 @@ def optimizer(**settings):
     optim = default_config().optim
     optim.update({"eps": 1e-2, "weight_decay": 0.1, **settings})
     return make_optimizer(optim, lambda step: 0.1)
+
+
+def make_train_step(
+    model,
+    optimizer,
+    normalize,
+    *,
+    augmentation=NO_AUGMENTATION,
+    accumulate_steps=1,
+    ema_decay=0.0,
+    mesh=None,
+    **objective,
+):
+    """Returns the training step of these settings, of which ``objective`` are those of `Objective`."""
+    inputs = Inputs(normalize, augmentation)
+    return partial(
+        train_step,
+        TrainSettings(model, optimizer, inputs, Objective(**objective), accumulate_steps, ema_decay, mesh),
+    )
+
+
+def jit_train_step(step, mesh, **options):
+    """Compiles what `make_train_step` returned for a mesh."""
+    (settings,) = step.args
+    return programs.jit_train_step(settings, mesh, **options)
 
 
 def batch_of(number, seed=0):

@@ -1,4 +1,4 @@
-"""What a training step costs, known before it runs: it is compiled from shapes alone."""
+"""What the programs of a run cost, known before it starts: they are compiled from shapes alone."""
 
 import importlib.metadata
 import logging
@@ -19,17 +19,16 @@ from bvit_jax.plan import hlo
 from bvit_jax.plan.fitting import largest_batch
 from bvit_jax.plan.topology import DoesNotFit, Topology, compile_step, open_topology
 from bvit_jax.runtime.chips import GIB, Chip, chip_of
-from bvit_jax.runtime.mesh import replicated, with_sharding
 from bvit_jax.training import initial
-from bvit_jax.training.setup import Run, abstract_batch, build, check, open_splits
+from bvit_jax.training.setup import Run, build, check, open_splits
+from bvit_jax.training.steps.programs import abstract_batch
 from bvit_jax.training.teacher import Teacher, check_heads, needs_teacher
 
-# The real-valued model that has the settings of a binary one.
 logger = logging.getLogger(__name__)
 
 
 def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
-    """Builds everything, compiles the step from shapes alone, and returns what it would cost.
+    """Builds everything, compiles every program from shapes alone, and returns what they would cost.
 
     Args:
       config: of the run. Neither its data nor its teacher need to be there: without the data the number of
@@ -40,21 +39,24 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
 
     Returns:
       ``model``, ``compute_dtype``, ``parameters`` and ``parameters_bytes``, ``devices``, ``device_kind``,
-      ``images_per_device``, ``steps``, ``compile_seconds``, ``versions``; then, of one device and one
-      step, by the compiler's analysis:
+      ``images_per_device``, ``steps``, ``compile_seconds`` of the training step, ``versions``; then, of one
+      device and one training step, by the compiler's analysis:
 
       - megabytes (10^6): ``arguments_mb`` (state, batch and teacher, and what is returned
         beside the state), ``temporaries_mb``, ``program_mb`` and ``total_mb``, and where the chip is known
         ``chip_mb``, what a program may use.
       - ``gflops_per_step``, ``gb_accessed_per_step``, in whatever memory, and ``gb_of_memory_per_step``, in
-        the chip's main memory (`bvit_jax.plan.hlo.hbm_bytes`); and the same three an image.
+        the chip's main memory (`bvit_jax.plan.hlo.hbm_bytes`); and the same three per image.
       - where the chip is known ``flops_ms`` and ``bytes_ms``, the least time that these take by the chip's
         peaks, the larger of the two, ``bound_ms``, and of all devices ``images_per_second_bound``.
       - ``collectives`` by kind and ``collectives_for`` by purpose (`bvit_jax.plan.hlo`): count, and bytes of
         their results.
+      - ``programs``: of each program of the run (`bvit_jax.training.steps.programs`) its megabytes, as above,
+        and ``compile_seconds``; ``largest_program``, the name of the one that needs most memory, and
+        ``largest_mb``.
 
     Raises:
-      UserError: a setting or the topology is wrong, or the batch does not fit on the chip.
+      UserError: a setting or the topology is wrong, or a program does not fit on the chip.
     """
     check(config)
     target = open_topology(topology) if topology else None
@@ -79,19 +81,49 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
         "compile_seconds": round(seconds, 1),
         "versions": _versions(target),
         **cost_of(compiled, run, config.batch_size),
+        **_programs(run, config, compiled, seconds),
     }
 
 
 def lower(run: Run, config: ConfigDict, images: int) -> Any:
     """Lowers the training step of a run for a global batch of ``images``, from shapes alone."""
-    batch, whole = abstract_batch(images, config.model.image_size, run.mesh), replicated(run.mesh)
-    teacher = with_sharding(run.teacher.variables, whole)
-    key = with_sharding(jax.eval_shape(lambda: jax.random.key(0)), whole)
-    return run.step.lower(run.state, batch, teacher, key)
+    state, _, *rest = run.programs.train.arguments
+    batch = abstract_batch(images, config.model.image_size, run.mesh)
+    return run.programs.train.function.lower(state, batch, *rest)
+
+
+def _programs(run: Run, config: ConfigDict, train: Any, seconds: float) -> dict[str, Any]:
+    """Compiles all programs but the training step, and returns what each of them needs."""
+    found: dict[str, dict[str, float]] = {}
+    for name, program in run.programs.items():
+        start, compiled = time.perf_counter(), train
+        if program is not run.programs.train:
+            try:
+                compiled = compile_step(program.function.lower(*program.arguments))
+            except DoesNotFit as error:
+                raise UserError(_does_not_fit(program.name, name, run, config, error)) from error
+            seconds = time.perf_counter() - start
+        found[name] = {**_memory(compiled), "compile_seconds": round(seconds, 1)}
+    largest = max(found, key=lambda name: found[name]["total_mb"])
+    return {
+        "programs": found,
+        "largest_program": largest,
+        "largest_mb": found[largest]["total_mb"],
+    }
+
+
+def _does_not_fit(title: str, name: str, run: Run, config: ConfigDict, error: DoesNotFit) -> str:
+    advice = {
+        "evaluate": f"lower config.eval_batch_size, which is {config.eval_batch_size}",
+        "health": "set config.health=False, or raise config.accumulate_steps",
+    }.get(name, f"lower config.batch_size, which is {config.batch_size}")
+    needs = f"{error.needed / GIB:.2f} GiB" if error.needed else "more memory than there is"
+    there = f", of {error.available / GIB:.2f} GiB for a program" if error.available else ""
+    return f"{title} needs {needs} on each of {run.mesh.size} devices{there}; {advice}"
 
 
 def cost_of(compiled: Any, run: Run, images: int) -> dict[str, Any]:
-    """Returns the figures of `dry_run` that follow from the compiled program."""
+    """Returns the figures of `dry_run` that follow from the compiled training step."""
     chip = chip_of(run.mesh.devices.flat[0].device_kind)
     cost = compiled.cost_analysis() or {}
     flops, accessed = cost.get("flops", math.nan), cost.get("bytes accessed", math.nan)
@@ -120,7 +152,11 @@ def table(figures: Mapping[str, Any]) -> str:
             lines.append(f"{name.replace('_', ' '):24} {value}")
             continue
         for key, part in value.items():
-            shown = f"{part['count']}, {part['bytes'] / 1e6:.3f} MB" if isinstance(part, Mapping) else part
+            shown = part
+            if isinstance(part, Mapping) and "bytes" in part:
+                shown = f"{part['count']}, {part['bytes'] / 1e6:.3f} MB"
+            elif isinstance(part, Mapping):
+                shown = f"{part['total_mb']} MB, compiled in {part['compile_seconds']} s"
             lines.append(f"{name.replace('_', ' ') + ' ' + key.replace('_', ' '):44} {shown}")
     return "\n".join(lines)
 
@@ -185,7 +221,7 @@ def _versions(target: Topology | None) -> dict[str, str]:
     return versions
 
 
-# --- what need not be there --------------------------------------------------------------------
+# --- what may be missing -------------------------------------------------------------------------
 
 
 def _num_examples(config: ConfigDict) -> int:

@@ -8,48 +8,48 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import data
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.models import choose
 from bvit_jax.runtime.interruption import Interrupted
 from bvit_jax.runtime.mesh import check_batch_size, local_rows, make_mesh, replicated, shard_batch
+from bvit_jax.training.steps.evaluate import EvalSettings
+from bvit_jax.training.steps.programs import Programs, jit_eval_step
 from bvit_jax.training.steps.state import TrainState
-from bvit_jax.training.steps.train import Normalization, jit_eval_step, make_eval_step
 from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint import Kind
 
 COUNTS = ("images", "bad_images")  # the same whatever the variables
 BATCHES_IN_FLIGHT = 2  # while the device computes, the next batches are loaded
+EMA = "ema_"  # before the names of the moving average's figures
 
 logger = logging.getLogger(__name__)
 
 
-EMA = "ema_"  # before the names of the moving average's figures
-
-
 def evaluate_state(
-    step: Any,
+    programs: Programs,
     state: TrainState,
     batches: Iterable[data.Batch],
     mesh: Mesh,
-    gather: Callable[[Any], Any],
     stop: Callable[[], bool],
 ) -> dict[str, float]:
-    """Returns the figures of `evaluate` of a state in training, whose arrays ``gather`` makes whole.
+    """Returns the figures of `evaluate` for a state in training.
 
-    Where it holds a moving average, also that one's ``ema_top1``, ``ema_top5`` and ``ema_loss``, from the
-    same pass over the split.
+    If it has a moving average, also that one's ``ema_top1``, ``ema_top5`` and ``ema_loss``, from the same
+    pass over the split.
 
     Raises:
-      Interrupted: ``stop``, which is asked at every batch, said so.
+      Interrupted: ``stop``, which is called at every batch, returned True.
     """
-    versions: dict[str, Mapping[str, Any]] = {"": gather(state.variables)}
+    versions: dict[str, Mapping[str, Any]] = {"": programs.gather.run(state.variables)}
     if state.ema is not None:
-        versions[EMA] = gather(state.ema)
-    return _evaluate(step, versions, batches, mesh, stop)
+        versions[EMA] = programs.gather.run(state.ema)
+    return _evaluate(programs.evaluate.run, versions, batches, mesh, stop)
 
 
 def deciding_top1(figures: Mapping[str, float]) -> float:
@@ -68,7 +68,7 @@ def evaluate(
     Where images could not be decoded, also their number, ``bad_images``.
 
     Args:
-      step: a compiled evaluation step, from `bvit_jax.training.steps.train.jit_eval_step`.
+      step: a compiled evaluation step, from `bvit_jax.training.steps.programs.jit_eval_step`.
       variables: parameters and running statistics.
       batches: this process's part of the split.
       mesh: the mesh that the step was compiled for.
@@ -83,7 +83,7 @@ def _evaluate(
     mesh: Mesh,
     stop: Callable[[], bool],
 ) -> dict[str, float]:
-    """Returns the figures of several versions of the variables, each under its prefix."""
+    """Returns the figures of several versions of the variables, under their prefixes."""
     totals: dict[str, float] = {}
     in_flight: deque[Any] = deque()
 
@@ -118,13 +118,11 @@ def eval_batches(config: ConfigDict, mesh: Mesh) -> Iterable[data.Batch]:
     return data.eval_batches(config.data, config.model.image_size, config.eval_batch_size, rows)
 
 
-def build_eval_step(config: ConfigDict, model: Any, mesh: Mesh) -> Any:
-    """Returns the compiled evaluation step of a run."""
-    check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
-    normalize = Normalization(config.data.mean, config.data.std)
+def eval_settings(config: ConfigDict, mesh: Mesh, model: nn.Module | None = None) -> EvalSettings:
+    """Returns the evaluation step of a run's model, or of another model on the same images."""
+    model = runs.create_model(config, mesh, train=False) if model is None else model
     at_once = choose(config, mesh, train=False).images_at_once
-    step = make_eval_step(model, normalize, images_at_once=at_once)
-    return jit_eval_step(step, mesh)
+    return EvalSettings(model, Normalization(config.data.mean, config.data.std), at_once)
 
 
 def evaluate_workdir(
@@ -151,15 +149,16 @@ def evaluate_workdir(
         (config[node] if node else config)[name] = value
     config_lib.validate(config)
     mesh = make_mesh()
-    model = runs.create_model(config, mesh, train=False)
+    check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+    step = jit_eval_step(eval_settings(config, mesh), mesh)
     ema = runs.use_average(workdir, config, ema)
-    variables, step = runs.restore(workdir, config, kind, replicated(mesh), ema=ema)
+    variables, number = runs.restore(workdir, config, kind, replicated(mesh), ema=ema)
     batches = eval_batches(config, mesh)
     what = "moving average in the " if ema else ""
-    logger.info("evaluating the %s%s checkpoint, step %d", what, kind, step)
-    figures = evaluate(build_eval_step(config, model, mesh), variables, batches, mesh)
+    logger.info("evaluating the %s%s checkpoint, step %d", what, kind, number)
+    figures = evaluate(step, variables, batches, mesh)
     kept = {"ema": ema} if config.ema.decay else {}
-    return {"checkpoint": kind, "step": step, **kept, **figures}
+    return {"checkpoint": kind, "step": number, **kept, **figures}
 
 
 def to_json(figures: Mapping[str, Any]) -> str:

@@ -1,12 +1,11 @@
-"""What a configuration becomes before the first step: mesh, models, schedule, the compiled step."""
+"""From a configuration to a run: mesh, models, schedule, and the programs that are compiled."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -18,11 +17,12 @@ from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
-from bvit_jax.runtime.mesh import batch_sharded, check_batch_size, make_mesh, replicated
-from bvit_jax.training.steps import health, preview
-from bvit_jax.training.steps.first_batch import jit_start, make_start, starts_from_a_batch
-from bvit_jax.training.steps.state import TrainState, abstract_state, create_state
-from bvit_jax.training.steps.train import TrainStep, jit_train_step, make_train_step
+from bvit_jax.runtime.mesh import check_batch_size, make_mesh
+from bvit_jax.training.evaluation import eval_settings
+from bvit_jax.training.steps.batch import Inputs
+from bvit_jax.training.steps.programs import Program, Programs, jit_train_step, make_programs
+from bvit_jax.training.steps.state import TrainState, abstract_state
+from bvit_jax.training.steps.train import Objective, TrainSettings
 from bvit_jax.training.teacher import Teacher, load_teacher, make_ranking
 from bvit_jax.workdir import runs
 
@@ -54,33 +54,22 @@ class Run:
       mesh: the devices.
       model: the student.
       teacher: see `Teacher`.
-      schedule: learning rate of each step.
-      state: shapes and shardings of the state.
-      create: makes the initial state of a key, where it will live; of a key and the arrays of
-        `bvit_jax.training.initial.load`, whole on every device, the state that starts from those.
-      gather: returns parameters and statistics whole on every device.
-      step: the training step, to be compiled by its first call or ahead of time.
-      start: what comes before the first step, see `bvit_jax.training.steps.first_batch`; None if nothing
-      does.
-      plain_step: the same without rematerialisation, scans and microbatches, to count its operations.
-      health: the health of a binary network, see `bvit_jax.training.steps.health`; None if it is not
-      measured.
-      look: what the model sees of a batch, see `bvit_jax.training.steps.preview`.
-      steps_per_epoch, total_steps: lengths in steps.
+      schedule: from the number of steps taken to the learning rate of the next.
+      state: shapes, dtypes and shardings of the state.
+      programs: everything that is compiled.
+      plain_step: the training step without rematerialisation, scans and microbatches, whose operations are
+        counted; it never runs.
+      steps_per_epoch: in steps.
+      total_steps: in steps.
     """
 
     mesh: Mesh
     model: nn.Module
     teacher: Teacher
-    schedule: Any
+    schedule: optax.Schedule
     state: TrainState
-    create: Any
-    gather: Any
-    step: Any
-    start: Any
-    plain_step: Any
-    health: Any
-    look: Any
+    programs: Programs
+    plain_step: Program
     steps_per_epoch: int
     total_steps: int
 
@@ -109,70 +98,63 @@ def build(
     check_batch_size("batch_size", config.batch_size, mesh)
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     _check_microbatch(config, mesh)
-    image_size = config.model.image_size
     model = runs.create_model(config, mesh, train=True)
     teacher = load_teacher(config) if teacher is None else teacher
-    ranking = make_ranking(config, model, teacher.model)
     steps_per_epoch = data.steps_per_epoch(num_examples, config.batch_size)
     schedule = optim.make_schedule(
-        config.optim,
-        batch_size=config.batch_size,
-        steps_per_epoch=steps_per_epoch,
-        epochs=config.epochs,
+        config.optim, batch_size=config.batch_size, steps_per_epoch=steps_per_epoch, epochs=config.epochs
     )
-    optimizer = optim.make_optimizer(config.optim, schedule)
-    normalize = Normalization(config.data.mean, config.data.std)
-    augmentation = Augmentation(Erasing(**config.erase), Mixing(**config.mix))
-
-    def make_step(model: nn.Module, accumulate_steps: int) -> TrainStep:
-        return make_train_step(
-            model,
-            optimizer,
-            normalize,
-            teacher=teacher.model,
-            teacher_normalize=teacher.normalize,
-            teacher_targets=config.loss.teacher_targets,
-            distillation_weight=config.loss.distillation_weight,
-            label_smoothing=config.loss.label_smoothing,
-            ranking=ranking,
-            augmentation=augmentation,
-            accumulate_steps=accumulate_steps,
-            ema_decay=config.ema.decay,
-            mesh=mesh,
-        )
-
-    # Layers in a scan cannot tell of themselves, and what a loop repeats is counted once.
-    plain = models.create_model(config.model, jnp.dtype(config.compute_dtype))
-    measure = health.make_health_step(plain, normalize, augmentation=augmentation)
-    look = preview.make_look(normalize, augmentation=augmentation)
+    training = _train_settings(config, mesh, model, teacher, schedule)
     kept = {"ema": config.ema.decay > 0, "health": config.health}
-    state = abstract_state(model, optimizer, image_size, mesh, **kept)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    start = make_start(
+    state = abstract_state(model, training.optimizer, config.model.image_size, mesh, **kept)
+    # Layers in a scan cannot report, and the operations of a loop are counted once.
+    plain = models.create_model(config.model, jnp.dtype(config.compute_dtype))
+    programs = make_programs(
+        training,
+        eval_settings(config, mesh),
         plain,
-        normalize,
-        augmentation=augmentation,
-        accumulate_steps=config.accumulate_steps,
-        mesh=mesh,
+        mesh,
+        state,
+        teacher.variables,
+        batch_size=config.batch_size,
+        eval_batch_size=config.eval_batch_size,
+        measures_health=config.health,
+        donate=donate,
     )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    plain_step = jit_train_step(replace(training, model=plain, accumulate_steps=1), mesh, shardings)
     return Run(
         mesh=mesh,
         model=model,
         teacher=teacher,
         schedule=schedule,
         state=state,
-        create=jax.jit(
-            lambda key, given=None: create_state(key, model, optimizer, image_size, given, **kept),
-            out_shardings=shardings,
-        ),
-        gather=jax.jit(lambda tree: tree, out_shardings=replicated(mesh)),
-        step=jit_train_step(make_step(model, config.accumulate_steps), mesh, shardings, donate=donate),
-        start=jit_start(start, mesh, shardings) if starts_from_a_batch(state) else None,
-        plain_step=jit_train_step(make_step(plain, 1), mesh, shardings),
-        health=health.jit_health_step(measure, mesh) if config.health else None,
-        look=preview.jit_look(look, mesh),
+        programs=programs,
+        plain_step=replace(programs.train, name="the plain step", function=plain_step),
         steps_per_epoch=steps_per_epoch,
         total_steps=config.epochs * steps_per_epoch,
+    )
+
+
+def _train_settings(
+    config: ConfigDict, mesh: Mesh, model: nn.Module, teacher: Teacher, schedule: optax.Schedule
+) -> TrainSettings:
+    normalize = Normalization(config.data.mean, config.data.std)
+    return TrainSettings(
+        model,
+        optim.make_optimizer(config.optim, schedule),
+        Inputs(normalize, Augmentation(Erasing(**config.erase), Mixing(**config.mix))),
+        Objective(
+            teacher.model,
+            teacher.normalize,
+            config.loss.teacher_targets,
+            config.loss.distillation_weight,
+            config.loss.label_smoothing,
+            make_ranking(config, model, teacher.model),
+        ),
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema.decay,
+        mesh=mesh,
     )
 
 
@@ -189,12 +171,3 @@ def _check_microbatch(config: ConfigDict, mesh: Mesh) -> None:
             f"config.model.batch_norm_group is {group}; expected a divisor of the"
             f" {config.batch_size // k} images of a microbatch, config.batch_size / config.accumulate_steps"
         )
-
-
-def abstract_batch(images: int, image_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes, dtypes and shardings of a global training batch."""
-    sharding, shape = batch_sharded(mesh), (images, image_size, image_size, 3)
-    return {
-        "image": jax.ShapeDtypeStruct(shape, np.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((images,), np.int32, sharding=sharding),
-    }

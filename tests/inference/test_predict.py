@@ -14,10 +14,10 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
 from bvit_jax import cli, models, weights
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
 from bvit_jax.inference import Classifier
 from bvit_jax.inference.images import model_input
-from bvit_jax.training.steps.train import Normalization
 from bvit_jax.weights import tensor_files
 from bvit_jax.weights.preprocessing import Preprocessing, deit_preprocessing
 from bvit_jax.workdir import runs

@@ -17,11 +17,10 @@ from bvit_jax.plan import dry_run as dry_run_lib
 from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch
 from bvit_jax.training.setup import build
 from bvit_jax.training.steps.state import create_state
-from bvit_jax.training.steps.train import jit_train_step, make_train_step
 from bvit_jax.training.teacher import load_teacher, make_ranking
 from tests.configs import one_block
 from tests.processes import ROOT
-from tests.small import NORMALIZE, assert_close, optimizer, wide
+from tests.small import NORMALIZE, assert_close, jit_train_step, make_train_step, optimizer, wide
 from tests.tiny_models import abstract_of, random_variables
 
 KEY = jax.random.key(3)

@@ -81,16 +81,18 @@ def test_fsdp_holds_a_sixth_and_computes_the_same():
     ]
     for fsdp in (1, 8):
         run = build(small_config(fsdp), 1437)
-        state = run.create(jax.random.key(0))
+        state = run.programs.create.run(jax.random.key(0), {})
         for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(run.state), strict=True):
             assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
         bytes_held[fsdp] = held((state.params, state.opt_state))
         losses[fsdp] = []
         for batch in batches:
-            state, metrics = run.step(state, shard_batch(batch, run.mesh), {}, jax.random.key(1))
+            state, metrics = run.programs.train.run(
+                state, shard_batch(batch, run.mesh), {}, jax.random.key(1)
+            )
             losses[fsdp].append(float(metrics["loss"]))
         assert held((state.params, state.opt_state)) == bytes_held[fsdp]
-        whole = run.gather(state.variables)
+        whole = run.programs.gather.run(state.variables)
         assert held(whole) == sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
     assert bytes_held[8] <= bytes_held[1] / 6
     np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
@@ -99,7 +101,7 @@ def test_fsdp_holds_a_sixth_and_computes_the_same():
 
 def test_the_state_is_never_whole_on_a_device():
     run = build(small_config(8), 1437)
-    memory = run.create.lower(jax.random.key(0)).compile().memory_analysis()
+    memory = run.programs.create.function.lower(jax.random.key(0), {}).compile().memory_analysis()
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.state))
     assert memory.output_size_in_bytes < whole / 4
     assert memory.temp_size_in_bytes < whole / 4

@@ -11,8 +11,17 @@ import pytest
 from bvit_jax.losses.classification import training_loss
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated, shard_batch
 from bvit_jax.training.steps.state import create_state
-from bvit_jax.training.steps.train import jit_train_step, make_train_step
-from tests.small import NORMALIZE, SIZE, Small, assert_close, batch_of, optimizer, wide
+from tests.small import (
+    NORMALIZE,
+    SIZE,
+    Small,
+    assert_close,
+    batch_of,
+    jit_train_step,
+    make_train_step,
+    optimizer,
+    wide,
+)
 
 KEY = jax.random.key(7)
 

@@ -15,12 +15,11 @@ from bvit_jax.runtime.mesh import make_mesh
 from bvit_jax.training.evaluation import deciding_top1, evaluate_workdir
 from bvit_jax.training.loop import train_and_evaluate
 from bvit_jax.training.steps.state import TrainState, abstract_state, create_state
-from bvit_jax.training.steps.train import make_train_step
 from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint import Checkpoints
 from tests.configs import tiny
 from tests.processes import metrics_of
-from tests.small import NORMALIZE, SIZE, Small, assert_close, batch_of, optimizer, wide
+from tests.small import NORMALIZE, SIZE, Small, assert_close, batch_of, make_train_step, optimizer, wide
 
 KEY = jax.random.key(0)
 ONE_DEVICE = make_mesh(jax.devices()[:1])

@@ -51,12 +51,12 @@ def test_start_and_first_step(data_dir, settings):
     config = config_of(data_dir, **settings)
     run = build(config, open_train_split(config.data).num_examples)
     key = jax.random.key(3)
-    state = run.create(jax.random.key(0))
+    state = run.programs.create.run(jax.random.key(0), {})
     before = jax.device_get(state)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (144, 16, 16, 3), np.uint8)
     batch = shard_batch({"image": images, "label": rng.integers(0, 10, 144, np.int32)}, run.mesh)
-    state = run.start(state, batch, key)
+    state = run.programs.first_batch.run(state, batch, key)
     after = jax.device_get(state)
     assert all((flag == 1).all() for flag in called(after.batch_stats, "init_state"))
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before.params, after.params)
@@ -64,10 +64,10 @@ def test_start_and_first_step(data_dir, settings):
     assert not any(called(changed, "kernel") + called(changed, "scale") + called(changed, "bias"))
     if before.ema is not None:
         assert jax.tree.all(jax.tree.map(np.array_equal, after.ema["params"], after.params))
-    again = jax.device_get(run.start(state, batch, key))
+    again = jax.device_get(run.programs.first_batch.run(state, batch, key))
     assert jax.tree.all(jax.tree.map(np.array_equal, again, after))
 
-    state, metrics = run.step(state, batch, {}, key)  # which takes the memory of the state
+    state, metrics = run.programs.train.run(state, batch, {}, key)  # which takes the memory of the state
     assert np.isfinite(metrics["loss"])
     assert all((flag == 1).all() for flag in called(state.batch_stats, "init_state"))
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), after.params, jax.device_get(state.params))
@@ -77,7 +77,7 @@ def test_start_and_first_step(data_dir, settings):
 def test_other_models_have_no_start(data_dir):
     config = tiny.get_config()
     run = build(config, 1000)
-    assert run.start is None
+    assert run.programs.first_batch is None
     assert not starts_from_a_batch(run.state)
 
 

@@ -21,9 +21,11 @@ from bvit_jax.layers import kernels as signs
 from bvit_jax.models.blocks import BinaryAttention
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from bvit_jax.training.steps import health
+from bvit_jax.training.steps.batch import Inputs
+from bvit_jax.training.steps.programs import jit_health
 from bvit_jax.training.steps.state import abstract_state, create_state
-from bvit_jax.training.steps.train import jit_train_step, make_train_step
 from bvit_jax.workdir.checkpoint import Checkpoints
+from tests.small import jit_train_step, make_train_step
 
 SIZE, BATCH = 16, 16
 TINY = {
@@ -58,8 +60,7 @@ class Program:
         self.mesh = make_mesh(jax.devices()[:devices])
         step = make_train_step(self.model, OPTIMIZER, NORMALIZE, augmentation=AUGMENTATION)
         self.step = jit_train_step(step, self.mesh)
-        measured = health.make_health_step(self.model, NORMALIZE, augmentation=AUGMENTATION)
-        self.health = health.jit_health_step(measured, self.mesh)
+        self.health = jit_health(self.model, Inputs(NORMALIZE, AUGMENTATION), 1, self.mesh)
         self.key = self.on_devices(KEY)
         self.initial = None
 
@@ -181,7 +182,7 @@ def test_real_models_have_no_figures(name):
     model = models.create_model({"name": name, **small, **own})
     state = abstract_state(model, OPTIMIZER, SIZE, make_mesh(jax.devices()[:1]), health=True)
     assert state.signs == {}
-    lowered = jax.jit(health.make_health_step(model, NORMALIZE)).lower(state, batch(), KEY)
+    lowered = jit_health(model, Inputs(NORMALIZE), 1, make_mesh(jax.devices()[:1])).lower(state, batch(), KEY)
     figures, packed = lowered.out_info
     assert figures.names == ()
     assert packed == health.totals({}) == {}

@@ -230,7 +230,7 @@ def test_a_sharded_state_starts_from_them(data_dir: Path, teacher: Path) -> None
     config.mesh.fsdp = 2
     built = build(config, 1437)
     given = initial.load(config, built.state.variables)
-    state = built.create(KEY, replicate(given.variables, built.mesh))
+    state = built.programs.create.run(KEY, replicate(given.variables, built.mesh))
     for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(built.state), strict=True):
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
     kernel = state.params["block0"]["query"]["kernel"]
@@ -260,13 +260,13 @@ def test_a_run_starts_from_its_teacher_and_continues_without_the_file(
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         built = original(*args, **kwargs)
-        create = built.create
+        create = built.programs.create.function
 
         def noted(*arguments: Any) -> Any:
             created.append(jax.device_get(create(*arguments)))
             return create(*arguments)
 
-        object.__setattr__(built, "create", noted)
+        built.programs.create.run = noted  # which is not compiled again
         return built
 
     monkeypatch.setattr(loop, "build", spy)
@@ -405,7 +405,7 @@ def test_two_processes_start_from_the_workdir_of_a_run(data_dir: Path, teacher: 
     first.mkdir()
     config_lib.save(config, first / "config.json")
     checkpoints = Checkpoints(first, keep=1)
-    checkpoints.save(3, built.create(KEY), {})
+    checkpoints.save(3, built.programs.create.run(KEY, {}), {})
     checkpoints.close()
 
     flags = [f"--config.teacher.path={teacher}", f"--config.init.path={first}", "--config.epochs=1"]

@@ -11,9 +11,8 @@ from bvit_jax.errors import UserError
 from bvit_jax.models.execution.stages import Execution
 from bvit_jax.training.setup import build
 from bvit_jax.training.steps.state import create_state
-from bvit_jax.training.steps.train import make_train_step
 from tests.configs import tiny
-from tests.small import NORMALIZE, optimizer
+from tests.small import NORMALIZE, make_train_step, optimizer
 
 
 def config_with(**settings):

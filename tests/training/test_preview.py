@@ -1,5 +1,7 @@
 """Pictures of a batch: that they are what the step sees, and how they are laid out."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from bvit_jax.augment.augmentation import Augmentation
 from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing
 from bvit_jax.augment.normalization import Normalization
-from bvit_jax.runtime.mesh import make_mesh
-from bvit_jax.training.steps.preview import Seen, draw, jit_look, make_look
+from bvit_jax.runtime.mesh import make_mesh, replicated
+from bvit_jax.training.contact_sheet import draw
+from bvit_jax.training.steps.batch import Inputs
+from bvit_jax.training.steps.preview import Seen, preview
 
 NORMALIZE = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 KEY = jax.random.key(0)
@@ -21,7 +25,7 @@ def batch(count=16, size=12):
 
 
 def test_images_come_back_as_they_were():
-    seen = make_look(NORMALIZE, count=5)(batch(), 0, KEY)
+    seen = preview(Inputs(NORMALIZE), batch(), 0, KEY, count=5)
     np.testing.assert_array_equal(seen.images, batch()["image"][:5])
     np.testing.assert_array_equal(seen.labels, np.arange(5))
     np.testing.assert_array_equal(seen.shares, np.ones(5))
@@ -30,8 +34,8 @@ def test_images_come_back_as_they_were():
 @pytest.mark.usefixtures("compile_quickly")
 def test_images_are_augmented_as_in_the_step():
     augmentation = Augmentation(Erasing(), Mixing(mixup_alpha=1.0, mode="elem"))
-    look = jit_look(make_look(NORMALIZE, augmentation=augmentation), make_mesh())
-    seen = look(batch(), 7, KEY)
+    look = partial(preview, Inputs(NORMALIZE, augmentation))
+    seen = jax.jit(look, out_shardings=replicated(make_mesh()))(batch(), 7, KEY)
     key = jax.random.fold_in(jax.random.fold_in(KEY, 7), 1)
     pictures, shares = jax.jit(lambda key, x: augmentation(key, x, NORMALIZE))(key, batch()["image"])
     assert len(seen.images) == 16
@@ -44,7 +48,7 @@ def test_images_are_augmented_as_in_the_step():
 def test_values_beyond_the_scale_are_cut_off():
     augmentation = Augmentation(Erasing(prob=1.0, mode="pixel"), Mixing())
     white = {"image": np.full((4, 12, 12, 3), 255, np.uint8), "label": np.zeros(4, np.int32)}
-    seen = jax.jit(make_look(NORMALIZE, augmentation=augmentation))(white, 0, KEY)
+    seen = jax.jit(partial(preview, Inputs(NORMALIZE, augmentation)))(white, 0, KEY)
     noise = np.asarray(seen.images)[np.asarray(seen.images) < 255]
     assert {0, 254} <= set(noise.tolist())
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from bvit_jax.errors import UserError
-from bvit_jax.workdir.metrics import MetricWindow, MetricWriter, ProgressLine, format_line
+from bvit_jax.workdir.metrics import MetricWindow, MetricWriter
+from bvit_jax.workdir.progress import ProgressLine, format_line
 
 
 def steps(count=50):

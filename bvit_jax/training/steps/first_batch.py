@@ -1,7 +1,6 @@
-"""What a run does once, before its first step: models whose quantisers start from the first batch see it."""
+"""The start of a run: quantisers that take their values from the first batch see it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,14 +9,9 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
 
-from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
-from bvit_jax.augment.normalization import Normalization
 from bvit_jax.models.bivit.first_values import SEEN, first_batch
-from bvit_jax.runtime.mesh import batch_sharded, replicated
+from bvit_jax.training.steps.batch import Batch, Inputs
 from bvit_jax.training.steps.state import TrainState
-from bvit_jax.training.steps.train import MICROBATCHES_KEY, Examples, step_keys
-
-Start = Callable[[TrainState, Mapping[str, Array], Array], TrainState]
 
 
 def starts_from_a_batch(state: TrainState) -> bool:
@@ -26,43 +20,29 @@ def starts_from_a_batch(state: TrainState) -> bool:
     return any(path[-1].key == SEEN for path, _ in paths)
 
 
-def make_start(
+def start(
     model: nn.Module,
-    normalize: Normalization,
-    *,
-    augmentation: Augmentation = NO_AUGMENTATION,
-    accumulate_steps: int = 1,
-    mesh: Mesh | None = None,
-) -> Start:
-    """Returns the pure function from a state, the first batch and the key of the run to a state.
+    inputs: Inputs,
+    accumulate_steps: int,
+    mesh: Mesh | None,
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+) -> TrainState:
+    """Returns the state after the quantisers have seen the first batch.
 
-    Images and dropout are those of the first step, or of its first microbatch; only values of quantisers
+    Images and dropout are those of the first step, or of its first microbatch. Only the values of quantisers
     that have seen no batch change, in the moving average too.
     """
-
-    def start(state: TrainState, batch: Mapping[str, Array], key: Array) -> TrainState:
-        step_key, augmentation_key = step_keys(key, state.step)
-        pictures, _ = augmentation(augmentation_key, batch["image"], normalize)
-        if accumulate_steps > 1:
-            examples = Examples(pictures, batch["label"], None, None)
-            pictures = examples.microbatch(jnp.int32(0), accumulate_steps, mesh).pictures
-            step_key = jax.random.fold_in(jax.random.fold_in(step_key, MICROBATCHES_KEY), 0)
-        _, variables = first_batch(model, state.variables, normalize(pictures), {"dropout": step_key})
-        params, statistics = variables["params"], variables["batch_stats"]
-        ema: Any = state.ema
-        if ema is not None:
-            new = {"params": params, "batch_stats": statistics}
-            ema = jax.tree.map(_where_changed, dict(state.variables), new, ema)
-        return dataclasses.replace(state, params=params, batch_stats=statistics, ema=ema)
-
-    return start
+    images, dropout_key = inputs.first_images(batch, key, state.step, accumulate_steps, mesh)
+    _, variables = first_batch(model, state.variables, images, {"dropout": dropout_key})
+    params, statistics = variables["params"], variables["batch_stats"]
+    ema: Any = state.ema
+    if ema is not None:
+        new = {"params": params, "batch_stats": statistics}
+        ema = jax.tree.map(_where_changed, dict(state.variables), new, ema)
+    return dataclasses.replace(state, params=params, batch_stats=statistics, ema=ema)
 
 
 def _where_changed(old: Array, new: Array, average: Array) -> Array:
     return jnp.where(new != old, new, average)
-
-
-def jit_start(start: Start, mesh: Mesh, state: Any) -> Any:
-    """Compiles the function of `make_start`; ``state`` are the shardings of the training state."""
-    inputs = (state, batch_sharded(mesh), replicated(mesh))
-    return jax.jit(start, in_shardings=inputs, out_shardings=state)

@@ -10,15 +10,11 @@ Kinds of figures, of every layer that has them:
 ``dead_heads``      number of heads whose binarised attention probabilities are all zero over the batch
 ==================  =======================================================================================
 
-The first two need the weights alone. The others come from a forward pass over the last training batch,
-augmented and normalised as the step saw it, in training mode with the step's dropout; statistics are not
-updated. Layers tell of themselves (`bvit_jax.layers.sown`, `bvit_jax.layers.kernels`); a model without
-binary ones has no
-figures, and the compiler leaves nothing of the pass.
+The first two need the weights alone. The others come from a forward pass over the last training batch, or
+its first microbatch, augmented and normalised as in the step, in training mode with the step's dropout;
+statistics are not updated. Layers report through `bvit_jax.layers.sown` and `bvit_jax.layers.kernels`; a
+model without binary layers has no figures, and the compiler removes the pass.
 """
-
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +24,10 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import Mesh
 
-from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
-from bvit_jax.augment.normalization import Normalization
 from bvit_jax.layers import sown
 from bvit_jax.layers.kernels import Signs, active_weights, flipped, noted_kernels, pack_signs
-from bvit_jax.runtime.mesh import batch_sharded, replicated
+from bvit_jax.training.steps.batch import Batch, Inputs
 from bvit_jax.training.steps.state import TrainState
-from bvit_jax.training.steps.train import step_keys
 
 KINDS = ("flipped", "active_weights", "active_inputs", "zeros", "dead_heads")
 
@@ -54,50 +47,47 @@ class Figures:
     names: tuple[tuple[str, str], ...] = struct.field(pytree_node=False)
 
 
-HealthStep = Callable[[TrainState, Mapping[str, Array], Array], tuple[Figures, Signs]]
+def measure(
+    model: nn.Module,
+    inputs: Inputs,
+    accumulate_steps: int,
+    mesh: Mesh | None,
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+) -> tuple[Figures, Signs]:
+    """Returns the figures of a state, and the signs of its weights.
 
+    The signs take the place of ``state.signs``, so that flips are counted from here on.
 
-def make_health_step(
-    model: nn.Module, normalize: Normalization, *, augmentation: Augmentation = NO_AUGMENTATION
-) -> HealthStep:
-    """Returns the pure function from a state, the last batch and the key of the run to `Figures`.
-
-    The state is the one that the step over this batch returned. Also returned are the signs of its
-    weights, to take the place of ``state.signs``, so that flips are counted from here on.
+    Args:
+      model: the student, not scanned: layers in a scan cannot report.
+      inputs: of the training step.
+      accumulate_steps: microbatches of a step, of which the pass sees the first.
+      mesh: needed where arrays are sharded.
+      state: returned by the step over ``batch``.
+      batch: ``image``, uint8 [B, H, W, 3], and ``label``, int32 [B].
+      key: of training.
     """
-
-    def health_step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[Figures, Signs]:
-        dropout_key, augmentation_key = step_keys(key, state.step - 1)
-        pictures, _ = augmentation(augmentation_key, batch["image"], normalize)
-        with noted_kernels() as kernels:
-            _, updates = model.apply(
-                state.variables,
-                normalize(pictures),
-                train=True,
-                mutable=["batch_stats", sown.COLLECTION],
-                rngs={"dropout": dropout_key},
-            )
-        figures = {
-            ("flipped", layer): share for layer, share in flipped(state.signs, state.params, kernels).items()
-        }
-        for layer, share in active_weights(state.params, kernels).items():
-            figures["active_weights", layer] = share
-        for path, value in flatten_dict(updates.get(sown.COLLECTION, {})).items():
-            *layer_path, kind, part = path
-            figures[kind, "/".join([*layer_path, part] if part else layer_path)] = value
-        values = jnp.array(list(figures.values()), jnp.float32)
-        return Figures(values, tuple(figures)), pack_signs(state.params, kernels)
-
-    return health_step
-
-
-def jit_health_step(step: HealthStep, mesh: Mesh) -> Any:
-    """Compiles the function of `make_health_step` for a mesh: the batch sharded, results on all devices.
-
-    The state keeps whatever shardings it has.
-    """
-    whole = replicated(mesh)
-    return jax.jit(step, in_shardings=(None, batch_sharded(mesh), whole), out_shardings=(whole, whole))
+    images, dropout_key = inputs.first_images(batch, key, state.step - 1, accumulate_steps, mesh)
+    with noted_kernels() as kernels:
+        _, updates = model.apply(
+            state.variables,
+            images,
+            train=True,
+            mutable=["batch_stats", sown.COLLECTION],
+            rngs={"dropout": dropout_key},
+        )
+    figures = {
+        ("flipped", layer): share for layer, share in flipped(state.signs, state.params, kernels).items()
+    }
+    for layer, share in active_weights(state.params, kernels).items():
+        figures["active_weights", layer] = share
+    for path, value in flatten_dict(updates.get(sown.COLLECTION, {})).items():
+        *layer_path, kind, part = path
+        figures[kind, "/".join([*layer_path, part] if part else layer_path)] = value
+    values = jnp.array(list(figures.values()), jnp.float32)
+    return Figures(values, tuple(figures)), pack_signs(state.params, kernels)
 
 
 def per_layer(figures: Figures) -> Layers:
