@@ -1,5 +1,6 @@
 """What a compiled program does, from its HLO text: its collectives, and the bytes of memory it touches."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ _COLLECTIVE = re.compile(
     r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
     r"(?P<kind>" + "|".join(KINDS) + r")(?P<start>-start)?\("
 )
+# What every operation between devices has, and no other.
+_BETWEEN_DEVICES = re.compile(r"[ ,](?:channel_id|replica_groups|source_target_pairs)=")
 _ELEMENT = re.compile(r"get-tuple-element\((?:.*? )?%?([\w.\-]+)\), index=(\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
@@ -37,14 +40,17 @@ _CALLERS = ("while", "conditional", "call", "async-start")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Collective:
     """One operation in which all devices take part.
 
     Attributes:
       kind: what it does; an asynchronous pair of start and done is one.
-      sizes: bytes on one device of each array of its result; several where the compiler put several
-        arrays into one operation. A reduce-scatter's result is the device's own share.
+      sizes: bytes on one device of each array of its result; several where the compiler merged operations on
+        several arrays. A reduce-scatter's result is the device's own share.
       op_names: where in the program each of them comes from, empty where unknown.
       times: how often it runs in one execution of the program: more than once in a loop.
     """
@@ -115,16 +121,22 @@ def by_purpose(collectives: Iterable[Collective]) -> dict[Purpose, Traffic]:
 def collectives_of(text: str) -> list[Collective]:
     """Returns the collectives of a compiled program.
 
+    The text has no promised format. An operation between devices that is not understood is logged as a
+    warning, since what is returned is then too little.
+
     Args:
       text: optimised HLO, as ``compiled.as_text()`` gives it.
     """
     lines = text.splitlines()
     times = _repetitions(lines)
     names = _element_names(lines)
-    found = []
+    found, unknown = [], []
     for computation, line in _instructions(lines):
-        match = _COLLECTIVE.match(line) if "channel_id" in line or "replica_groups" in line else None
-        if match is None or not times.get(computation, 1):
+        if not _BETWEEN_DEVICES.search(line) or "-done(" in line:
+            continue
+        match = _COLLECTIVE.match(line)
+        if match is None:
+            unknown.append(line.strip())
             continue
         sizes = _result_sizes(match["kind"], bool(match["start"]), match["shape"])
         own = _OP_NAME.search(line)
@@ -133,6 +145,14 @@ def collectives_of(text: str) -> list[Collective]:
         op_names = tuple(of_elements.get(i) or default for i in range(len(sizes)))
         kind = _real_kind(match["kind"], computation)
         found.append(Collective(kind, sizes, op_names, times.get(computation, 1)))
+    if unknown:
+        logger.warning(
+            "%d of %d operations between devices are not understood, so that the traffic is more than is"
+            " counted; the first: %.200s",
+            len(unknown),
+            len(unknown) + len(found),
+            unknown[0],
+        )
     return found
 
 

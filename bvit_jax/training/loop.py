@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from bvit_jax.training.nans import named_nans
 from bvit_jax.training.record import Record, Timetable
 from bvit_jax.training.run_log import RunLog
 from bvit_jax.training.setup import Run, build, check, open_splits
-from bvit_jax.training.steps.programs import Program
+from bvit_jax.training.steps import health
+from bvit_jax.training.steps.batch import Batch
+from bvit_jax.training.steps.programs import Program, Programs
 from bvit_jax.training.steps.state import TrainState
 from bvit_jax.training.teacher import Teacher
 from bvit_jax.workdir import runs
@@ -64,8 +66,7 @@ def train_and_evaluate(
     """
     with ExitStack() as stack:
         # --- build -----------------------------------------------------------------------------
-        interruption = Interruption() if interruption is None else interruption
-        stack.callback(interruption.close)
+        interruption = stack.enter_context(closing(interruption or Interruption()))
         if debug_nans:
             stack.enter_context(named_nans())
         check(config)
@@ -78,45 +79,39 @@ def train_and_evaluate(
 
         # --- start or resume -------------------------------------------------------------------
         _make_workdir(workdir)
-        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-        stack.callback(checkpoints.close)
+        checkpoints = stack.enter_context(closing(Checkpoints(workdir, keep=config.checkpoint.keep)))
         key_init, key = run.programs.keys.run(jax.random.key(config.seed))
         restored = checkpoints.restore(run.state)
         record, start = _resumed(restored, run, split, workdir)
         if jax.process_index() == 0:
             _describe(workdir, config, split.class_names)
-        log = RunLog(workdir, config, run, record, start)
-        stack.callback(log.close)
+        log = stack.enter_context(closing(RunLog(workdir, config, run, record, start)))
         teacher = replicate(run.teacher.variables, run.mesh)
 
         # --- compile ---------------------------------------------------------------------------
-        feed = Feed(_train_batches(config, run, start), run.mesh)
-        stack.callback(feed.close)
+        feed = stack.enter_context(closing(Feed(_train_batches(config, run, start), run.mesh)))
         programs = run.programs
         with log.paused():
             if not debug_nans:
                 _compile(_needed(run, start, record, given), interruption, start)
             state = restored[0] if restored else programs.create.run(key_init, given)
         del given, restored  # their memory
-        profile = Profile(workdir, config.profile_steps)
-        stack.callback(profile.close)
+        profile = stack.enter_context(closing(Profile(workdir, config.profile_steps)))
         save = partial(_save, checkpoints, record, identity, workdir, log)
         evaluate = partial(_evaluate, config, run, record, log, interruption)
 
         # --- train -----------------------------------------------------------------------------
-        stack.enter_context(jax.transfer_guard("disallow"))  # what is not meant to move, does not
+        # Nothing moves but by device_put and device_get; naming a NaN runs single operations, which move more.
+        stack.enter_context(jax.transfer_guard("allow" if debug_nans else "disallow"))
         if not record.evaluated:
             evaluate(start, state)
             save(start, state)
         for step in range(start + 1, run.total_steps + 1):
-            try:
-                batch, bad = next(feed)
-            except Exception:
-                if not interruption.noticed:  # by the processes that load images too
-                    raise
-                if step > start + 1:
-                    save(step - 1, state)
-                raise Interrupted(step - 1) from None
+            fed = _next(feed, interruption)
+            if fed is None:
+                save(step - 1, state)
+                raise Interrupted(step - 1)
+            batch, bad = fed
             if step == start + 1:
                 log.batch(step, programs.preview.run(batch, state.step, key), split.class_names)
             if step == 1 and programs.first_batch is not None:
@@ -127,10 +122,7 @@ def train_and_evaluate(
             profile.after(step, metrics)
             record.add(step, metrics, bad, evaluated=not due.evaluates(step))
             if due.logs(step):
-                figures = None
-                if programs.health is not None:
-                    figures, signs = programs.health.run(state, batch, key)
-                    state = state.replace(signs=signs)
+                state, figures = _measured(programs, state, batch, key)
                 log.step(step, figures, feed.waited)
                 checkpoints.check()
             if due.saves(step):
@@ -214,6 +206,26 @@ def _train_batches(config: ConfigDict, run: Run, start: int) -> Generator[data.B
     return data.train_batches(config.data, size, config.batch_size, config.seed, start, rows.tolist())
 
 
+def _next(feed: Feed, interruption: Interruption) -> tuple[dict[str, jax.Array], int] | None:
+    """Returns the next batch, or None if SIGTERM has ended the processes that load images, too."""
+    try:
+        return next(feed)
+    except Exception:
+        if interruption.noticed:
+            return None
+        raise
+
+
+def _measured(
+    programs: Programs, state: TrainState, batch: Batch, key: jax.Array
+) -> tuple[TrainState, health.Figures | None]:
+    """Returns the health of the network, if it is measured, and the state that counts flips from here on."""
+    if programs.health is None:
+        return state, None
+    figures, signs = programs.health.run(state, batch, key)
+    return state.replace(signs=signs), figures
+
+
 def _save(
     checkpoints: Checkpoints,
     record: Record,
@@ -223,7 +235,9 @@ def _save(
     step: int,
     state: TrainState,
 ) -> None:
-    """Saves the state after a step; of a step that is saved already, the record alone if it has changed."""
+    """Saves the state after a step; if it is saved already, the record alone, if that has changed."""
+    if step == 0:
+        return  # nothing has happened
     record.means(workdir)  # never a state that is not finite
     content = {"record": record.to_json(), "identity": identity}
     with log.paused(), jax.transfer_guard("allow"):  # Orbax reads the arrays in its own way

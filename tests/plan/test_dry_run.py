@@ -1,6 +1,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.plan import dry_run as dry_run_lib
 from bvit_jax.plan.dry_run import dry_run, table
 from bvit_jax.plan.topology import DoesNotFit
+from bvit_jax.runtime.chips import GIB
 from bvit_jax.training.setup import build
 from tests.configs import one_block
 from tests.processes import ROOT, run
@@ -38,8 +40,30 @@ def test_on_eight_devices_the_gradient_is_reduced_once(figures: dict) -> None:
     assert set(figures["collectives"]) == {"all-reduce"}
 
 
+def test_every_program_of_the_run_is_compiled(figures: dict) -> None:
+    names = ["keys", "create", "train", "health", "preview", "gather", "evaluate"]
+    assert list(figures["programs"]) == names
+    sizes = {name: program["total_mb"] for name, program in figures["programs"].items()}
+    assert sizes["train"] == figures["total_mb"]
+    assert figures["largest_mb"] == max(sizes.values()) == sizes[figures["largest_program"]]
+
+
+def test_another_program_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_step = dry_run_lib.compile_step
+
+    def fails_for_health(lowered: Any) -> Any:
+        if "jit_measure" in lowered.as_text()[:200]:
+            raise DoesNotFit(3 * GIB, 2 * GIB)
+        return compile_step(lowered)
+
+    monkeypatch.setattr(dry_run_lib, "compile_step", fails_for_health)
+    with pytest.raises(UserError, match=r"the health pass needs 3.00 GiB on each of 8 devices, of 2.00 GiB"):
+        dry_run(one_block.get_config())
+
+
 def test_the_table_has_every_figure(figures: dict) -> None:
     lines = table(figures).splitlines()
+    assert any(line.startswith("programs evaluate ") and " MB, compiled in " in line for line in lines)
     assert any(line.startswith("total mb ") for line in lines)
     assert any(line.startswith("collectives for batch norm forward ") for line in lines)
 

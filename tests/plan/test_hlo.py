@@ -74,6 +74,23 @@ def test_start_and_done_are_one() -> None:
     }
 
 
+UNKNOWN = """\
+ENTRY %main (x: f32[16]) -> f32[64] {
+  %all-reduce.1 = f32[16]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+  %all-reduce.2 = f32[16]{0} << all-reduce of another form, replica_groups={{0,1}}, to_apply=%add
+  ROOT %ragged = f32[64]{0} ragged-all-to-all(%x), channel_id=2, replica_groups={{0,1}}
+}
+"""
+
+
+def test_what_is_not_understood_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    assert len(hlo.collectives_of(MERGED) + hlo.collectives_of(ASYNCHRONOUS)) == 5
+    assert caplog.text == ""
+    assert len(hlo.collectives_of(UNKNOWN)) == 1
+    assert "2 of 3 operations between devices are not understood" in caplog.text
+    assert "%all-reduce.2 = f32[16]" in caplog.text
+
+
 LOOP = """\
 %body (s: (s32[], f32[4])) -> (s32[], f32[4]) {
   %all-to-all.1 = f32[4]{0} all-to-all(%v), channel_id=2, replica_groups={{0,1}}, dimensions={0}

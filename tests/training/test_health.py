@@ -239,8 +239,19 @@ def test_figures_are_those_of_the_step_before(program):
     assert set(found["flipped"]) == set(found["active_weights"])
 
 
+def test_under_accumulation_the_first_microbatch_is_measured(program):
+    state = program.state(step=2)
+    measured = jit_health(program.model, Inputs(NORMALIZE, AUGMENTATION), 2, program.mesh)
+    figures, _ = measured(program.on_devices(state), program.batch(1), program.key)
+    step_key = jax.random.fold_in(KEY, 1)
+    pictures, _ = AUGMENTATION(jax.random.fold_in(step_key, 1), batch(1)["image"], NORMALIZE)
+    dropout_key = jax.random.fold_in(jax.random.fold_in(step_key, 2), 0)
+    active, _ = slow_figures(program.model, state, NORMALIZE(pictures[::2]), dropout_key)
+    assert health.per_layer(figures)["active_inputs"] == pytest.approx(active, abs=4e-3)
+
+
 class Told(nn.Module):
-    """A layer that tells of whatever it is given."""
+    """A layer that reports whatever it is given."""
 
     def __call__(self, x):
         sown.watch_sign(self, x)

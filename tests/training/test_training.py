@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,125 +12,27 @@ from PIL import Image
 
 from bvit_jax import config as config_lib
 from bvit_jax import data, models, optim, weights
+from bvit_jax.augment.normalization import Normalization
 from bvit_jax.data import transforms
 from bvit_jax.errors import UserError
 from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch
-from bvit_jax.training.evaluation import build_eval_step, eval_batches, evaluate
+from bvit_jax.training.evaluation import eval_batches, eval_settings, evaluate
 from bvit_jax.training.loop import train_and_evaluate
 from bvit_jax.training.setup import build
+from bvit_jax.training.steps.evaluate import EvalSettings, eval_step
+from bvit_jax.training.steps.programs import jit_eval_step
 from bvit_jax.training.steps.state import create_state
-from bvit_jax.training.steps.train import Normalization, jit_train_step, make_eval_step, make_train_step
 from bvit_jax.training.teacher import load_teacher
 from bvit_jax.workdir.checkpoint import Checkpoints
 from configs import digits
 from tests.configs import tiny
-from tests.processes import (
-    ROOT,
-    assert_same_runs,
-    metrics_of,
-    run,
-    run_until,
-    training_flags,
-)
+from tests.processes import ROOT, metrics_of
+from tests.small import jit_train_step, make_train_step
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="session")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> tuple[Path, dict]:
-    """A finished run and what it printed last."""
-    workdir = tmp_path_factory.mktemp("runs") / "unbroken"
-    result = run("train.py", *training_flags(workdir, data_dir))
-    assert result.returncode == 0, result.stderr
-    return workdir, json.loads(result.stdout.splitlines()[-1])
-
-
-def test_a_run_writes_what_it_promises(unbroken: tuple[Path, dict]) -> None:
-    workdir, printed = unbroken
-    assert printed["step"] == 18
-    assert printed["images"] == 360
-    lines = metrics_of(workdir)
-    assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12, 15, 18]
-    assert [line["step"] for line in lines if "eval_top1" in line] == [9, 18]
-    assert lines[-1]["eval_top1"] == printed["top1"]
-    assert config_lib.load(workdir / "config.json").model.name == "binaryvit"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kill_after", ["saved step 5", "saved step 10"])
-def test_a_killed_run_continues_bit_for_bit(
-    kill_after: str, unbroken: tuple[Path, dict], data_dir: Path, tmp_path: Path
-) -> None:
-    whole, printed = unbroken
-    broken = tmp_path / "broken"
-    flags = training_flags(broken, data_dir)
-    run_until(kill_after, *flags)
-
-    result = run("train.py", *flags)
-    assert result.returncode == 0, result.stderr
-    assert "continuing from step" in result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == printed
-    assert_same_runs(broken, whole)
-
-
-def test_evaluation_prints_the_same_figures(unbroken: tuple[Path, dict]) -> None:
-    workdir, printed = unbroken
-    result = run("eval.py", f"--workdir={workdir}")
-    assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout.splitlines()[-1])
-    assert {k: figures[k] for k in ("top1", "top5", "loss", "images", "step")} == {
-        k: printed[k] for k in ("top1", "top5", "loss", "images", "step")
-    }
-    best = json.loads(run("eval.py", f"--workdir={workdir}", "--checkpoint=best").stdout)
-    assert best["top1"] == printed["best_top1"]
-    assert best["step"] == printed["best_step"]
-
-
-def test_a_finished_run_only_reports(unbroken: tuple[Path, dict], data_dir: Path) -> None:
-    workdir, printed = unbroken
-    before = metrics_of(workdir)
-    result = run("train.py", *training_flags(workdir, data_dir))
-    assert json.loads(result.stdout.splitlines()[-1]) == printed
-    assert metrics_of(workdir) == before
-
-
-def test_another_model_is_refused_and_nothing_overwritten(
-    unbroken: tuple[Path, dict], data_dir: Path
-) -> None:
-    workdir, _ = unbroken
-    files = ("config.json", "metrics.jsonl")
-    before = [(workdir / name).read_bytes() for name in files]
-    flags = [*training_flags(workdir, data_dir), "--config.model.mlp_dim=(32,32)"]
-    result = run("train.py", *flags)
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 2  # the announcement and the error
-    assert "does not fit this configuration" in result.stderr
-    assert [(workdir / name).read_bytes() for name in files] == before
-    assert run("eval.py", f"--workdir={workdir}").returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("script", "flags", "message"),
-    [
-        ("train.py", ["--config.modle.width=1"], 'Did you mean "model"'),
-        ("train.py", ["--config.model.image_size=18"], "config.model.image_size is 18"),
-        ("train.py", ["--config=nowhere.py"], "cannot load nowhere.py"),
-        ("train.py", ["--nonsense"], "Unknown command line flag 'nonsense'"),
-        ("train.py", ["word"], "unexpected argument 'word'"),
-        ("eval.py", [], "--workdir is missing"),
-        ("eval.py", ["--workdir=/nowhere"], "no config.json in /nowhere"),
-    ],
-)
-def test_wrong_flags_end_with_one_line(script: str, flags: list[str], message: str) -> None:
-    result = run(script, *flags, *(["--workdir=/nowhere"] if script == "train.py" else []))
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert result.stdout == ""
 
 
 def tiny_config(data_dir: Path, **settings: object) -> config_lib.ConfigDict:
@@ -223,7 +126,7 @@ def test_the_teacher_that_ships_knows_its_digits(data_dir: Path) -> None:
     config.data.data_dir = str(data_dir)
     teacher = load_teacher(config)
     mesh = make_mesh()
-    step = build_eval_step(config, teacher.model, mesh)
+    step = jit_eval_step(eval_settings(config, mesh, teacher.model), mesh)
     figures = evaluate(step, teacher.variables, eval_batches(config, mesh), mesh)
     assert figures["images"] == 360
     assert figures["top1"] >= 0.97
@@ -281,11 +184,10 @@ def test_the_whole_recipe_trains_and_continues(data_dir: Path, tmp_path: Path) -
 
 
 def test_another_version_of_the_data_is_refused(
-    unbroken: tuple[Path, dict], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workdir = tmp_path / "run"
-    shutil.copytree(unbroken[0], workdir)
-    config = tiny_config(data_dir)
+    config = tiny_config(data_dir, batch_size=480, epochs=1)
+    train_and_evaluate(config, tmp_path)
     open_train_split = data.open_train_split
     monkeypatch.setattr(
         data,
@@ -293,7 +195,7 @@ def test_another_version_of_the_data_is_refused(
         lambda config: dataclasses.replace(open_train_split(config), version="9.0.0"),
     )
     with pytest.raises(UserError, match=r"started with version 1.0.0 of digits, and there is 9.0.0 now"):
-        train_and_evaluate(config, workdir)
+        train_and_evaluate(config, tmp_path)
 
 
 def test_damaged_images_are_counted_and_the_count_survives(
@@ -346,14 +248,16 @@ def two_headed(data_dir: Path, weight: float) -> config_lib.ConfigDict:
 
 def test_a_distillation_head_learns_from_the_teacher_and_the_class_head_from_labels(data_dir: Path) -> None:
     run = build(two_headed(data_dir, 0.5), 1437)
-    state = run.create(jax.random.key(0))
+    state = run.programs.create.run(jax.random.key(0), {})
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (144, 32, 32, 3), dtype=np.uint8),
         "label": rng.integers(0, 10, 144).astype(np.int32),
     }
-    _, metrics = run.step(state, shard_batch(batch, run.mesh), run.teacher.variables, jax.random.key(1))
-    state = run.create(jax.random.key(0))  # the step took the first one
+    _, metrics = run.programs.train.run(
+        state, shard_batch(batch, run.mesh), run.teacher.variables, jax.random.key(1)
+    )
+    state = run.programs.create.run(jax.random.key(0), {})  # the step took the first one
     normalized = run.teacher.normalize(batch["image"])
     answers = run.teacher.model.apply(run.teacher.variables, normalized).logits
     heads = run.model.apply({"params": state.params}, normalized).head_logits
@@ -440,13 +344,13 @@ def test_batch_norm_statistics_are_those_of_the_global_batch(data_dir: Path) -> 
     config = tiny_config(data_dir)
     run = build(config, num_examples=160)
     assert run.mesh.size == 8
-    state = run.create(jax.random.key(0))
+    state = run.programs.create.run(jax.random.key(0), {})
     images = np.zeros((144, 16, 16, 3), np.uint8)
     images[:18] = 255  # all of the first device's images are white, all others black
     batch = {"image": images, "label": np.zeros(144, np.int32)}
     kernel = np.asarray(state.params["embedding"]["patches"]["kernel"], np.float64)
     bias = np.asarray(state.params["embedding"]["patches"]["bias"], np.float64)
-    new, _ = run.step(state, shard_batch(batch, run.mesh), {}, jax.random.key(0))
+    new, _ = run.programs.train.run(state, shard_batch(batch, run.mesh), {}, jax.random.key(0))
     white = kernel.sum((0, 1, 2))  # (1 - 0.5) / 0.5 = 1
     expected = 0.1 * (white / 8 - white * 7 / 8 + bias)
     np.testing.assert_allclose(new.batch_stats["embedding"]["norm"]["mean"], expected, rtol=1e-4, atol=1e-6)
@@ -464,8 +368,8 @@ def test_evaluation_in_groups_gives_the_same_sums() -> None:
         "bad": np.full(8, -1, np.int32),
     }
     normalize = Normalization((0.5,) * 3, (0.5,) * 3)
-    whole = jax.jit(make_eval_step(model, normalize))(variables, batch)
-    groups = jax.jit(make_eval_step(model, normalize, images_at_once=2))(variables, batch)
+    whole = jax.jit(partial(eval_step, EvalSettings(model, normalize)))(variables, batch)
+    groups = jax.jit(partial(eval_step, EvalSettings(model, normalize, images_at_once=2)))(variables, batch)
     assert float(whole["images"]) == 7
     for name in whole:
         np.testing.assert_allclose(whole[name], groups[name], rtol=1e-5, err_msg=name)

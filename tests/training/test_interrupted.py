@@ -1,0 +1,252 @@
+"""Runs that are killed or asked to stop at any of their events: each ends equal to the unbroken one."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bvit_jax.errors import UserError
+from bvit_jax.runtime.interruption import Interrupted
+from bvit_jax.training import evaluation
+from bvit_jax.training.loop import train_and_evaluate
+from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
+from tests.inprocess import Notice, Trained, at_events, copy_as_it_is, short_config
+from tests.processes import metrics_of
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Trained:
+    return Trained(short_config(data_dir), tmp_path_factory.mktemp("runs") / "whole")
+
+
+# --- killed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_event_continues_bit_for_bit(
+    whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the workdir, made at each event, is what a kill at this moment leaves."""
+    copies: dict[str, Path] = {}
+
+    def copy(name: str, number: int) -> None:
+        target = tmp_path / f"{number} {name}"
+        copy_as_it_is(tmp_path / "run", target)
+        copies.setdefault(content_of(target), target)
+
+    with monkeypatch.context() as patch:
+        at_events(patch, copy)
+        assert whole.train(tmp_path / "run") == whole.printed
+    assert len(copies) > 12
+    for path in copies.values():
+        whole.assert_continues(path)
+
+
+def content_of(workdir: Path) -> str:
+    """Returns what tells two copies apart: their checkpoints, complete or not, and the text files."""
+    files = [path for path in sorted(workdir.rglob("*")) if path.is_file()]
+    small = {"metrics.jsonl", "metadata.json", "checksums.json"}
+    names = {str(f.relative_to(workdir).parent): "" for f in files}
+    return json.dumps([names, [f.read_text() for f in files if f.name in small]])
+
+
+def test_a_run_killed_in_an_evaluation_has_lost_nothing(
+    whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    steps = []
+    for workdir, kill_at in ((tmp_path / "middle", 1), (tmp_path / "end", 3)):
+
+        def kill(name: str, number: int, kill_at: int = kill_at) -> None:
+            if name == "before evaluation" and number == kill_at:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            at_events(patch, kill, ("evaluation",))
+            with pytest.raises(Killed):
+                whole.train(workdir)
+        with caplog.at_level(logging.INFO, "bvit_jax"):
+            caplog.clear()
+            whole.assert_continues(workdir)
+        steps += [message for message in caplog.messages if message.startswith("continuing from step")]
+    assert [line.split()[3] for line in steps] == ["4", "8"]
+
+
+# --- asked to stop ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("at", "step"),
+    [
+        (1, 1),  # no event there
+        (2, 2),  # logged
+        (3, 3),  # saved
+        (4, 4),  # at the first batch of the evaluation
+        (6, 4),  # at its last
+        (7, 4),  # after it
+        (12, 8),  # in the last evaluation
+    ],
+)
+def test_a_notice_stops_the_run_and_nothing_is_lost(
+    at: int, step: int, whole: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Interrupted, match=f"stopped by SIGTERM at step {step};"):
+        whole.train(tmp_path / "run", Notice(at))
+    with caplog.at_level(logging.INFO, "bvit_jax"):
+        whole.assert_continues(tmp_path / "run")
+    assert f"continuing from step {step} " in caplog.text
+    assert caplog.text.count("top-1") == (1 if at >= 7 else 2)
+
+
+def test_a_notice_after_the_last_evaluation_changes_nothing(whole: Trained, tmp_path: Path) -> None:
+    notice = Notice()
+    assert whole.train(tmp_path / "counted", notice) == whole.printed
+    assert whole.train(tmp_path / "run", Notice(notice.calls)) == whole.printed
+
+
+def test_a_notice_while_compiling(whole: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    notice = Notice()
+    notice._noticed = True
+    stops = pytest.raises(Interrupted, match="stopped by SIGTERM at step 0;")
+    with caplog.at_level(logging.INFO, "bvit_jax"), stops:
+        whole.train(tmp_path / "run", notice, run=whole.build(1))
+    assert "compiling the initial state" in caplog.text
+    assert "compiled" not in caplog.text
+    assert Checkpoints(tmp_path / "run", keep=1).latest_step() is None
+
+
+def test_images_that_cannot_be_loaded_after_a_notice(
+    whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes that load images get the signal too, and die of it."""
+    notice = Notice()
+
+    def fail(name: str, number: int) -> None:
+        if name == "before feed" and number == 11:  # of step 6
+            notice._noticed = True
+            raise OSError("gone")
+
+    with monkeypatch.context() as patch:
+        at_events(patch, fail, ("feed",))
+        with pytest.raises(Interrupted, match="at step 5;"):
+            whole.train(tmp_path / "run", notice)
+    whole.assert_continues(tmp_path / "run")
+
+
+# --- damaged ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint(
+    damage: str, tmp_path: Path, whole: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(whole.workdir, workdir)
+    newest = workdir / "checkpoints" / "8"
+    file = max(newest.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = file.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+    file.write_bytes(content[:middle] if damage == "truncated" else flipped)
+    with caplog.at_level(logging.INFO, "bvit_jax"):
+        whole.assert_continues(workdir)
+    assert f"checkpoint {newest} is damaged" in caplog.text
+    assert "continuing from step 6 " in caplog.text
+
+
+# TensorStore raises it in its threads, once per array, after Orbax has given up a checkpoint.
+@pytest.mark.filterwarnings("ignore:Exception ignored.*:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("event", ["before feed", "before checksums", "after log", "before evaluation"])
+def test_a_directory_that_is_gone(
+    event: str, whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def move(name: str, number: int) -> None:
+        if name == event and (tmp_path / "run" / "checkpoints" / "3").exists():
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    at_events(monkeypatch, move)
+    with pytest.raises(UserError, match="cannot write "):
+        whole.train(tmp_path / "run")
+    assert (tmp_path / "elsewhere").exists()
+
+
+# --- finished -----------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_it_promises(whole: Trained) -> None:
+    assert (whole.printed["step"], whole.printed["images"]) == (8, 360)
+    lines = metrics_of(whole.workdir)
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if "eval_top1" in line] == [4, 8]
+    assert lines[-1]["eval_top1"] == whole.printed["top1"]
+    best = max((line for line in lines if "eval_top1" in line), key=lambda line: line["eval_top1"])
+    assert (whole.printed["best_top1"], whole.printed["best_step"]) == (best["eval_top1"], best["step"])
+    saved = restore_variables(whole.workdir, {"step": whole.run.state.step}, "best")
+    assert saved is not None
+    assert saved[2] == best["step"]
+
+
+def test_a_finished_run_only_reports(whole: Trained, tmp_path: Path) -> None:
+    shutil.copytree(whole.workdir, tmp_path / "run")
+    whole.assert_continues(tmp_path / "run")
+
+
+def test_the_execution_is_logged(whole: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(whole.workdir, tmp_path / "run")
+    with caplog.at_level(logging.INFO, "bvit_jax"):
+        whole.train(tmp_path / "run")
+    (line,) = [message for message in caplog.messages if message.startswith("training executes with")]
+    assert "packed=True" in line
+
+
+# --- NaN ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_debug_nans_names_the_operation(data_dir: Path, tmp_path: Path) -> None:
+    config = short_config(data_dir)
+    config.optim.learning_rate = 1e30
+    with pytest.raises(UserError) as error:
+        train_and_evaluate(config, tmp_path / "run", debug_nans=True)
+    assert str(error.value).startswith("invalid value (nan) encountered in ")
+    assert ", at bvit_jax/" in str(error.value)
+    assert ", called from bvit_jax/" in str(error.value)
+
+
+# --- evaluation afterwards ----------------------------------------------------------------------
+
+
+def test_evaluation_gives_the_same_figures(whole: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "make_mesh", lambda: whole.run.mesh)
+    for kind, step in (("latest", "step"), ("best", "best_step")):
+        figures = evaluation.evaluate_workdir(whole.workdir, kind, {})
+        assert figures["step"] == whole.printed[step]
+        assert figures["top1"] == whole.printed["top1" if kind == "latest" else "best_top1"]
+    latest = evaluation.evaluate_workdir(whole.workdir, "latest", {})
+    assert {name: latest[name] for name in ("top5", "loss", "images")} == {
+        name: whole.printed[name] for name in ("top5", "loss", "images")
+    }
+
+
+def test_another_model_is_refused_and_nothing_overwritten(
+    whole: Trained, data_dir: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(whole.workdir, workdir)
+    files = [workdir / name for name in ("config.json", "metrics.jsonl")]
+    before = [path.read_bytes() for path in files]
+    config = short_config(data_dir)
+    config.model.mlp_dim = (32, 32)
+    with pytest.raises(UserError, match="does not fit this configuration"):
+        train_and_evaluate(config, workdir)
+    assert [path.read_bytes() for path in files] == before
