@@ -43,7 +43,7 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
       device and one training step, by the compiler's analysis:
 
       - megabytes (10^6): ``arguments_mb`` (state, batch and teacher, and what is returned
-        beside the state), ``temporaries_mb``, ``program_mb`` and ``total_mb``, and where the chip is known
+        with the state), ``temporaries_mb``, ``program_mb`` and ``total_mb``, and where the chip is known
         ``chip_mb``, what a program may use.
       - ``gflops_per_step``, ``gb_accessed_per_step``, in whatever memory, and ``gb_of_memory_per_step``, in
         the chip's main memory (`bvit_jax.plan.hlo.hbm_bytes`); and the same three per image.
@@ -234,7 +234,7 @@ def _num_examples(config: ConfigDict) -> int:
 
 
 def _teacher(config: ConfigDict) -> Teacher | None:
-    """Returns a model without weights for a teacher that is not there, None where there is no need."""
+    """Returns a model without weights in place of a missing teacher, None where none is needed."""
     path = config.teacher.path
     if not needs_teacher(config) or (path and Path(path).expanduser().exists()):
         return None

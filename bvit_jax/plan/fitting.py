@@ -1,4 +1,4 @@
-"""The largest batch that fits, found with as few compilations as possible."""
+"""The largest batch that fits, found in few compilations."""
 
 from collections.abc import Callable
 
@@ -12,8 +12,8 @@ def largest_batch(
     """Returns the largest batch of a chip that fits, and the bytes that it needs.
 
     Two small batches give a linear model of the memory, and its answer is tried: each call of
-    ``memory_of`` is a compilation, which takes minutes for a large model. Above 8 images, multiples of 8
-    are looked at only.
+    ``memory_of`` is a compilation, which takes minutes for a large model. Above 8 images, only multiples of
+    8 are tried.
 
     Args:
       memory_of: the bytes that a batch needs, None if it does not fit.

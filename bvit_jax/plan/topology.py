@@ -1,4 +1,4 @@
-"""TPU topologies that are not there: the real compiler of libtpu, for chips that need not exist here."""
+"""TPU topologies without TPUs: libtpu's real compiler, for chips that this machine need not have."""
 
 import importlib.util
 import os
@@ -30,7 +30,7 @@ CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", 
 
 @dataclass(frozen=True)
 class _Family:
-    """What slices of a chip there are: usual shapes, the largest pod, and libtpu's own options."""
+    """The slices that exist for a chip: usual shapes, the largest pod, and libtpu's options."""
 
     shapes: tuple[str, ...]
     max_chips: int
@@ -53,7 +53,7 @@ class Topology:
     Attributes:
       name: such as "v5e:4x4".
       chip: what is published of one chip.
-      devices: one a chip, for a mesh; nothing can run on them.
+      devices: one per chip, for a mesh; nothing can run on them.
     """
 
     name: str
@@ -155,7 +155,7 @@ class DoesNotFit(Exception):
     """A program needs more memory than a chip has.
 
     Attributes:
-      needed: bytes, 0 where the compiler did not tell.
+      needed: bytes, 0 if the compiler does not say.
       available: bytes, likewise.
     """
 
@@ -179,7 +179,7 @@ def compile_step(lowered: Any) -> Any:
 
 
 def needed_and_available(message: str) -> tuple[int, int]:
-    """Returns the bytes needed and there, of what the TPU compiler says of a program that does not fit.
+    """Returns the bytes that are needed and available, from the TPU compiler's message.
 
     Of messages such as "... temporaries (320.00G) exceeds available HBM (15.75G)" and "Used 20.10G of
     15.75G hbm."; 0 and 0 of others.

@@ -19,7 +19,7 @@ class Clock:
           waited: seconds spent waiting for data since the start.
 
         Returns:
-          Images a second, the seconds left at that speed, and the share of the time that went into
+          Images per second, the seconds left at that speed, and the share of the time that was spent
           waiting for data.
         """
         now = time.perf_counter()

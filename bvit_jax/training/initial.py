@@ -1,4 +1,4 @@
-"""A run that starts from given weights: what its model takes of a file, and what keeps its own start."""
+"""Runs that start from given weights: which arrays of a file a model takes, and which it initialises."""
 
 import logging
 from collections.abc import Mapping
@@ -38,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Selection:
-    """Which arrays a model takes of a file, by their paths, such as "params/head/kernel".
+    """Which arrays of a file a model takes, by their paths, such as "params/head/kernel".
 
     Attributes:
       taken: those that both have.
-      kept: those that only the model has, which keep their own start.
+      kept: those that only the model has, which keep their own initial values.
       left_out: those that only the file has.
     """
 
@@ -94,9 +94,9 @@ def select(arrays: StateDict, shapes: Mapping[str, tuple[int, ...]]) -> Selectio
 
 
 def load(config: ConfigDict, abstract: Variables) -> Initial:
-    """Reads the weights that ``config.init`` names, and logs what becomes of them.
+    """Reads the weights that ``config.init`` names, and logs which of them are used.
 
-    Of a run with a moving average they are the average. All processes call this.
+    For a run with a moving average they are the average. All processes call this.
 
     Args:
       config: of the run.
@@ -128,7 +128,7 @@ def _flat(variables: Variables) -> dict[str, Any]:
 
 
 def _advice(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """Returns what to do about weights that do not fit, from the settings of both models."""
+    """Returns advice for weights that do not fit, from the settings of both models."""
     if not same_layers(theirs["name"], ours["name"]):
         return (
             f"they are of the model {theirs['name']} and config.model.name is {ours['name']}; name weights of"
@@ -172,7 +172,7 @@ def _example(names: tuple[str, ...]) -> str:
 
 
 def _log_normalization(source: Pretrained, config: ConfigDict) -> None:
-    """Says so where the images will not be normalised as those that the weights were trained with."""
+    """Logs if images are normalised in another way than those that the weights were trained on."""
     theirs, ours = source.preprocessing, config.data
     if np.allclose([theirs.mean, theirs.std], [ours.mean, ours.std], rtol=1e-6, atol=0):
         return

@@ -101,7 +101,7 @@ def train_and_evaluate(
         evaluate = partial(_evaluate, config, run, record, log, interruption)
 
         # --- train -----------------------------------------------------------------------------
-        # Nothing moves but by device_put and device_get; naming a NaN runs single operations, which move more.
+        # Arrays move by device_put and device_get alone. To name a NaN, jax runs single operations.
         stack.enter_context(jax.transfer_guard("allow" if debug_nans else "disallow"))
         if not record.evaluated:
             evaluate(start, state)

@@ -1,4 +1,4 @@
-"""Finding the operation that makes a NaN."""
+"""Finding the operation that produces a NaN."""
 
 import traceback
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ CALLS = 3  # lines of this package that are named, the operation's first
 
 @contextmanager
 def named_nans() -> Iterator[None]:
-    """Stops at a NaN that a compiled function returns, runs it again step by step, and names the operation.
+    """Stops when a compiled function returns a NaN, reruns it operation by operation, and names the cause.
 
     Raises:
       UserError: there was one; or this is one of several processes.

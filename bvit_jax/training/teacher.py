@@ -1,4 +1,4 @@
-"""The teacher of a run: what its configuration asks of one, and whether it fits the student."""
+"""The teacher of a run: whether its configuration needs one, and whether it fits the student."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Teacher:
       model: None where there is no teacher.
       variables: empty where there is none.
       digest: SHA-256 of the weights; a run resumes only with the same teacher.
-      normalize: what its images go through, which need not be what the student's do.
+      normalize: the normalisation of its images, which may differ from the student's.
     """
 
     model: nn.Module | None

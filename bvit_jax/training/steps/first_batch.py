@@ -15,7 +15,7 @@ from bvit_jax.training.steps.state import TrainState
 
 
 def starts_from_a_batch(state: TrainState) -> bool:
-    """Returns whether a model has quantisers that take their values from the first batch."""
+    """Returns whether a model has quantisers that are initialised from the first batch."""
     paths = jax.tree_util.tree_leaves_with_path(state.batch_stats)
     return any(path[-1].key == SEEN for path, _ in paths)
 

@@ -20,18 +20,17 @@ from bvit_jax.runtime.mesh import state_sharding, with_sharding
 @register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state of a run; a pytree that is donated to the step and saved whole.
+    """The state of a run; a pytree that is donated to the training step, and saved.
 
     Attributes:
       step: number of steps taken, int32 ().
       params: latent weights and all other parameters, float32.
       batch_stats: running statistics of the batch norms, float32.
       opt_state: state of the optax chain.
-      ema: the moving average of ``params`` and ``batch_stats``, a dictionary of both, float32; None
-        where none is kept, and then the tree has no such branch.
+      ema: the moving average of ``params`` and ``batch_stats``, a dictionary of both, float32; None without
+        one, and then the tree has no such branch.
       signs: signs of the binary weights at the last log, as `bvit_jax.layers.kernels.pack_signs` returns
-      them;
-        {} where the health of the network is not measured. The step passes it through.
+        them; {} if the health of the network is not measured. The step passes it through.
     """
 
     step: Array
@@ -50,7 +49,7 @@ class TrainState:
         """Returns the state with some fields replaced."""
         return dataclasses.replace(self, **changes)
 
-    # By hand, because a checkpoint records a None, and those written before there was one would not fit.
+    # Written out, because a checkpoint would record a None, and those without the field would not fit.
     def tree_flatten_with_keys(self) -> tuple[list[tuple[GetAttrKey, Any]], tuple[str, ...]]:
         """Returns the branches with their names, as jax asks for them."""
         names = [field.name for field in dataclasses.fields(self)]
@@ -76,9 +75,9 @@ def create_state(
 ) -> TrainState:
     """Returns the initial state; traceable, so that it can be created where it will live.
 
-    With ``ema`` a moving average is kept, which begins as the initial variables; with ``health`` the signs
-    of the binary weights, an eighth of a byte for each. The arrays of ``given`` take the place of the random
-    ones before that: a tree of some of the model's ``params`` and ``batch_stats``.
+    With ``ema`` it has a moving average, which begins as the initial variables; with ``health`` the signs of
+    the binary weights, one bit each. The arrays of ``given``, a tree of some of the model's ``params`` and
+    ``batch_stats``, replace the random ones first.
     """
     with noted_kernels() as kernels:
         variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)))
