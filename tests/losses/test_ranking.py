@@ -377,13 +377,5 @@ def test_a_dry_run_ranks_against_the_real_valued_backbone(name, caplog):
     assert "of the student's sizes in its place" in caplog.text
     run_ = build(config, 0, teacher=teacher)
     assert type(run_.teacher.model) is type(create_model({"name": name.removeprefix("bivit_release_")}))
-    jax.eval_shape(run_.step, run_.state, *abstract_arguments(run_, config))
-
-
-def abstract_arguments(run_, config):
-    size = config.model.image_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((64, size, size, 3), np.uint8),
-        "label": jax.ShapeDtypeStruct((64,), np.int32),
-    }
-    return batch, run_.teacher.variables, jax.eval_shape(lambda: jax.random.key(0))
+    train = run_.programs.train
+    jax.eval_shape(train.function, *train.arguments)
