@@ -96,14 +96,14 @@ def _programs(run: Run, config: ConfigDict, train: Any, seconds: float) -> dict[
     """Compiles all programs but the training step, and returns what each of them needs."""
     found: dict[str, dict[str, float]] = {}
     for name, program in run.programs.items():
-        start, compiled = time.perf_counter(), train
+        start, compiled, took = time.perf_counter(), train, seconds
         if program is not run.programs.train:
             try:
                 compiled = compile_step(program.function.lower(*program.arguments))
             except DoesNotFit as error:
                 raise UserError(_does_not_fit(program.name, name, run, config, error)) from error
-            seconds = time.perf_counter() - start
-        found[name] = {**_memory(compiled), "compile_seconds": round(seconds, 1)}
+            took = time.perf_counter() - start
+        found[name] = {**_memory(compiled), "compile_seconds": round(took, 1)}
     largest = max(found, key=lambda name: found[name]["total_mb"])
     return {
         "programs": found,
