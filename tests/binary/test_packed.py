@@ -72,7 +72,7 @@ def test_packed_bits() -> None:
 
 
 def feed_forward(mlp_dim: int, pack: bool) -> BinaryFeedForward:
-    return BinaryFeedForward(mlp_dim, BlockConfig(dtype=jnp.float64, packed=pack))
+    return BinaryFeedForward(mlp_dim, BlockConfig(dtype=jnp.float64, execution=models.Execution(packed=pack)))
 
 
 def trained(module: BinaryFeedForward, variables: dict, x: Array, weights: Array) -> tuple:
@@ -140,7 +140,8 @@ def test_weights_that_are_zero() -> None:
     ],
 )
 def test_what_is_packed_in_training(settings: dict, tokens: int) -> None:
-    module = BinaryFeedForward(32, BlockConfig(**{"dtype": jnp.float64, "packed": True, **settings}))
+    execution = models.Execution(packed=True)
+    module = BinaryFeedForward(32, BlockConfig(**{"dtype": jnp.float64, "execution": execution, **settings}))
     x = values(4, tokens, 8)
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=True))
     train = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["batch_stats"]))
