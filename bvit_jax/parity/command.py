@@ -57,7 +57,7 @@ def _share(row: LayerRow, title: str) -> str:
 
 
 def _status(report: Callable[[Path], bool], path: Path) -> int:
-    """Returns the exit status that the report on one file calls for."""
+    """Returns the exit status after the report on one file."""
     try:
         return 0 if report(path) else EXIT_FAILED
     except UserError as error:
@@ -87,7 +87,7 @@ def _dump(arguments: argparse.Namespace) -> int:
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """Returns the key and the value of ``KEY=VALUE``; a value that is no JSON is a word."""
+    """Returns the key and the value of ``KEY=VALUE``; a value that is not JSON is text."""
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set is {text!r}; expected KEY=VALUE")
@@ -109,9 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     dumper = commands.add_parser("dump", help="run the PyTorch code and write a golden file")
     dumper.add_argument("out", type=Path, metavar="OUT", help="file to write; must not exist")
     dumper.add_argument("--repo", required=True, type=Path, help="checkout of the PyTorch code")
-    dumper.add_argument(
-        "--python", default=sys.executable, help="interpreter of its environment (default: this one)"
-    )
+    dumper.add_argument("--python", default=sys.executable, help="its Python interpreter (default: this one)")
     dumper.add_argument("--model", help="one of our configurations, such as binaryvit_small:some_fp")
     dumper.add_argument("--checkpoint", type=Path, metavar="PTH", help="weights (default: random ones)")
     dumper.add_argument(
@@ -124,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         help="JPEG or PNG files",
     )
     dumper.add_argument("--batch", type=int, help=f"number of random images (default: {DEFAULT_BATCH})")
-    dumper.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    dumper.add_argument("--seed", type=int, default=0, help="seed for everything random (default: 0)")
     dumper.add_argument("--compact", action="store_true", help="compress; large outputs in float32")
     dumper.add_argument(
         "--set",
@@ -137,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> int:
-    """Runs the command; returns 0 if all is well, 1 if a comparison fails, 2 if a file is no good."""
+    """Runs the command; returns 0 if all is well, 1 if a comparison fails, 2 if a file cannot be used."""
     arguments = _parser().parse_args(argv)
     if arguments.command == "dump":
         return _dump(arguments)

@@ -69,7 +69,9 @@ def small(name, **settings):
     return models.model_config(name, **{**SMALL[name], **settings})
 
 
+@functools.cache
 def count(name, **settings):
+    """Returns the cost of a small model in inference."""
     config = small(name, **settings)
     return cost_of(models.create_model(config), config.image_size, training=False)
 
