@@ -97,5 +97,7 @@ def test_a_machine_with_the_tpu_s_compiler_alone_is_no_tpu(monkeypatch: pytest.M
     assert not distributed._on_tpu()
     monkeypatch.setattr(Path, "glob", lambda path, pattern: iter([path / "accel0"]))
     assert distributed._on_tpu()
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    assert distributed._on_tpu()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert not distributed._on_tpu()

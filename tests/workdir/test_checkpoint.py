@@ -389,6 +389,20 @@ def test_without_checksums_a_step_is_invisible(checkpoints, tmp_path):
     assert_identical(checkpoints().restore(abstract(make_state()))[0], make_state(2))
 
 
+def test_what_is_no_checkpoint_is_left_alone(checkpoints, tmp_path):
+    folder = tmp_path / "checkpoints"
+    names = ["backup", "1-copy", "1.old", "01", "1.orbax"]
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "file").touch()
+    run = checkpoints()
+    for step in range(1, 5):
+        run.save(step, make_state(step), {})
+    run.wait()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "3", "4"])
+    assert all((folder / name / "file").exists() for name in names)
+
+
 def test_a_directory_that_cannot_be_written(checkpoints, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^cannot write checkpoints to [^\n]*$"):
