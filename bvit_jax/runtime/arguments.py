@@ -10,10 +10,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-import bvit_jax
 from bvit_jax.errors import UserError, nearest
 
-CONFIGS = Path(bvit_jax.__file__).parent / "configs"  # the experiments, part of the package
+CONFIGS = Path(__file__).parents[1] / "configs"  # the experiments, part of the package
 CONFIG_HELP = (
     "Experiment: the name of one in configs/, such as digits, or a file like them, with an argument after a"
     " colon where it takes one. --config.KEY=VALUE changes a setting."
