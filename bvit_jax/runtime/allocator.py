@@ -13,22 +13,22 @@ _NEVER = -1  # the largest integer is only 2 GiB, which a large batch exceeds
 
 
 def keep_freed_memory() -> bool:
-    """Keeps freed memory in the process, for the next step of a training run, where JAX runs on CPUs only.
+    """Keeps freed memory in the process for the next step of a training run, if JAX runs on CPUs only.
 
-    To be called before JAX starts its backend. For programs of one device: with several, each has a thread
+    Call it before JAX starts its backend. It helps programs of one device: with several, each has a thread
     that allocates, whose arena is limited to 64 MiB.
 
     XLA allocates the temporary arrays of a step when it starts and frees them when it ends. glibc hands
-    blocks of that size back to the system, which must find and clear every page of them again in the next
-    step; on two cores that took a fifth to a half of a training step. Without a way back the same pages are
-    used again. That holds for the main arena, the main thread's, so that this is the thread which must run
-    the steps: dispatch is synchronous. One arena for all threads would do the same, but be full of what
-    compiling left behind, through which every allocation of a step then has to search. The process's peak
-    is about the same.
+    blocks of that size back to the system, which must find and clear each of their pages again in the next
+    step; on two cores that took a fifth to a half of a training step. If nothing is handed back, the same
+    pages are reused. This holds for the main arena, which belongs to the main thread, so the main thread must
+    run the steps: dispatch is made synchronous. One arena for all threads would do the same, but it would be
+    full of what compiling left behind, which every allocation of a step then has to search. The process's
+    peak is about the same.
 
     Returns:
-      Whether there is no accelerator, the C library is glibc and it took the settings; elsewhere nothing is
-      changed.
+      Whether the settings were made: there is no accelerator and the C library is glibc. Otherwise nothing
+      is changed.
     """
     if not _only_cpus() or platform.libc_ver()[0] != "glibc":
         return False

@@ -1,4 +1,4 @@
-"""What the makers publish of their chips: memory, bandwidth and peaks of arithmetic.
+"""Published figures of chips: memory, bandwidth and arithmetic peaks.
 
 Sources:
 
@@ -24,13 +24,13 @@ class Chip:
     """One device as JAX sees it; a TPU v4 or v5p chip with its two cores as one (megacore).
 
     Attributes:
-      name: short name; of a TPU the one that topologies are called by, such as "v5e".
-      device_kinds: what ``jax.Device.device_kind`` may be.
+      name: short name; for a TPU the one that topologies use, such as "v5e".
+      device_kinds: possible values of ``jax.Device.device_kind``.
       hbm_bytes: size of its memory.
-      bandwidth: of that memory, bytes a second.
-      bfloat16_flops: peak of matrix products, floating-point operations a second.
-      int8_ops: peak of int8 products, operations a second.
-      compiler_bytes: what a program may use of the memory; 0 where unknown.
+      bandwidth: of that memory, bytes per second.
+      bfloat16_flops: peak of matrix products, floating-point operations per second.
+      int8_ops: peak of int8 products, operations per second.
+      compiler_bytes: how much of the memory a program may use; 0 if unknown.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Chip:
 
     @property
     def usable_bytes(self) -> int:
-        """What a program may use of the memory, as far as known."""
+        """How much of the memory a program may use, as far as known."""
         return self.compiler_bytes or self.hbm_bytes
 
 
@@ -75,10 +75,10 @@ CHIPS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Returns the chip that JAX calls ``device_kind``, None where it is not in the table (a CPU, say)."""
+    """Returns the chip that JAX calls ``device_kind``, or None if it is not in the table (a CPU, say)."""
     return next((chip for chip in CHIPS if device_kind in chip.device_kinds), None)
 
 
 def chip_named(name: str) -> Chip | None:
-    """Returns the chip of a name such as "v5e", None where it is not in the table."""
+    """Returns the chip with a name such as "v5e", or None if it is not in the table."""
     return next((chip for chip in CHIPS if chip.name == name), None)

@@ -1,4 +1,4 @@
-"""Compiling a step ahead of its first call, and keeping what was compiled."""
+"""Compiles programs before their first call, and keeps them in a cache."""
 
 import ctypes
 import gc
@@ -39,8 +39,8 @@ def use_cache() -> None:
 def lower(jitted: Any, *arguments: Any) -> Any:
     """Returns ``jitted.lower(*arguments)``, traced without garbage collection.
 
-    Tracing makes millions of objects that live until its end, and the collector goes through all of them
-    again and again: a third of the time.
+    Tracing creates millions of objects that live until it ends, and the collector scans them over and over,
+    a third of the time. The collector's state is restored afterwards.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -57,10 +57,10 @@ def compile_ahead(name: str, lowered: Any, stop: Callable[[], bool]) -> Any | No
     Args:
       name: for the log.
       lowered: what `lower` returns.
-      stop: asked a few times a second whether to give up.
+      stop: called a few times per second; True gives up.
 
     Returns:
-      The compiled function, None if ``stop`` said so; then the thread goes on until the process ends.
+      The compiled function, or None if ``stop`` returned True; the thread then runs until the process ends.
 
     Raises:
       UserError: the program does not fit into the memory of a device.
@@ -90,9 +90,10 @@ def compile_ahead(name: str, lowered: Any, stop: Callable[[], bool]) -> Any | No
 
 
 def release_memory() -> None:
-    """Returns freed memory to the system where the C library can: compiling leaves gigabytes behind.
+    """Returns freed memory to the system if the C library can: compiling leaves gigabytes behind.
 
-    It is scattered, so that the arrays of a step would not fit into it, but the system can give it to them.
+    The free blocks are scattered: the arrays of a step would not fit into them, but the system can reuse
+    the pages.
     """
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -101,7 +102,7 @@ def release_memory() -> None:
 
 
 def as_user_error(name: str, error: Exception) -> Exception:
-    """Returns an error that says what to do where ``error`` is for want of a device's memory, else it."""
+    """Converts an out-of-memory error into a `UserError`; returns other errors unchanged."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error
     reason = str(error).strip().splitlines()[0]

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from bvit_jax.errors import UserError
 
 DEFAULT_TIMEOUT = 300  # seconds
-# jax ends the process itself at its own limit, without a word about what to check: ours comes first.
+# At its own limit JAX ends the process without saying what to check: ours comes first.
 _MARGIN = 3600
 # What jax and Gloo say where another process is gone.
 _LOST = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|[Cc]onnection|heartbeat|peer")
@@ -93,7 +93,7 @@ def is_active() -> bool:
 
 
 def lost(error: Exception) -> str:
-    """Returns what to say where an error means that another process of the run is gone, else ""."""
+    """Returns the message for an error which means that another process of the run is gone, else ""."""
     # A step that runs in the thread that calls it raises ValueError.
     if not isinstance(error, jax.errors.JaxRuntimeError | ValueError) or not _LOST.search(str(error)):
         return ""

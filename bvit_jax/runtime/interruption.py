@@ -1,4 +1,4 @@
-"""SIGTERM, the notice of a preemption, and what all processes of a run make of it."""
+"""SIGTERM, the notice of a preemption, and how all processes of a run agree to stop."""
 
 import signal
 import threading
@@ -19,9 +19,9 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Watches for SIGTERM, from its making until `close`.
+    """Watches for SIGTERM from its creation until `close`.
 
-    With several processes, jax's preemption service passes the notice of one on to all.
+    With several processes, JAX's preemption service passes a notice to one of them on to all.
     """
 
     def __init__(self) -> None:
@@ -35,13 +35,13 @@ class Interruption:
 
     @property
     def noticed(self) -> bool:
-        """Whether this process alone knows of a notice; see `reached`."""
+        """Whether this process has received a notice; the others may not know yet, see `reached`."""
         return self._noticed
 
     def reached(self) -> bool:
         """Returns whether to stop here, the same in all processes.
 
-        All processes call it equally often: at every step and at every batch of evaluation.
+        All processes must call it equally often: at every step and at every evaluation batch.
         """
         self._ticks += 1
         return self._noticed or (
@@ -49,7 +49,7 @@ class Interruption:
         )
 
     def close(self) -> None:
-        """Gives the signal back to who had it before."""
+        """Restores the signal handler from before."""
         if self._previous is not None:
             signal.signal(SIGNAL, self._previous)
 

@@ -1,7 +1,7 @@
 """The mesh, and where every array lives.
 
-The mesh has two axes. Images are spread over both. Parameters and the state of the optimiser are whole
-on every device, or spread over ``fsdp`` where it has more than one; everything else is whole everywhere.
+The mesh has two axes. Images are spread over both. Parameters and the optimiser's state are replicated on
+every device, or spread over ``fsdp`` if it has more than one device; everything else is always replicated.
 """
 
 import re
@@ -18,7 +18,7 @@ DATA_AXIS, FSDP_AXIS = "data", "fsdp"
 BATCH = PartitionSpec((DATA_AXIS, FSDP_AXIS))
 
 LARGEST, WHOLE = "largest", "whole"
-# Path of an array in the state, and which of its axes goes over fsdp; the first match counts.
+# Path of an array in the state, and which of its axes is split over fsdp; the first match counts.
 RULES = (
     (r"^(batch_stats|step|signs)\b", WHOLE),
     (r"^ema/batch_stats\b", WHOLE),
@@ -31,8 +31,8 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mes
 
     Args:
       devices: their number must be a multiple of ``fsdp``.
-      fsdp: devices that share one copy of the parameters; neighbours, so that they are on one host
-        where it has so many.
+      fsdp: devices that share one copy of the parameters; neighbours, so they are on one host if it
+        has that many.
 
     Raises:
       UserError: the devices do not divide.
@@ -49,7 +49,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -63,7 +63,7 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
 
     Args:
       tree: arrays or their shapes, of the whole state.
-      mesh: with an fsdp axis of 1, every array is whole on every device.
+      mesh: with an fsdp axis of 1, every array is replicated.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -85,7 +85,7 @@ def _over_fsdp(shape: tuple[int, ...], count: int) -> PartitionSpec:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns arrays of the host, the same in all processes, as arrays that every device holds whole."""
+    """Returns host arrays, the same in all processes, as arrays replicated on every device."""
 
     def put(leaf: Any) -> jax.Array:
         array = np.asarray(leaf)
