@@ -23,7 +23,7 @@ from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).parents[1]
 BANDS = {  # the first room of each group, with the group's name and colour
-    "cli": ("commands", "#f9dcd7"),
+    "cli": ("commands and\nexperiments", "#f9dcd7"),
     "report": ("what one does\nwith a network", "#fbeecb"),
     "plan": ("how a run\nexecutes", "#dcefd5"),
     "workdir": ("what is\non disk", "#d3e8f3"),
@@ -36,12 +36,11 @@ INK = "#3d4b5c"
 SHADES = ["#b3432b", "#2f6f9f", "#5a8f3c", "#7a4fa3", "#b07d12", "#1f8a8a", "#a33a6b"]
 
 
-def order() -> list[str]:
-    """Returns the rooms from top to bottom, in the order that import-linter checks."""
+def layers() -> list[list[str]]:
+    """Returns the rows of rooms from top to bottom, in the order that import-linter checks."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
-    layers = next(contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
-    rooms = [room.strip() for row in layers for room in row.replace("|", ":").split(":")]
-    return [room for room in rooms if room != "errors"]
+    rows = next(contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
+    return [[room.strip() for room in row.replace("|", ":").split(":")] for row in rows if row != "errors"]
 
 
 def imports(rooms: list[str]) -> dict[str, set[str]]:
@@ -75,15 +74,21 @@ def describe(room: str) -> tuple[str, str]:
 
 def draw(png: Path) -> None:
     """Writes the picture."""
-    rooms = order()
-    found = imports(rooms)
+    rows = layers()
+    found = imports([room for row in rows for room in row])
+    rooms, bands = [], {}
+    for together in rows:  # a row may hold rooms that import each other
+        ordered = sorted(together, key=lambda room: -len(found[room] & set(together)))
+        rooms += ordered
+        if together[0] in BANDS:
+            bands[ordered[0]] = BANDS[together[0]]
     row = {room: number for number, room in enumerate(rooms)}
     figure, axes = pyplot.subplots(figsize=(14.4, DOWN * len(rooms)))
     axes.set_position((0, 0, 1, 1))
     arrow = {"arrowstyle": "-|>", "color": INK, "lw": 1.5, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13}
     colour, far = "", {}  # of each room: the rows of the rooms above it that import it from afar
     for room, number in row.items():
-        (label, colour), y = BANDS.get(room, ("", colour)), -DOWN * number
+        (label, colour), y = bands.get(room, ("", colour)), -DOWN * number
         axes.axhspan(y - DOWN / 2, y + DOWN / 2, color=colour, alpha=0.55, lw=0, zorder=0)
         shape = ((0, y - HEIGHT / 2), WIDTH, HEIGHT, "round,pad=0,rounding_size=0.1")
         axes.add_patch(FancyBboxPatch(*shape, fc="white", ec=INK, zorder=2))
