@@ -1,11 +1,11 @@
 """Signs packed into the bits of words, and their exact products by counting bits.
 
 A sign is -1, 0 or 1, so a packed array has two planes: which signs are negative, and which are not zero. A
-product of K signs takes K / 32 exclusive ors and population counts, and on a processor whose vector unit
-counts bits (AVX-512 VPOPCNTDQ) that is several times as fast as the same product in bfloat16.
+product of K signs takes K / 32 exclusive ors and population counts; on a processor whose vector unit counts
+bits (AVX-512 VPOPCNTDQ) it is several times as fast as the same product in bfloat16.
 
 Channels come first here and positions last: a word holds 32 channels of one position, and the loops that XLA
-makes for a CPU run along positions, with whatever belongs to a channel held in a register.
+makes for a CPU run along positions and hold the values of a channel in registers.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ class Bits(NamedTuple):
     """Packed signs of (channels, positions); both planes are uint32 (ceil(channels / 32), positions).
 
     Attributes:
-      negative: bits of those below zero.
-      nonzero: bits of those that are not zero; the bits beyond the last channel are not set.
+      negative: set where a sign is negative.
+      nonzero: set where a sign is not zero; not set beyond the last channel.
     """
 
     negative: Array
@@ -32,7 +32,7 @@ class Bits(NamedTuple):
 
 
 def pack(x: Array) -> Bits:
-    """Packs the signs of real numbers, (channels, positions); a NaN counts as negative."""
+    """Packs the signs of real numbers, (channels, positions); the sign of a NaN is 1."""
     missing = -x.shape[0] % WORD
     if missing:
         x = jnp.pad(x, ((0, missing), (0, 0)))
@@ -48,13 +48,14 @@ def _to_words(bits: Array) -> Array:
 def product(a: Bits, b: Bits, then: Callable[[Array], Array] = lambda y: y) -> Array:
     """Returns ``then(y)`` of the exact product of the signs, ``y = sign(a).T @ sign(b)``.
 
-    It is fastest where no sign of ``a`` is zero and its channels fill their words, as weights do.
+    It is fastest where no sign of ``a`` is zero and its channels fill their words, which holds for weights.
 
     Args:
       a: of (channels, rows).
       b: of (channels, columns).
-      then: what becomes of the product, int32 (rows, columns). XLA fuses it with the product and, beyond
-        a conditional, with nothing else: so both are computed once, however many read the result.
+      then: maps the product, int32 (rows, columns), to the result. XLA fuses both, and nothing else with
+        them, because they are inside a conditional: the product is computed once for all readers of the
+        result.
     """
     full = jnp.all(a.nonzero == ALL_BITS)
     branches = (lambda a, b, zeros=zeros: then(_product(a, b, zeros)) for zeros in (False, True))

@@ -1,13 +1,15 @@
 """Products of binary tensors: exact, whatever the compute dtype, with hand-written gradients.
 
-A product of values in {-1, 0, 1} is a sum of whole numbers. Held in bfloat16 and accumulated in float32
-it is exact up to 2^24 terms, takes half or a quarter of the memory of float32 operands and runs on the
-fast units of every accelerator. So the forward products here take bfloat16 codes even when the model
-computes in float32 or float64, and scales are applied afterwards. The gradients are real numbers: their
-products are computed in the compute dtype.
+A product of values in {-1, 0, 1} is a sum of integers. Held in bfloat16 and accumulated in float32 it is
+exact up to 2^24 terms, takes half or a quarter of the memory of float32 operands and runs on the fast units
+of every accelerator. So the forward products here take bfloat16 codes even when the model computes in float32
+or float64, and scales are applied afterwards. The gradients are real numbers: their products are computed in
+the compute dtype.
+
+Each product has a forward function apart from the public one, because a rematerialisation policy does not see
+names inside a `jax.custom_vjp`.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -17,10 +19,11 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from bvit_jax.binary import quantize
+from bvit_jax.binary.estimators import PARABOLA, Estimator
+from bvit_jax.binary.weights import WeightRule
 
 CODE_DTYPE = jnp.bfloat16
-PRODUCT = "binary_product"  # by this name a rematerialisation policy finds the products to keep
+PRODUCT = "binary_product"  # the name by which a rematerialisation policy finds integer products
 
 
 def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -33,104 +36,81 @@ def integer_dtype(terms: int) -> jnp.dtype:
     return next(jnp.dtype(d) for d in (jnp.int8, jnp.int16, jnp.int32) if terms <= jnp.iinfo(d).max)
 
 
-class WeightRule(NamedTuple):
-    """How weights are binarised, what gradient they get, and to which of them the sign passes one.
-
-    ``centred`` returns what the sign is taken of.
-    """
-
-    codes: Callable[[Array], Array]
-    gradient: Callable[[Array, Array], Array]
-    window: Callable[[Array], Array]
-    centred: Callable[[Array], Array] = lambda kernel: kernel
-
-
-DENSE = WeightRule(quantize.dense_codes, quantize.dense_gradient, quantize.dense_window, quantize.centred)
-CONV = WeightRule(quantize.conv_codes, quantize.conv_gradient, quantize.conv_window)
-BITS = CONV._replace(codes=quantize.weight_bit)
-
-
 class ProductConfig(NamedTuple):
-    """The static part of a product: the weights' rule, whether and how the input is binarised, the dtype.
+    """How products are computed; hashable, a static argument of each.
 
-    With ``integer_products`` the product before its scale is cast to `integer_dtype`, which is exact, and
-    named `PRODUCT` for a rematerialisation policy.
+    Attributes:
+      dtype: compute dtype of real operands and of the products in the backward pass.
+      estimator: the sign of real operands, and the slope of its gradient.
+      binary_input: whether the input of a product with weights goes through the sign.
+      integer_products: whether the product before its scale is cast to `integer_dtype`, which is exact, and
+        named `PRODUCT` for a rematerialisation policy.
     """
 
-    rule: WeightRule
-    binary_input: bool
     dtype: DTypeLike
-    sign: Callable[[Array], Array] = quantize.sign  # any whose slope is `quantize.sign_slope`
+    estimator: Estimator = PARABOLA
+    binary_input: bool = True
     integer_products: bool = False
 
-    def operand(self, shifted: Array) -> Array:
-        """Returns what is multiplied with the weights' codes, in a dtype that holds it exactly."""
-        return self.sign(shifted).astype(CODE_DTYPE) if self.binary_input else shifted
+    def signs(self, x: Array) -> Array:
+        """Returns the signs of ``x`` in the dtype of codes."""
+        return self.estimator.forward(x).astype(CODE_DTYPE)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def binary_product(x: Array, move: Array, kernel: Array, config: ProductConfig) -> Array:
-    """Returns ``sign(x + move) @ W``, with W the binarised ``kernel`` and the sign that of ``config``.
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def binary_product(x: Array, move: Array, kernel: Array, rule: WeightRule, config: ProductConfig) -> Array:
+    """Returns ``sign(x + move) @ W``, with W the kernel as ``rule`` quantises it.
 
     The sum ``x + move`` is taken in float32 at least, so that rounding makes no zeros before the sign.
-    Gradients: `quantize.sign`'s for ``x`` and ``move``, `quantize.binarize_dense`'s or
-    `quantize.binarize_conv`'s for ``kernel``. Only the arguments are kept for the backward pass.
+    Only the arguments are saved for the backward pass.
 
     Args:
-      x: (..., in), real.
+      x: (..., in), real; its gradient and that of ``move`` have the slope of the estimator.
       move: the shift of each input channel, (in,).
-      kernel: latent weights (..., out) with ``in`` values an output channel.
-      config: with ``binary_input`` False the sign is left out.
+      kernel: latent weights (..., out) with ``in`` values per output channel; the gradient is the rule's.
+      rule: how weights are quantised.
+      config: without ``binary_input`` the sign is left out.
 
     Returns:
       (..., out) in the accumulator of ``config.dtype``.
     """
-    return _binary_product(x, move, kernel, config)
+    return _binary_product(x, move, kernel, rule, config)
 
 
-def _binary_product(x: Array, move: Array, kernel: Array, config: ProductConfig) -> Array:
+def _binary_product(x: Array, move: Array, kernel: Array, rule: WeightRule, config: ProductConfig) -> Array:
     shifted = x.astype(accumulator_dtype(config.dtype)) + move
-    return _scaled_product(config.operand(shifted), kernel, config)
-
-
-def _scaled_product(operand: Array, kernel: Array, config: ProductConfig) -> Array:
-    if not config.binary_input:
-        operand = operand.astype(config.dtype)
-    codes = _matrix(kernel, config).astype(operand.dtype)
-    accumulator = accumulator_dtype(operand.dtype)
-    y = jnp.matmul(operand, codes, preferred_element_type=accumulator)
+    operand = config.signs(shifted) if config.binary_input else shifted.astype(config.dtype)
+    weights = rule.quantize(kernel)
+    codes = weights.values.astype(operand.dtype)
+    y = jnp.matmul(operand, codes, preferred_element_type=accumulator_dtype(operand.dtype))
     if config.integer_products:
         y = checkpoint_name(y.astype(integer_dtype(codes.shape[0])) if config.binary_input else y, PRODUCT)
-    return y.astype(accumulator_dtype(config.dtype)) * quantize.weight_scale(kernel)
-
-
-def _matrix(kernel: Array, config: ProductConfig) -> Array:
-    return config.rule.codes(kernel).reshape(-1, kernel.shape[-1])
+    return y.astype(accumulator_dtype(config.dtype)) * weights.scale
 
 
 def _binary_product_forward(
-    x: Array, move: Array, kernel: Array, config: ProductConfig
+    x: Array, move: Array, kernel: Array, rule: WeightRule, config: ProductConfig
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    # Not `binary_product`, within which no rematerialisation policy would see the product.
-    return _binary_product(x, move, kernel, config), (x, move, kernel)
+    return _binary_product(x, move, kernel, rule, config), (x, move, kernel)
 
 
 def _binary_product_backward(
-    config: ProductConfig, residuals: tuple[Array, Array, Array], gradient: Array
+    rule: WeightRule, config: ProductConfig, residuals: tuple[Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array, Array]:
     x, move, kernel = residuals
     dtype, accumulator = config.dtype, accumulator_dtype(config.dtype)
     shifted = x.astype(accumulator) + move
-    rows = config.operand(shifted).astype(dtype).reshape(-1, x.shape[-1])
+    operand = config.signs(shifted) if config.binary_input else shifted
+    rows = operand.astype(dtype).reshape(-1, x.shape[-1])
     columns = gradient.astype(dtype).reshape(-1, gradient.shape[-1])
     to_matrix = jnp.matmul(rows.T, columns, preferred_element_type=accumulator)
-    to_kernel = config.rule.gradient(kernel, to_matrix.reshape(kernel.shape).astype(kernel.dtype))
+    to_kernel = rule.gradient(kernel, to_matrix.reshape(kernel.shape).astype(kernel.dtype))
 
-    scaled = (gradient * quantize.weight_scale(kernel)).astype(dtype)
-    matrix = _matrix(kernel, config).astype(dtype)
-    to_shifted = jnp.matmul(scaled, matrix.T, preferred_element_type=accumulator)
+    weights = rule.quantize(kernel)
+    scaled = (gradient * weights.scale).astype(dtype)
+    to_shifted = jnp.matmul(scaled, weights.values.astype(dtype).T, preferred_element_type=accumulator)
     if config.binary_input:
-        to_shifted *= quantize.sign_slope(shifted)
+        to_shifted *= config.estimator.slope(shifted)
     to_move = jnp.sum(to_shifted, axis=tuple(range(x.ndim - 1)))
     return to_shifted.astype(x.dtype), to_move.astype(move.dtype), to_kernel
 
@@ -138,121 +118,109 @@ def _binary_product_backward(
 binary_product.defvjp(_binary_product_forward, _binary_product_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def binary_scores(q: Array, k: Array, dtype: DTypeLike, integer_products: bool = False) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def binary_scores(q: Array, k: Array, config: ProductConfig) -> Array:
     """Returns the products of the signs of queries and keys, head by head.
 
     Args:
-      q: (batch, queries, heads, size), real; its gradient is that of `quantize.sign`.
-      k: (batch, keys, heads, size), likewise.
-      dtype: compute dtype, of the products in the backward pass.
-      integer_products: that of `ProductConfig`.
+      q: (batch, queries, heads, size), real.
+      k: (batch, keys, heads, size), real.
+      config: of the product.
 
     Returns:
-      (batch, heads, queries, keys), whole numbers, in the accumulator of ``dtype``.
+      (batch, heads, queries, keys), integers, in the accumulator of ``config.dtype``.
     """
-    return _binary_scores(q, k, dtype, integer_products)
+    return _binary_scores(q, k, config)
 
 
-def _binary_scores(q: Array, k: Array, dtype: DTypeLike, integer_products: bool) -> Array:
-    signs = (quantize.sign(a).astype(CODE_DTYPE) for a in (q, k))
+def _binary_scores(q: Array, k: Array, config: ProductConfig) -> Array:
+    signs = config.signs(q), config.signs(k)
     scores = jnp.einsum("bqhd,bkhd->bhqk", *signs, preferred_element_type=jnp.float32)
-    if integer_products:
+    if config.integer_products:
         scores = checkpoint_name(scores.astype(integer_dtype(q.shape[-1])), PRODUCT)
-    return scores.astype(accumulator_dtype(dtype))
+    return scores.astype(accumulator_dtype(config.dtype))
 
 
 def _binary_scores_backward(
-    dtype: DTypeLike, integer_products: bool, residuals: tuple[Array, Array], gradient: Array
+    config: ProductConfig, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
-    del integer_products
     q, k = residuals
-    accumulator = accumulator_dtype(dtype)
-    product = partial(jnp.einsum, preferred_element_type=accumulator)
+    dtype, sign = config.dtype, config.estimator.forward
+    product = partial(jnp.einsum, preferred_element_type=accumulator_dtype(dtype))
     gradient = gradient.astype(dtype)
-    to_q = product("bhqk,bkhd->bqhd", gradient, quantize.sign(k).astype(dtype))
-    to_k = product("bhqk,bqhd->bkhd", gradient, quantize.sign(q).astype(dtype))
-    return _through_sign(to_q, q), _through_sign(to_k, k)
+    to_q = product("bhqk,bkhd->bqhd", gradient, sign(k).astype(dtype))
+    to_k = product("bhqk,bqhd->bkhd", gradient, sign(q).astype(dtype))
+    return _through_sign(to_q, q, config.estimator), _through_sign(to_k, k, config.estimator)
 
 
-# Not the functions themselves forwards, within which no rematerialisation policy would see the product.
-binary_scores.defvjp(
-    lambda q, k, dtype, integer_products: (_binary_scores(q, k, dtype, integer_products), (q, k)),
-    _binary_scores_backward,
-)
+binary_scores.defvjp(lambda q, k, config: (_binary_scores(q, k, config), (q, k)), _binary_scores_backward)
 
 
-def _through_sign(gradient: Array, x: Array) -> Array:
+def _through_sign(gradient: Array, x: Array, estimator: Estimator) -> Array:
     """Returns the gradient of ``x``, (batch, tokens, heads, size), from that of its sign.
 
     Heads are laid side by side meanwhile: the TPU compiler otherwise computes the slope in the layout of x
     and copies it, in float32, to that of the gradient.
     """
     tokens = *x.shape[:2], -1
-    product = gradient.reshape(tokens) * quantize.sign_slope(x.reshape(tokens))
+    product = gradient.reshape(tokens) * estimator.slope(x.reshape(tokens))
     return product.reshape(x.shape).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def binary_context(codes: Array, v: Array, dtype: DTypeLike, integer_products: bool = False) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def binary_context(codes: Array, v: Array, config: ProductConfig) -> Array:
     """Returns the sums of the signs of the values that each query attends to, head by head.
 
     Args:
       codes: attention codes in {0, 1}, (batch, heads, queries, keys).
-      v: (batch, keys, heads, size), real; its gradient is that of `quantize.sign`.
-      dtype: compute dtype, of the products in the backward pass.
-      integer_products: that of `ProductConfig`.
+      v: (batch, keys, heads, size), real.
+      config: of the product.
 
     Returns:
-      (batch, queries, heads, size), whole numbers, in the accumulator of ``dtype``.
+      (batch, queries, heads, size), integers, in the accumulator of ``config.dtype``.
     """
-    return _binary_context(codes, v, dtype, integer_products)
+    return _binary_context(codes, v, config)
 
 
-def _binary_context(codes: Array, v: Array, dtype: DTypeLike, integer_products: bool) -> Array:
-    signs = quantize.sign(v).astype(CODE_DTYPE)
+def _binary_context(codes: Array, v: Array, config: ProductConfig) -> Array:
     context = jnp.einsum(
-        "bhqk,bkhd->bqhd", codes.astype(CODE_DTYPE), signs, preferred_element_type=jnp.float32
+        "bhqk,bkhd->bqhd", codes.astype(CODE_DTYPE), config.signs(v), preferred_element_type=jnp.float32
     )
-    if integer_products:
+    if config.integer_products:
         # Heads side by side: a TPU would pad each of them.
-        kept = context.astype(integer_dtype(v.shape[1])).reshape(*context.shape[:2], -1)
-        context = checkpoint_name(kept, PRODUCT).reshape(context.shape)
-    return context.astype(accumulator_dtype(dtype))
+        saved = context.astype(integer_dtype(v.shape[1])).reshape(*context.shape[:2], -1)
+        context = checkpoint_name(saved, PRODUCT).reshape(context.shape)
+    return context.astype(accumulator_dtype(config.dtype))
 
 
 def _binary_context_backward(
-    dtype: DTypeLike, integer_products: bool, residuals: tuple[Array, Array], gradient: Array
+    config: ProductConfig, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
-    del integer_products
     codes, v = residuals
+    dtype = config.dtype
     product = partial(jnp.einsum, preferred_element_type=accumulator_dtype(dtype))
     gradient = gradient.astype(dtype)
-    to_codes = product("bqhd,bkhd->bhqk", gradient, quantize.sign(v).astype(dtype))
+    to_codes = product("bqhd,bkhd->bhqk", gradient, config.estimator.forward(v).astype(dtype))
     to_v = product("bhqk,bqhd->bkhd", codes.astype(dtype), gradient)
-    return to_codes.astype(codes.dtype), _through_sign(to_v, v)
+    return to_codes.astype(codes.dtype), _through_sign(to_v, v, config.estimator)
 
 
 binary_context.defvjp(
-    lambda codes, v, dtype, integer_products: (
-        _binary_context(codes, v, dtype, integer_products),
-        (codes, v),
-    ),
-    _binary_context_backward,
+    lambda codes, v, config: (_binary_context(codes, v, config), (codes, v)), _binary_context_backward
 )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def code_product(a: Array, b: Array, equation: str, dtype: DTypeLike) -> Array:
-    """Returns the exact product of whole numbers of magnitude at most 256, which bfloat16 holds.
+    """Returns the exact product of integers of magnitude at most 256, which bfloat16 holds.
 
     Args:
-      a, b: codes, whole numbers in any floating-point dtype.
+      a, b: codes, integers in any floating-point dtype.
       equation: for ``einsum``, such as "bqhd,bkhd->bhqk"; every index is in two of its three terms.
       dtype: compute dtype, of the products in the backward pass.
 
     Returns:
-      Whole numbers in the accumulator of ``dtype``.
+      Integers in the accumulator of ``dtype``.
     """
     codes = (x.astype(CODE_DTYPE) for x in (a, b))
     y = jnp.einsum(equation, *codes, preferred_element_type=jnp.float32)

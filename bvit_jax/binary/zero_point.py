@@ -1,19 +1,9 @@
-"""The quantisers of Bi-ViT's released code as pure functions, with their hand-written gradients.
+"""The quantisers of Bi-ViT's released code, with their hand-written gradients.
 
-A tensor is written with a scale α and a zero point z, which broadcast against it: with
-``u = x / α + round(z)`` its code is the whole number ``sign(clip(u, -1, 1)) - round(z)`` and its value the
-code times α. Rounding and sign are straight-through for the gradient, the clamp is not. At the edges:
-
-====================  ==================================  ===========================================
-function              forward at the edge                 gradient at the edge
-====================  ==================================  ===========================================
-zero_point_codes      sign(0) = 0; round half to even     1 on the closed interval |u| <= 1
-first_values          a minimum at -1e-5 is unsigned      none
-clip_output           -                                   1 on the closed interval |x| <= 10
-====================  ==================================  ===========================================
-
-The weights of its linear layers, ``mean|W| * sign(W)`` by row, are
-`bvit_jax.binary.quantize.binarize_conv`'s.
+A tensor has a scale α and a zero point z, which broadcast against it. With ``u = x / α + round(z)`` its code
+is the integer ``sign(clip(u, -1, 1)) - round(z)`` and its value the code times α. Rounding and sign are
+straight-through for the gradient, the clamp is not. The edges are in the table of `bvit_jax.binary`; the
+weights of the linear layers follow its rule `CONV`.
 
 Source: Li et al., "Bi-ViT" (AAAI 2024), in the behaviour of github.com/YanjingLi0202/Bi-ViT.
 """
@@ -25,16 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bvit_jax.binary.quantize import sum_to
+from bvit_jax.binary.probabilities import sum_to
 
 OUTPUT_LIMIT = 10.0  # of the GELU's output
-UNSIGNED = -1e-5  # least minimum of a tensor that counts as having no sign
-MOMENTUM = 0.1  # share of the first batch in the zero point, which starts at 0
+UNSIGNED = -1e-5  # a tensor whose minimum is at least this counts as unsigned
+MOMENTUM = 0.1  # weight of the first batch in the zero point, which starts at 0
 
 
 @jax.custom_vjp
 def zero_point_codes(x: Array, scale: Array, zero_point: Array) -> Array:
-    """Returns the codes of a tensor: its sign around a learned zero, moved by that zero.
+    """Returns the codes of a tensor: its sign around a learned zero, less that zero.
 
     The gradient of ``x`` is that of the codes over ``scale`` where |u| <= 1; ``scale`` receives
     ``-x / scale²`` of it there, ``zero_point`` minus the gradient outside.
@@ -45,7 +35,7 @@ def zero_point_codes(x: Array, scale: Array, zero_point: Array) -> Array:
       zero_point: z, in the shape of ``scale``.
 
     Returns:
-      Whole numbers in the shape and dtype of ``x``, at most |round(z)| + 1 in magnitude.
+      Integers in the shape and dtype of ``x``, at most |round(z)| + 1 in magnitude.
     """
     return jnp.sign(_position(x, scale, zero_point)) - jnp.round(zero_point)
 
@@ -89,12 +79,12 @@ def learned_step(parameter: Array, size: int) -> Array:
 
 
 class FirstValues(NamedTuple):
-    """What the first batch makes of a quantiser, scalars.
+    """The values of a quantiser after the first batch, each of shape ().
 
     Attributes:
       scale: twice the mean magnitude of the whole tensor.
       zero_point: a tenth of the minimum plus the scale.
-      signed: 1 if there are negative values, else 0; nothing is computed from it.
+      signed: 1 if there are negative values, else 0; saved in checkpoints, not used.
     """
 
     scale: Array
@@ -108,13 +98,13 @@ def first_scale(x: Array) -> Array:
 
 
 def first_values(x: Array) -> FirstValues:
-    """Returns the values that a quantiser takes from the first batch, no gradient passes."""
+    """Returns the values that a quantiser takes from the first batch, any shape; no gradient passes."""
     x = lax.stop_gradient(x)
     scale, least = first_scale(x), jnp.min(x)
     return FirstValues(scale, MOMENTUM * (least + scale), (least < UNSIGNED).astype(x.dtype))
 
 
 def clip_output(x: Array) -> Array:
-    """Returns ``x`` clipped to ±10; the gradient passes on the closed interval."""
+    """Returns ``x`` clipped to ±10, any shape; the gradient passes on the closed interval."""
     clipped = lax.stop_gradient(jnp.clip(x, -OUTPUT_LIMIT, OUTPUT_LIMIT))
     return jnp.where(jnp.abs(x) <= OUTPUT_LIMIT, x, clipped)

@@ -1,11 +1,9 @@
 """Linear layers and patch convolutions, binary and real.
 
-Activations are channels-last, (batch, tokens, channels). Modules take the activations in the compute
-dtype, do their sums in float32 (float64 if the input is) and return that accumulator; whoever keeps
-activations in memory casts them back.
+Activations are channels-last, (batch, tokens, channels). Modules take them in the compute dtype, do their
+sums in float32 (float64 if the input is) and return that accumulator; a caller that keeps activations in
+memory casts them back.
 """
-
-from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,23 +11,33 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from bvit_jax.binary import products, quantize
-from bvit_jax.binary.products import accumulator_dtype
+from bvit_jax.binary import products
+from bvit_jax.binary.estimators import PARABOLA, Estimator, straight_through
+from bvit_jax.binary.multibit import quantize_weight
+from bvit_jax.binary.products import ProductConfig, accumulator_dtype
+from bvit_jax.binary.weights import BITS, CONV, DENSE, WeightRule
 from bvit_jax.layers import sown
 from bvit_jax.layers.grid import extract_patches
 from bvit_jax.layers.init import WeightInit, bias_init, kernel_init
 
 
 class BinaryDense(nn.Module):
-    """A linear layer without bias whose shifted input and weights are quantised.
+    """A linear layer without bias whose shifted input and weights are quantised, ``W · sign(x + move)``.
 
-    ``W · sign(x + move)``. With one activation bit the input goes through the sign; the reference
-    quantises activations for exactly one bit, so any other number leaves them real. Weights of 2 to
-    8 bits are quantised per tensor after clipping to ±``clip_val``. ``integer_products`` is that of
-    `bvit_jax.binary.products.ProductConfig`. Returns the accumulator.
+    Takes (..., channels) and returns (..., features) in the accumulator of ``dtype``.
+
+    Attributes:
+      features: output channels.
+      weight_bits: 1, or 2 to 8 per tensor after clipping to ±``clip_val``, or 32 for real weights.
+      act_bits: with 1 the input goes through the sign; with any other number it stays real, as in BinaryViT
+        (PyTorch).
+      clip_val: see ``weight_bits``.
+      weight_init: initialiser of the kernel.
+      dtype: compute dtype.
+      integer_products: see `bvit_jax.binary.products.ProductConfig`.
+      estimator: the sign of the input and its gradient.
+      rule: how weights of one bit are quantised.
     """
-
-    rule: ClassVar[products.WeightRule] = products.DENSE
 
     features: int
     weight_bits: int = 1
@@ -38,6 +46,8 @@ class BinaryDense(nn.Module):
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
     integer_products: bool = False
+    estimator: Estimator = PARABOLA
+    rule: WeightRule = DENSE
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -50,45 +60,42 @@ class BinaryDense(nn.Module):
 class UncentredDense(nn.Module):
     """A linear layer without bias and shift whose input and weights are binarised, as in Bi-ViT.
 
-    ``mean|W| · sign(W) · sign(x)``, the mean that of each output channel; the sign of x is left out unless
-    ``act_bits`` is 1. Returns the accumulator.
+    ``mean|W| · sign(W) · sign(x)``, the mean that of each output channel. Takes (..., channels) and returns
+    (..., features) in the accumulator of ``dtype``. For the attributes see `BinaryDense`; weights have one
+    bit.
     """
-
-    rule: ClassVar[products.WeightRule] = products.CONV
-    sign: ClassVar["staticmethod[[Array], Array]"] = staticmethod(quantize.sign)
-    weight_bits: ClassVar[int] = 1
 
     features: int
     act_bits: int = 1
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
+    estimator: Estimator = PARABOLA
+    rule: WeightRule = CONV
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         fan_in = x.shape[-1]
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), (fan_in, self.features))
         if self.act_bits == 1:
-            sown.watch_sign(self, x, "", self.sign)
-        config = products.ProductConfig(self.rule, self.act_bits == 1, self.dtype, self.sign)
+            sown.watch_sign(self, x, self.estimator)
+        config = ProductConfig(self.dtype, self.estimator, self.act_bits == 1)
         no_move = jnp.zeros(fan_in, accumulator_dtype(self.dtype))
-        return products.binary_product(x, no_move, kernel, config)
+        return products.binary_product(x, no_move, kernel, self.rule, config)
 
 
 class BitDense(UncentredDense):
     """`UncentredDense` whose every sign is a bit: that of zero is 1."""
 
-    rule: ClassVar[products.WeightRule] = products.BITS
-    sign: ClassVar["staticmethod[[Array], Array]"] = staticmethod(quantize.sign_bit)
+    estimator: Estimator = PARABOLA.bit
+    rule: WeightRule = BITS
 
 
 class BinaryPatchConv(nn.Module):
     """A convolution whose stride is its kernel size, shifted input and weights quantised, no bias.
 
-    Takes (batch, height, width, channels) and returns (batch, tokens, features); otherwise like
-    `BinaryDense`.
+    Takes (batch, height, width, channels) and returns (batch, tokens, features) in the accumulator of
+    ``dtype``. For the attributes see `BinaryDense`; ``patch_size`` must divide height and width.
     """
-
-    rule: ClassVar[products.WeightRule] = products.CONV
 
     features: int
     patch_size: int
@@ -98,6 +105,8 @@ class BinaryPatchConv(nn.Module):
     weight_init: WeightInit = "torch"
     dtype: DTypeLike = jnp.float32
     integer_products: bool = False
+    estimator: Estimator = PARABOLA
+    rule: WeightRule = CONV
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -112,22 +121,21 @@ class BinaryPatchConv(nn.Module):
 
 
 def _quantized_product(layer: BinaryDense | BinaryPatchConv, x: Array, move: Array, kernel: Array) -> Array:
-    if layer.act_bits == 1 and sown.watched(layer):
-        sown.watch_sign(layer, x.astype(accumulator_dtype(layer.dtype)) + move)
+    binary_input = layer.act_bits == 1
+    if binary_input and sown.watched(layer):
+        sown.watch_sign(layer, x.astype(accumulator_dtype(layer.dtype)) + move, layer.estimator)
     if layer.weight_bits == 1:
-        config = products.ProductConfig(
-            layer.rule, layer.act_bits == 1, layer.dtype, integer_products=layer.integer_products
-        )
-        return products.binary_product(x, move, kernel, config)
+        config = ProductConfig(layer.dtype, layer.estimator, binary_input, layer.integer_products)
+        return products.binary_product(x, move, kernel, layer.rule, config)
     x = x.astype(accumulator_dtype(layer.dtype)) + move
-    x = (quantize.sign(x) if layer.act_bits == 1 else x).astype(layer.dtype)
-    kernel = quantize.quantize_weight(kernel, layer.weight_bits, layer.clip_val)
+    x = (straight_through(layer.estimator)(x) if binary_input else x).astype(layer.dtype)
+    kernel = quantize_weight(kernel, layer.weight_bits, layer.clip_val)
     y = products.real_product(x, kernel.reshape(x.shape[-1], layer.features))
     return checkpoint_name(y, products.PRODUCT) if layer.integer_products else y
 
 
 def real_dense(features: int, fan_in: int, weight_init: WeightInit, dtype: DTypeLike, name: str) -> nn.Dense:
-    """Returns a real linear layer with bias."""
+    """Returns a real linear layer with bias, from ``fan_in`` channels to ``features``."""
     return nn.Dense(
         features,
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""The weights of one bit: which they are, their signs packed into bits, and how many of them flipped."""
+"""The kernels of one bit in a model: their signs packed into bits, and the share of them that flipped."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 
-from bvit_jax.binary.products import WeightRule
+from bvit_jax.binary.weights import WeightRule
 
 Path = tuple[str, ...]
 Kernels = Mapping[Path, WeightRule]
@@ -19,19 +19,20 @@ Signs = Any
 
 @contextlib.contextmanager
 def noted_kernels() -> Iterator[dict[Path, WeightRule]]:
-    """Notes every layer with a kernel of one bit that a model calls within the context.
+    """Collects the layers with a kernel of one bit that a model calls within the context.
 
-    Such a layer has the `WeightRule` of its kernel as ``rule`` and ``weight_bits`` 1.
+    Such a layer has the `WeightRule` of its kernel as ``rule``, and ``weight_bits`` 1 if it has that
+    attribute.
 
     Yields:
-      The rule of each kernel by the path of its layer, to be read after ``model.init`` or ``model.apply``.
+      The rule of each kernel by the path of its layer, complete after ``model.init`` or ``model.apply``.
     """
     kernels: dict[Path, WeightRule] = {}
 
-    def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        rule = getattr(module, "rule", None)
-        if isinstance(rule, WeightRule) and context.method_name == "__call__" and module.weight_bits == 1:
+        rule, weight_bits = getattr(module, "rule", None), getattr(module, "weight_bits", 1)
+        if isinstance(rule, WeightRule) and weight_bits == 1 and context.method_name == "__call__":
             kernels[module.path] = rule
         return call(*args, **kwargs)
 
@@ -42,18 +43,18 @@ def noted_kernels() -> Iterator[dict[Path, WeightRule]]:
 def pack_signs(params: Any, kernels: Kernels) -> Signs:
     """Returns the signs of the kernels of one bit, packed, as a tree like the parameters.
 
-    The sign is that of the quantiser, for a linear kernel of the centred weights. Its zero, which a
-    weight exactly at its row's mean gets, counts as negative here: there is one bit.
+    The sign is that of the kernel's rule, for a linear kernel of the centred weights. A bit has no zero: a
+    code of 0, which a weight exactly at its row's mean gets, counts as negative.
 
     Returns:
-      uint8 [ceil(size / 8)] for every kernel, in the place of its layer's parameters.
+      For each kernel uint8 (ceil(size / 8),), in the place of its layer's parameters.
     """
     packed = {path: jnp.packbits(rule.codes(_kernel(params, path)) > 0) for path, rule in kernels.items()}
     return unflatten_dict(packed)
 
 
 def flipped(signs: Signs, params: Any, kernels: Kernels) -> dict[str, Array]:
-    """Returns the share of each kernel of one bit whose sign is not that of ``signs``, float32 ()."""
+    """Returns for each kernel of one bit the share of signs that differ from ``signs``, float32 ()."""
     before, after = flatten_dict(signs), flatten_dict(pack_signs(params, kernels))
     return {
         "/".join(path): _share(lax.population_count(before[path] ^ after[path]), _kernel(params, path))
@@ -62,7 +63,7 @@ def flipped(signs: Signs, params: Any, kernels: Kernels) -> dict[str, Array]:
 
 
 def active_weights(params: Any, kernels: Kernels) -> dict[str, Array]:
-    """Returns the share of each kernel of one bit that its quantiser gives a gradient, float32 ()."""
+    """Returns for each kernel of one bit the share of weights that its rule gives a gradient, float32 ()."""
     shares = {}
     for path, rule in kernels.items():
         kernel = _kernel(params, path)

@@ -1,19 +1,17 @@
-"""What layers tell of themselves while a network is examined, and at no other time.
+"""Diagnostics that layers sow when a network is examined, and only then.
 
-Figures are sown into the linen collections ``health``, which only `bvit_jax.training.steps.health` makes
-mutable, and
-``balance``, which only `bvit_jax.report.network_figures` does. Where neither is, nothing is traced, so that a
-training step is the same program with and without these calls.
+Metrics are sown into the linen collections ``health``, which only `bvit_jax.training.steps.health` makes
+mutable, and ``balance``, which only `bvit_jax.report.network_figures` does. Where neither is mutable,
+nothing is traced: a training step is the same program with and without these calls.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.binary import quantize
+from bvit_jax.binary.estimators import Estimator
 
 COLLECTION = "health"
 BALANCE = "balance"
@@ -24,34 +22,30 @@ def watched(module: nn.Module) -> bool:
     return _wanted(module, COLLECTION) or _wanted(module, BALANCE)
 
 
-def watch_sign(
-    module: nn.Module, x: Array, part: str = "", sign: Callable[[Array], Array] = quantize.sign
-) -> None:
+def watch_sign(module: nn.Module, x: Array, estimator: Estimator, part: str = "") -> None:
     """Sows the shares of the input of a sign that get a gradient and that are exactly zero, and its balance.
 
-    The sign of a zero is 0 in BinaryViT and in Bi-ViT as released, and 1 where every sign is a bit.
-
     Args:
-      module: where the sign is.
-      x: what enters it, (batch, ...).
+      module: the module that takes the sign.
+      x: the input of the sign, (batch, ...).
+      estimator: the sign; an input gets a gradient where its slope is above 0.
       part: distinguishes several signs in one module.
-      sign: the sign.
     """
     if watched(module):
-        _sow(module, COLLECTION, "active_inputs", part, share(quantize.sign_slope(x) > 0))
+        _sow(module, COLLECTION, "active_inputs", part, share(estimator.slope(x) > 0))
         _sow(module, COLLECTION, "zeros", part, share(x == 0))
     if _wanted(module, BALANCE):
-        watch_balance(module, sign(x), part)
+        watch_balance(module, estimator.forward(x), part)
 
 
 def watch_balance(module: nn.Module, signs: Array, part: str = "", axis: int | None = None) -> None:
-    """Sows the share of +1 among signs, by channel.
+    """Sows the share of +1 among signs, per channel.
 
     Args:
-      module: where the signs are.
-      signs: -1, 0 or 1: (batch, tokens, channels), or the channels split over heads.
+      module: the module that takes the signs.
+      signs: -1, 0 or 1: (batch, tokens, channels), or with the channels split into heads.
       part: distinguishes several signs in one module.
-      axis: of what is kept apart, in place of the channels.
+      axis: the share is per slice of this axis instead.
     """
     if _wanted(module, BALANCE):
         others = (0, 1) if axis is None else tuple(i for i in range(signs.ndim) if i != axis % signs.ndim)
@@ -73,13 +67,14 @@ def watch_heads(module: nn.Module, codes: Array) -> None:
 
 def share(mask: Array) -> Array:
     """Returns the share of True in (batch, ...), float32 ()."""
-    # Samples are counted in whole numbers: float32 does not count a layer of a batch beyond 2^24.
+    # Counted per sample as integers: in float32 a sum of ones stops at 2^24, less than a layer of a batch
+    # has.
     counts = jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)
     return jnp.mean(counts.astype(jnp.float32)) / (mask.size // mask.shape[0])
 
 
 def _wanted(module: nn.Module, collection: str) -> bool:
-    # In init, linen makes every collection mutable; the variables of a model have no figures.
+    # In init, linen makes every collection mutable; metrics are no variables of a model.
     return module.is_mutable_collection(collection) and not module.is_initializing()
 
 

@@ -1,4 +1,4 @@
-"""The blocks that the binary models are made of: unit, attention, feed-forward, encoder block.
+"""The blocks of the binary models: unit, attention, feed-forward, encoder block.
 
 Source: BinaryViT (CVPRW 2023), section 3, in the behaviour of ``modeling_vit_extra_res_pyramid.py``
 of github.com/Phuoc-Hoan-Le/BinaryViT. Tokens are (batch, tokens, channels) throughout.
@@ -13,11 +13,13 @@ from typing import Any, ClassVar, get_args
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 
-from bvit_jax.binary import products, quantize
-from bvit_jax.binary.products import accumulator_dtype
+from bvit_jax.binary import products
+from bvit_jax.binary.estimators import ESTIMATORS, Estimator
+from bvit_jax.binary.probabilities import quantize_probs
+from bvit_jax.binary.products import ProductConfig, accumulator_dtype
 from bvit_jax.layers import sown
 from bvit_jax.layers.activation import DropPath, LayerScale, RPReLU, softmax
 from bvit_jax.layers.dense import BinaryDense
@@ -27,23 +29,24 @@ from bvit_jax.models.execution import packed_feed_forward
 from bvit_jax.models.execution.stages import PLAIN, Execution
 from bvit_jax.models.execution.variants import Variants, integer_variants, plain_variants
 from bvit_jax.models.head import Attention
-from bvit_jax.models.settings import require, require_choice, require_epsilon, require_rates
+from bvit_jax.models.settings import require, require_choice, require_epsilon, require_known, require_rates
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """What the blocks of one model have in common, whatever their width.
+    """Settings that all blocks of a model share.
 
     Attributes:
       weight_bits, act_bits, clip_val: see `bvit_jax.layers.dense.BinaryDense`.
+      estimator: the gradient of every sign of activations, a name in `bvit_jax.binary.ESTIMATORS`.
       norm, norm_epsilon: normalisation after every product and before every branch.
-      batch_norm_group: consecutive images whose statistics a batch norm takes, 0 for the global batch;
-        see `bvit_jax.layers.norm.BatchNorm`.
+      batch_norm_group: number of consecutive images that a batch norm normalises together, 0 for the global
+        batch; see `bvit_jax.layers.norm.BatchNorm`.
       layer_scale: whether the two main branches end in a `LayerScale`.
       pool_branches: kernel sizes of the pooling branches, 3 and 5 in the paper.
       dropout, attention_dropout: rates.
       weight_init: initialiser of the weight matrices.
-      dtype: compute dtype; activations are kept in it.
+      dtype: compute dtype, also of activations in memory.
       execution: how the blocks run; does not affect results beyond rounding.
     """
 
@@ -52,6 +55,7 @@ class BlockConfig:
     weight_bits: int = 1
     act_bits: int = 1
     clip_val: float = 2.5
+    estimator: str = "parabola"
     norm: NormName = "batch_norm"
     norm_epsilon: float = 1e-5
     batch_norm_group: int = 0
@@ -69,6 +73,7 @@ class BlockConfig:
         require_epsilon(self.norm_epsilon)
         require_choice("weight_init", self.weight_init, get_args(WeightInit))
         require_choice("act_bits", self.act_bits, (1, 32))
+        require_known("estimator", self.estimator, ESTIMATORS)
         require_choice("norm", self.norm, get_args(NormName))
         require_choice("weight_bits", self.weight_bits, (1, 2, 3, 4, 5, 6, 7, 8, 32))
         require(self.clip_val > 0, "clip_val", self.clip_val, "expected above 0")
@@ -84,11 +89,16 @@ class BlockConfig:
         require(odd, "pool_branches", sizes, "expected odd kernel sizes")
         require(len(set(sizes)) == len(sizes), "pool_branches", sizes, "expected each size once")
 
+    @property
+    def sign(self) -> Estimator:
+        """The sign of activations."""
+        return ESTIMATORS[self.estimator]
+
     def quantizer(self) -> dict:
         """Returns the keyword arguments of a quantised product."""
         names = ("weight_bits", "act_bits", "clip_val", "weight_init", "dtype")
         shared = {name: getattr(self, name) for name in names}
-        return shared | {"integer_products": self.execution.integer_products}
+        return shared | {"estimator": self.sign, "integer_products": self.execution.integer_products}
 
     def make_norm(self, name: str) -> nn.Module:
         """Returns the normalisation called ``name``, a child of the calling module."""
@@ -97,14 +107,17 @@ class BlockConfig:
         )
 
     def variants(self, *, train: bool) -> Variants:
-        """Returns how the steps between products are computed."""
+        """Returns the execution variant of the steps between products."""
         if self.execution.integer_products and train:
             return integer_variants(self.dtype)
         return plain_variants(train=train)
 
 
 class BinaryUnit(nn.Module):
-    """``RPReLU(norm(W · sign(x + move)) + shortcut)``, the step that every product is wrapped in."""
+    """``RPReLU(norm(W · sign(x + move)) + shortcut)``, the step around every product with weights.
+
+    Takes (batch, tokens, channels) and a shortcut (batch, tokens, features), and returns the latter shape.
+    """
 
     features: int
     config: BlockConfig
@@ -168,21 +181,19 @@ class BinaryAttention(nn.Module):
     def _attend_binary(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
         for name, x in (("query_move", q), ("key_move", k), ("value_move", v)):
-            sown.watch_sign(self, x, name)
-        scores = products.binary_scores(q, k, c.dtype, c.execution.integer_products) / math.sqrt(q.shape[-1])
+            sown.watch_sign(self, x, c.sign, name)
+        product = ProductConfig(c.dtype, c.sign, integer_products=c.execution.integer_products)
+        probs = softmax(products.binary_scores(q, k, product) / math.sqrt(q.shape[-1]))
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
-        probs = softmax(scores)
-        codes = quantize.prob_codes(probs, scale)
+        codes, scale = used = quantize_probs(probs, scale)
         sown.watch_heads(self, codes)
-        # The codes' gradient rule already accounts for the scale: see quantize.prob_codes.
-        scale = lax.stop_gradient(scale)
-        attention = Attention(probs, codes * scale)
         if train and c.attention_dropout > 0:
             kept = 1 - c.attention_dropout
-            # What is left stays in {0, 1}, so that the product stays exact.
+            # The codes stay in {0, 1}, and their product exact; the scale is corrected instead.
             codes = codes * jax.random.bernoulli(self.make_rng("dropout"), kept, codes.shape)
             scale = scale / kept  # not in place: outside of jit it may be the caller's own array
-        return products.binary_context(codes, v, c.dtype, c.execution.integer_products) * scale, attention
+        context = products.binary_context(codes, v, product) * scale
+        return context, Attention(probs, used.dequantize())
 
     def _attend_real(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
         c = self.config
@@ -212,20 +223,20 @@ class BinaryFeedForward(nn.Module):
         return BinaryUnit(width, self.config, name="contract")(u, shortcut, train=train)
 
     def _packs(self, x: Array, train: bool) -> bool:
-        """Returns whether the packed computation is wanted, the same as the plain one, and faster."""
+        """Returns whether packing is asked for, gives the results of the plain computation, and is faster."""
         c = self.config
         if not c.execution.packed or self.is_initializing() or sown.watched(self):
             return False
-        binary = c.weight_bits == c.act_bits == 1 and c.norm == "batch_norm"
+        binary = c.weight_bits == c.act_bits == 1 and c.sign.forward is jnp.sign and c.norm == "batch_norm"
         unrounded = x.dtype == c.dtype == accumulator_dtype(c.dtype)
         if not train:
             return binary and unrounded
-        # What the statistics cost does not depend on the number of tokens.
+        # The cost of the statistics does not depend on the number of tokens.
         pays = x.shape[0] * x.shape[1] >= self.mlp_dim
         return binary and unrounded and pays and not c.batch_norm_group
 
     def _packed(self, x: Array, train: bool) -> Array:
-        """Does what the units do, with the variables that they have made."""
+        """Computes the two units from the variables that they made in ``init``."""
         names, epsilon = ("expand", "contract"), self.config.norm_epsilon
         units = [packed_unit(self.variables["params"][name]) for name in names]
         running = [self.variables["batch_stats"][name]["norm"] for name in names]
@@ -233,7 +244,7 @@ class BinaryFeedForward(nn.Module):
         if not train:
             moments = [packed_feed_forward.Moments(**norm) for norm in running]
             return packed_feed_forward.inference(tokens, units, moments, epsilon).reshape(x.shape)
-        y, *moments = packed_feed_forward.feed_forward(tokens, *units, epsilon)
+        y, *moments = packed_feed_forward.feed_forward(tokens, *units, self.config.sign, epsilon)
         for name, norm, batch in zip(names, running, moments, strict=True):
             norm = advance_statistics(norm, batch.mean, batch.var, tokens.shape[0])
             self.put_variable("batch_stats", name, {"norm": norm})
@@ -241,8 +252,7 @@ class BinaryFeedForward(nn.Module):
 
 
 def packed_unit(params: Mapping[str, Any]) -> packed_feed_forward.Unit:
-    """Returns the parameters of a `BinaryUnit` as `bvit_jax.models.execution.packed_feed_forward` takes
-    them."""
+    """Returns the parameters of a `BinaryUnit` for `bvit_jax.models.execution.packed_feed_forward`."""
     return packed_feed_forward.Unit(**params["dense"], **params["norm"], **params["rprelu"])
 
 

@@ -6,13 +6,13 @@ names or tuples of numbers. The checks raise `UserError` with a message that nam
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from bvit_jax.errors import UserError
+from bvit_jax.errors import UserError, nearest
 from bvit_jax.models.execution.stages import Execution
 
 MAX_SIZE = 1 << 24  # of anything: a larger value is damage
@@ -78,6 +78,12 @@ def require(condition: bool, key: str, value: Any, expected: str) -> None:
     """Raises `UserError` unless ``condition`` holds."""
     if not condition:
         raise UserError(f"config.model.{key} is {value!r}: {expected}")
+
+
+def require_known(key: str, value: str, known: Iterable[str]) -> None:
+    """Requires one of some names; the message has the nearest one."""
+    if value not in known:
+        raise UserError(f"config.model.{key} is {value!r}" + nearest(value, known))
 
 
 def require_choice(key: str, value: Any, choices: Sequence[Any]) -> None:

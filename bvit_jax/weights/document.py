@@ -14,6 +14,8 @@ from bvit_jax.models import current_name
 from bvit_jax.weights.preprocessing import Preprocessing
 
 KEY = "bvit_jax"  # in the files of other formats, and the value of "format" in ours
+# Settings added later, whose default changes nothing and is not written: older versions read the files too.
+LATER = {"estimator": "parabola"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Document:
             "format": KEY,
             "version": version("bvit_jax"),
             "naming": self.naming,
-            "model": dict(self.model),
+            "model": {key: value for key, value in self.model.items() if LATER.get(key) != value},
             "preprocessing": dataclasses.asdict(self.preprocessing),
             "class_names": list(self.class_names),
             "history": [dict(entry) for entry in self.history],

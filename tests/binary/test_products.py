@@ -1,18 +1,23 @@
 """Binary products against the plain path: quantise, then multiply in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax.binary import products, quantize
+from bvit_jax.binary import products
+from bvit_jax.binary.products import ProductConfig
+from bvit_jax.binary.weights import CONV, DENSE, weight_scale
 from bvit_jax.layers import dense
+from tests import slow
 
 DTYPES = ("float64", "float32", "bfloat16")
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
-RULES = {
-    "dense": (products.DENSE, quantize.binarize_dense, (20, 12)),
-    "conv": (products.CONV, quantize.binarize_conv, (2, 2, 5, 12)),
+RULES = {  # with their centring and the shape of a kernel
+    "dense": (DENSE, True, (20, 12)),
+    "conv": (CONV, False, (2, 2, 5, 12)),
 }
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -36,12 +41,10 @@ def assert_close(actual, expected, tolerance):
 # --- products with weights ---------------------------------------------------------------------
 
 
-def plain_product(rule_name, binary_input):
-    binarize = RULES[rule_name][1]
-
+def plain_product(rule_name, smooth):
     def product(x, move, kernel):
-        x = quantize.sign(x + move) if binary_input else x + move
-        return x @ binarize(kernel).reshape(x.shape[-1], -1)
+        x = x + move if smooth is None else slow.sign(x + move, smooth)
+        return x @ slow.one_bit(kernel, RULES[rule_name][1]).reshape(x.shape[-1], -1)
 
     return product
 
@@ -55,16 +58,20 @@ def product_inputs(rule_name):
     return x, move, kernel
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("binary_input", [True, False])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "float64") for name in slow.SMOOTH] + [(n, d) for n in ("parabola", "real") for d in DTYPES[1:]],
+)
 @pytest.mark.parametrize("rule_name", RULES)
-def test_binary_product_equals_the_plain_path(rule_name, binary_input, dtype):
+def test_binary_product_equals_the_plain_path(rule_name, name, dtype):
+    """For each estimator, and for a real input."""
+    estimator, smooth = slow.SMOOTH.get(name, (products.PARABOLA, None))
     x, move, kernel = product_inputs(rule_name)
     gradient = np.round(numbers(3, 7, 12, seed=3) * 64) / 64
-    config = products.ProductConfig(RULES[rule_name][0], binary_input, jnp.dtype(dtype))
+    config = ProductConfig(jnp.dtype(dtype), estimator, binary_input=smooth is not None)
     parameter_dtype = products.accumulator_dtype(dtype)
     y, gradients = forward_and_gradients(
-        lambda x, move, kernel: products.binary_product(x, move, kernel, config),
+        lambda *arguments: products.binary_product(*arguments, RULES[rule_name][0], config),
         gradient,
         jnp.array(x, dtype),
         jnp.array(move, parameter_dtype),
@@ -73,10 +80,10 @@ def test_binary_product_equals_the_plain_path(rule_name, binary_input, dtype):
     assert y.dtype == parameter_dtype
     assert [g.dtype for g in gradients] == [dtype, parameter_dtype, parameter_dtype]
 
-    plain = plain_product(rule_name, binary_input)
+    plain = plain_product(rule_name, smooth)
     expected, expected_gradients = forward_and_gradients(plain, gradient, *map(jnp.array, (x, move, kernel)))
     # A real operand is rounded to the compute dtype; binary ones are exact in all of them.
-    assert_close(y, expected, TOLERANCE["float32" if binary_input and dtype != "float64" else dtype])
+    assert_close(y, expected, TOLERANCE["float32" if smooth and dtype != "float64" else dtype])
     for actual, wanted in zip(gradients, expected_gradients):
         assert_close(actual, wanted, TOLERANCE[dtype])
 
@@ -86,13 +93,13 @@ def test_binary_product_equals_the_plain_path(rule_name, binary_input, dtype):
 def test_binary_forward_is_bit_identical(rule_name, dtype):
     x, move, kernel = product_inputs(rule_name)
     rule = RULES[rule_name][0]
-    config = products.ProductConfig(rule, True, jnp.dtype(dtype))
+    config = ProductConfig(jnp.dtype(dtype))
     accumulator = products.accumulator_dtype(dtype)
     kernel = jnp.array(kernel, accumulator)
-    y = products.binary_product(jnp.array(x, dtype), jnp.array(move, accumulator), kernel, config)
+    y = products.binary_product(jnp.array(x, dtype), jnp.array(move, accumulator), kernel, rule, config)
     codes = np.asarray(rule.codes(kernel), np.float64).reshape(20, 12)
-    whole = np.sign(x + move) @ codes
-    expected = jnp.array(whole, accumulator) * quantize.weight_scale(kernel)
+    integers = np.sign(x + move) @ codes
+    expected = jnp.array(integers, accumulator) * weight_scale(kernel)
     np.testing.assert_array_equal(np.asarray(y), np.asarray(expected))
 
 
@@ -104,24 +111,24 @@ def test_long_sums_are_exact_in_bfloat16(compiled):
     kernel = kernel - jnp.mean(kernel, axis=0)
     x[0] = np.sign(kernel[:, 0])  # the largest sum there is, not a bfloat16 number
     x[0, 0] = 0
-    scale = quantize.weight_scale(kernel)
-    config = products.ProductConfig(products.DENSE, True, jnp.bfloat16)
+    scale = weight_scale(kernel)
+    config = ProductConfig(jnp.bfloat16)
     move = jnp.zeros(2048, jnp.float32)
     product = products.binary_product  # one by one, XLA keeps no excess precision
-    product = jax.jit(product, static_argnums=3) if compiled else product
-    y = product(jnp.array(x, jnp.bfloat16), move, kernel, config)
-    whole = np.sign(x) @ np.sign(np.asarray(kernel, np.float64))
-    assert whole.max() == 2047
-    np.testing.assert_array_equal(y, jnp.array(whole, jnp.float32) * scale)
+    product = jax.jit(product, static_argnums=(3, 4)) if compiled else product
+    y = product(jnp.array(x, jnp.bfloat16), move, kernel, DENSE, config)
+    integers = np.sign(x) @ np.sign(np.asarray(kernel, np.float64))
+    assert integers.max() == 2047
+    np.testing.assert_array_equal(y, jnp.array(integers, jnp.float32) * scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_before_the_sign_gives_zero(dtype):
     move = jnp.array(np.round(numbers(8) * 16) / 16, products.accumulator_dtype(dtype))
     x = jnp.broadcast_to(-move, (2, 8)).astype(dtype)
-    config = products.ProductConfig(products.DENSE, True, jnp.dtype(dtype))
+    config = ProductConfig(jnp.dtype(dtype))
     kernel = jnp.array(numbers(8, 3), move.dtype)
-    assert not products.binary_product(x, move, kernel, config).any()
+    assert not products.binary_product(x, move, kernel, DENSE, config).any()
 
 
 def test_rounding_makes_no_zeros_before_the_sign():
@@ -129,10 +136,10 @@ def test_rounding_makes_no_zeros_before_the_sign():
     x, move = jnp.full((1, 4), -1, jnp.bfloat16), jnp.full(4, 1.001, jnp.float32)
     assert not (x + move.astype(jnp.bfloat16)).any()
     kernel = jnp.array([[1.0, -3], [2, 4], [-5, 6], [4, -1]], jnp.float32)
-    config = products.ProductConfig(products.DENSE, True, jnp.bfloat16)
-    y = products.binary_product(x, move, kernel, config)
+    config = ProductConfig(jnp.bfloat16)
+    y = products.binary_product(x, move, kernel, DENSE, config)
     codes = np.sign(kernel - np.mean(kernel, axis=0))
-    np.testing.assert_array_equal(y, codes.sum(axis=0, keepdims=True) * quantize.weight_scale(kernel))
+    np.testing.assert_array_equal(y, codes.sum(axis=0, keepdims=True) * weight_scale(kernel))
 
 
 # --- against PyTorch ---------------------------------------------------------------------------
@@ -176,40 +183,48 @@ def check_layer(layer, case, kernel, to_torch, channels_last, tokens):
 # --- products inside attention -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_equal_the_plain_path(dtype, whole):
+ATTENTION_CASES = pytest.mark.parametrize(
+    ("name", "dtype", "integers"),
+    [(name, "float64", False) for name in slow.SMOOTH]
+    + [("parabola", "float32", True), ("parabola", "bfloat16", True), ("parabola", "bfloat16", False)],
+)
+
+
+@ATTENTION_CASES
+def test_scores_equal_the_plain_path(name, dtype, integers):
     q, k = (np.round(numbers(2, n, 3, 8, seed=n) * 64) / 64 for n in (5, 6))
     q[0, 0], k[0, 1] = 0, -1
     gradient = np.round(numbers(2, 3, 5, 6) * 64) / 64
 
-    def plain(q, k):
-        return jnp.einsum("bqhd,bkhd->bhqk", quantize.sign(q), quantize.sign(k))
+    def plain(smooth, q, k):
+        return jnp.einsum("bqhd,bkhd->bhqk", slow.sign(q, smooth), slow.sign(k, smooth))
 
-    check_attention(plain, products.binary_scores, dtype, whole, gradient, q, k)
+    check_attention(plain, products.binary_scores, name, dtype, integers, gradient, q, k)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_context_equals_the_plain_path(dtype, whole):
+@ATTENTION_CASES
+def test_context_equals_the_plain_path(name, dtype, integers):
     codes = np.random.default_rng(0).integers(0, 2, (2, 3, 5, 6)).astype(np.float64)
     v = np.round(numbers(2, 6, 3, 8) * 64) / 64
     v[0, 0] = 0
     gradient = np.round(numbers(2, 5, 3, 8, seed=1) * 64) / 64
 
-    def plain(codes, v):
-        return jnp.einsum("bhqk,bkhd->bqhd", codes, quantize.sign(v))
+    def plain(smooth, codes, v):
+        return jnp.einsum("bhqk,bkhd->bqhd", codes, slow.sign(v, smooth))
 
-    check_attention(plain, products.binary_context, dtype, whole, gradient, codes, v)
+    check_attention(plain, products.binary_context, name, dtype, integers, gradient, codes, v)
 
 
-def check_attention(plain, product, dtype, whole, gradient, *arguments):
+def check_attention(plain, product, name, dtype, integers, gradient, *arguments):
+    estimator, smooth = slow.SMOOTH[name]
+    config = ProductConfig(jnp.dtype(dtype), estimator, integer_products=integers)
     accumulator = products.accumulator_dtype(dtype)
     y, gradients = forward_and_gradients(
-        lambda *a: product(*a, jnp.dtype(dtype), whole),
+        lambda *a: product(*a, config),
         gradient,
         *(jnp.array(a, accumulator) for a in arguments),
     )
+    plain = partial(plain, smooth)
     expected, expected_gradients = forward_and_gradients(plain, gradient, *map(jnp.array, arguments))
     assert y.dtype == accumulator
     np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(expected))

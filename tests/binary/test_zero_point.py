@@ -8,13 +8,10 @@ from jax import lax
 
 from bvit_jax.binary import products
 from bvit_jax.binary import zero_point as quantize
+from bvit_jax.binary.weights import CONV
+from tests import slow
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-def straight_through(value, x):
-    """Returns ``value`` with the gradient of ``x``."""
-    return x + lax.stop_gradient(value - x)
 
 
 def slow_quantizer(x, scale, zero_point):
@@ -22,10 +19,10 @@ def slow_quantizer(x, scale, zero_point):
     factor = 1 / np.sqrt(x.size)
     scale = lax.stop_gradient(scale * (1 - factor)) + scale * factor
     zero_point = lax.stop_gradient(zero_point * (1 - factor)) + zero_point * factor
-    rounded = straight_through(jnp.round(zero_point), zero_point)
+    rounded = slow.with_gradient_of(zero_point, jnp.round(zero_point))
     u = x / scale + rounded
-    clamped = jnp.where(jnp.abs(u) <= 1, u, lax.stop_gradient(jnp.sign(u)))
-    return (straight_through(jnp.sign(clamped), clamped) - rounded) * scale
+    clamped = slow.clipped(u)
+    return (slow.with_gradient_of(clamped, jnp.sign(clamped)) - rounded) * scale
 
 
 def quantizer(x, scale, zero_point):
@@ -67,7 +64,7 @@ def test_edges_of_the_codes():
     np.testing.assert_array_equal(to_x, [1, 1, 1, 0, 0, 0, 0])
     assert to_scale == 0  # 1 - 1: what lies outside gives none
     assert to_zero_point == -4
-    # Half to even, and the learned zero is where the sign is 0.
+    # Half to even; the sign is 0 at the learned zero.
     np.testing.assert_array_equal(quantize.zero_point_codes(x[:3], one, jnp.array(0.5)), [-1, 0, 1])
     np.testing.assert_array_equal(quantize.zero_point_codes(x[:3], one, jnp.array(-1.4)), [0, 0, 1])
     assert jnp.isnan(quantize.zero_point_codes(jnp.array(jnp.nan), one, zero))
@@ -103,22 +100,17 @@ def test_clip_of_the_output():
 def test_weights_and_inputs_of_the_linear_layers():
     """The product of the binary layers is that of the spelled-out weights and signs."""
 
-    def slow(x, kernel):
-        scale = lax.stop_gradient(jnp.mean(jnp.abs(kernel), axis=0))
-        clamped = jnp.where(jnp.abs(kernel) <= 1, kernel, lax.stop_gradient(jnp.sign(kernel)))
-        inside = jnp.where(jnp.abs(x) <= 1, x, lax.stop_gradient(jnp.sign(x)))
-        parabola = 2 * inside - inside * jnp.abs(inside)
-        weights = straight_through(jnp.sign(kernel) * scale, clamped)
-        return straight_through(jnp.sign(x), parabola) @ weights
+    def plain(x, kernel):
+        return slow.sign(x) @ slow.one_bit(kernel, centre=False)
 
     def fast(x, kernel):
-        config = products.ProductConfig(products.CONV, True, jnp.float64)
-        return products.binary_product(x, jnp.zeros(x.shape[-1]), kernel, config)
+        config = products.ProductConfig(jnp.float64)
+        return products.binary_product(x, jnp.zeros(x.shape[-1]), kernel, CONV, config)
 
     x, kernel, gradient = draw(3, 5, 7), 0.8 * draw(7, 4, seed=1), draw(3, 5, 4, seed=2)
     assert jnp.any(jnp.abs(kernel) > 1)
     actual, actual_pullback = jax.vjp(fast, x, kernel)
-    expected, expected_pullback = jax.vjp(slow, x, kernel)
+    expected, expected_pullback = jax.vjp(plain, x, kernel)
     np.testing.assert_allclose(actual, expected, rtol=1e-13)
     for a, b in zip(actual_pullback(gradient), expected_pullback(gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)

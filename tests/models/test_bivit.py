@@ -9,7 +9,7 @@ import pytest
 from jax.lax import stop_gradient
 
 from bvit_jax import models
-from bvit_jax.binary.quantize import sign_slope
+from bvit_jax.binary.estimators import PARABOLA
 from bvit_jax.errors import UserError
 from bvit_jax.layers.dense import BitDense
 from bvit_jax.layers.kernels import noted_kernels
@@ -73,7 +73,7 @@ def test_probabilities_against_a_slow_formulation():
 
     def fast(probs, parameter):
         quantized = paper.HeadProbs(axis=1).apply({"params": {"scale": parameter}}, probs)
-        return (quantized.codes @ v) * quantized.scale
+        return (quantized.values @ v) * quantized.scale
 
     actual, pullback = jax.vjp(fast, probs, parameter)
     expected, slow_pullback = jax.vjp(slow, probs, parameter)
@@ -96,7 +96,7 @@ def test_signs_against_a_slow_formulation():
     def fast(x, scale):
         variables = {"params": {"scale": scale}, "batch_stats": {"init_state": jnp.ones(1)}}
         quantized = paper.HeadSigns(axis=2).apply(variables, x)
-        return quantized.codes * quantized.scale
+        return quantized.values * quantized.scale
 
     actual, pullback = jax.vjp(fast, x, scale)
     expected, slow_pullback = jax.vjp(slow, x, scale)
@@ -113,11 +113,11 @@ def test_a_scale_below_the_floor_leaves_a_head_alive(value):
 
     def total(parameter):
         quantized = module.apply({"params": {"scale": parameter}}, probs)
-        return jnp.sum(quantized.codes * quantized.scale), quantized
+        return jnp.sum(quantized.values * quantized.scale), quantized
 
     gradient, quantized = jax.grad(lambda s: (-total(s)[0], total(s)[1]), has_aux=True)(jnp.array([value]))
     np.testing.assert_allclose(quantized.scale, paper.LEAST_SCALE / 5, rtol=1e-6)
-    assert quantized.codes.any()
+    assert quantized.values.any()
     assert gradient[0] < 0  # a descent raises it
 
 
@@ -295,8 +295,8 @@ def test_slope_is_that_of_the_other_binary_products():
     x = jnp.linspace(-1.5, 1.5, 7)
     module = paper.HeadSigns(axis=0)
     variables = {"params": {"scale": jnp.full(7, 3.0)}, "batch_stats": {"init_state": jnp.ones(1)}}
-    gradient = jax.grad(lambda x: jnp.sum(module.apply(variables, x).codes))(x)
-    np.testing.assert_allclose(gradient, sign_slope(x))
+    gradient = jax.grad(lambda x: jnp.sum(module.apply(variables, x).values))(x)
+    np.testing.assert_allclose(gradient, PARABOLA.slope(x))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bvit_jax.binary import products
+from bvit_jax.binary.weights import CONV
 from bvit_jax.layers import closed_form, grid
 from bvit_jax.layers.norm import BatchNorm
 from bvit_jax.models.execution import grid_products
@@ -24,12 +25,10 @@ def test_integer_products_are_the_same_bits(rule_name, binary_input, dtype):
     gradient = numbers(3, 7, 12, seed=3)
 
     def run(whole):
-        config = products.ProductConfig(
-            RULES[rule_name][0], binary_input, jnp.dtype(dtype), integer_products=whole
-        )
+        config = products.ProductConfig(jnp.dtype(dtype), binary_input=binary_input, integer_products=whole)
         arguments = x, move.astype(parameter), kernel.astype(parameter)
         return forward_and_gradients(
-            lambda x, move, kernel: products.binary_product(x, move, kernel, config), gradient, *arguments
+            lambda *a: products.binary_product(*a, RULES[rule_name][0], config), gradient, *arguments
         )
 
     for whole, plain in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
@@ -48,10 +47,10 @@ def test_whole_dtype_holds_the_largest_sum(terms, dtype):
 
 @pytest.mark.parametrize("terms", [127, 128, 300])
 def test_the_largest_sums_are_exact(terms):
-    config = products.ProductConfig(products.CONV, True, jnp.float32, integer_products=True)
+    config = products.ProductConfig(jnp.float32, integer_products=True)
     signs = np.where(np.arange(terms) % 2, 1.0, -1.0).astype(np.float32)
     x = jnp.array([signs, -signs])
-    y = products.binary_product(x, jnp.zeros(terms), jnp.array(signs)[:, None], config)
+    y = products.binary_product(x, jnp.zeros(terms), jnp.array(signs)[:, None], CONV, config)
     np.testing.assert_array_equal(y, [[terms], [-terms]])
 
 

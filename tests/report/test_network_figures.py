@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from bvit_jax import models
 from bvit_jax.augment.normalization import Normalization
-from bvit_jax.binary import products, quantize
+from bvit_jax.binary.weights import BITS, CONV, DENSE
 from bvit_jax.layers import kernels as signs
 from bvit_jax.layers.dense import BinaryDense
 from bvit_jax.models.windows import Window
@@ -116,7 +116,7 @@ def test_latent_weights_and_the_share_inside(name):
 
 def test_what_a_rule_takes_the_sign_of():
     kernel = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
-    for rule in (products.DENSE, products.CONV, products.BITS):
+    for rule in (DENSE, CONV, BITS):
         np.testing.assert_array_equal(np.sign(rule.centred(kernel)), rule.codes(kernel))
         np.testing.assert_array_equal(np.abs(rule.centred(kernel)) <= 1, rule.window(kernel))
 
@@ -314,6 +314,6 @@ def test_nothing_is_told_unasked():
     assert list(variables) == ["params"]
     _, told = layer.apply(variables, x, mutable=["balance"])
     assert list(told) == ["balance"]
-    np.testing.assert_allclose(told["balance"]["positive"][""], np.mean(quantize.sign(x) > 0, axis=(0, 1)))
+    np.testing.assert_allclose(told["balance"]["positive"][""], np.mean(x > 0, axis=(0, 1)))
     _, told = layer.apply(variables, x, mutable=["health"])
     assert list(told) == ["health"]

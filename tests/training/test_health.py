@@ -15,7 +15,8 @@ from bvit_jax.augment.augmentation import Augmentation
 from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing
 from bvit_jax.augment.normalization import Normalization
-from bvit_jax.binary import products
+from bvit_jax.binary.estimators import PARABOLA
+from bvit_jax.binary.weights import CONV, DENSE
 from bvit_jax.layers import dense, sown
 from bvit_jax.layers import kernels as signs
 from bvit_jax.models.blocks import BinaryAttention
@@ -98,7 +99,7 @@ def program():
 
 # --- weights -----------------------------------------------------------------------------------
 
-KERNELS = {("a", "dense"): products.DENSE, ("conv",): products.CONV}
+KERNELS = {("a", "dense"): DENSE, ("conv",): CONV}
 
 
 def params_of(dense, conv):
@@ -167,7 +168,7 @@ def test_layers_are_found_where_blocks_are_rematerialised():
     x = jnp.linspace(-2, 2, 24).reshape(2, 3, 4)
     with signs.noted_kernels() as kernels:
         variables = Remat().init(KEY, x)
-    assert kernels == {("dense",): products.DENSE}
+    assert kernels == {("dense",): DENSE}
     assert list(variables) == ["params"]
     _, found = Remat().apply(variables, x, mutable=[sown.COLLECTION])
     assert float(found["health"]["dense"]["active_inputs"][""]) == 0.5
@@ -254,7 +255,7 @@ class Told(nn.Module):
     """A layer that reports whatever it is given."""
 
     def __call__(self, x):
-        sown.watch_sign(self, x)
+        sown.watch_sign(self, x, PARABOLA)
         sown.watch_heads(self, x)
 
 

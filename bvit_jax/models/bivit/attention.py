@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from bvit_jax.binary import products, zero_point
+from bvit_jax.binary.codes import Codes
 from bvit_jax.layers import sown
 from bvit_jax.layers.norm import LayerNorm
 from bvit_jax.models.head import Attention
@@ -18,14 +19,7 @@ from bvit_jax.models.transformer import Attend, TransformerBlock, TransformerCon
 HEAD_NORM_EPSILON = 1e-5
 
 
-class Quantized(NamedTuple):
-    """A tensor as ``codes * scale``; the codes are whole numbers, the scale broadcasts against them."""
-
-    codes: Array
-    scale: Array
-
-
-Quantize = Callable[[Any, Array, str, bool], Quantized]
+Quantize = Callable[[Any, Array, str, bool], Codes]
 
 
 @dataclass(frozen=True)
@@ -53,19 +47,19 @@ class QuantizedAttention:
         scores = _product(c, queries, keys, "bqhd,bkhd->bhqk") / math.sqrt(q.shape[-1])
         probs = block.probabilities(scores)
         used = self.probs(c, probs, "prob_act", first_batch)
-        sown.watch_heads(block, used.codes)
+        sown.watch_heads(block, used.values)
         kept = used
         if train and c.attention_dropout > 0:
             rate = 1 - c.attention_dropout
-            mask = jax.random.bernoulli(block.make_rng("dropout"), rate, used.codes.shape)
-            kept = Quantized(used.codes * mask, used.scale / rate)
+            mask = jax.random.bernoulli(block.make_rng("dropout"), rate, used.values.shape)
+            kept = Codes(used.values * mask, used.scale / rate)
         context = _product(c, kept, values, "bhqk,bkhd->bqhd")
-        return context, Attention(probs, used.codes * used.scale)
+        return context, Attention(probs, used.dequantize())
 
 
-def _product(config: TransformerConfig, a: Quantized, b: Quantized, equation: str) -> Array:
+def _product(config: TransformerConfig, a: Codes, b: Codes, equation: str) -> Array:
     """Returns the product of two tensors with a scale per head, in any of the axes of ``equation``."""
-    y = products.code_product(a.codes, b.codes, equation, config.dtype)
+    y = products.code_product(a.values, b.values, equation, config.dtype)
     scale = a.scale.reshape(-1) * b.scale.reshape(-1)
     heads = equation.partition("->")[2].index("h")
     return y * jnp.expand_dims(scale, tuple(i for i in range(4) if i != heads))

@@ -18,17 +18,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from bvit_jax.binary import products, quantize
+from bvit_jax.binary import products
+from bvit_jax.binary.codes import Codes
+from bvit_jax.binary.estimators import ESTIMATORS, PARABOLA, Estimator, straight_through
+from bvit_jax.binary.probabilities import above, quantize_probs
+from bvit_jax.binary.weights import BITS, WeightRule, binarize, weight_scale
 from bvit_jax.binary.zero_point import learned_step
 from bvit_jax.layers import sown
 from bvit_jax.layers.dense import BitDense
 from bvit_jax.layers.init import kernel_init
 from bvit_jax.models import transformer
-from bvit_jax.models.bivit.attention import Quantized, QuantizedAttention, clipped_gelu, with_head_norms
+from bvit_jax.models.bivit.attention import QuantizedAttention, clipped_gelu, with_head_norms
 from bvit_jax.models.bivit.first_values import learned_values
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.head import Attention
-from bvit_jax.models.settings import Family, require_choice
+from bvit_jax.models.settings import Family, require_choice, require_known
 from bvit_jax.models.swin import Swin
 from bvit_jax.models.transformer import Layers, TransformerBlock, TransformerConfig
 
@@ -43,16 +47,24 @@ class BiViTConfig(TransformerConfig):
 
     Attributes:
       act_bits: 1, or 32 for real activations, attention included: then only weights are binary.
+      estimator: the gradient of every sign of activations, a name in `bvit_jax.binary.ESTIMATORS`.
       learned_scale: whether attention probabilities have a learned scale; else it is 1.
     """
 
     act_bits: int = 1
+    estimator: str = "parabola"
     learned_scale: bool = True
 
     def validate(self) -> None:
         """Raises `UserError` for a value out of range."""
         super().validate()
         require_choice("act_bits", self.act_bits, (1, 32))
+        require_known("estimator", self.estimator, ESTIMATORS)
+
+    @property
+    def sign(self) -> Estimator:
+        """The sign of activations, a bit."""
+        return ESTIMATORS[self.estimator].bit
 
 
 class HeadSigns(nn.Module):
@@ -62,16 +74,17 @@ class HeadSigns(nn.Module):
     """
 
     axis: int
+    estimator: Estimator = PARABOLA.bit
 
     @nn.compact
-    def __call__(self, x: Array, *, first_batch: bool = False) -> Quantized:
-        sown.watch_sign(self, x, "", quantize.sign_bit)
+    def __call__(self, x: Array, *, first_batch: bool = False) -> Codes:
+        sown.watch_sign(self, x, self.estimator)
         others = tuple(axis for axis in range(x.ndim) if axis != self.axis)
         mean = lax.stop_gradient(jnp.mean(jnp.abs(x), axis=others))
         first = {"scale": mean}
         values = learned_values(self, {"scale": 1.0}, x.shape[self.axis], lambda: first, first_batch)
         scale = learned_step(values["scale"], x.size)
-        return Quantized(quantize.sign_bit(x), jnp.expand_dims(scale, others))
+        return Codes(straight_through(self.estimator)(x), jnp.expand_dims(scale, others))
 
 
 class HeadProbs(nn.Module):
@@ -85,14 +98,13 @@ class HeadProbs(nn.Module):
     axis: int
 
     @nn.compact
-    def __call__(self, probs: Array) -> Quantized:
+    def __call__(self, probs: Array) -> Codes:
         heads = probs.shape[self.axis]
         scale = self.param("scale", nn.initializers.constant(FIRST_SCALE), (heads,))
-        scale = quantize.above(scale, jnp.asarray(LEAST_SCALE, scale.dtype))
+        scale = above(scale, jnp.asarray(LEAST_SCALE, scale.dtype))
         scale = learned_step(scale, probs.size) / probs.shape[-1]
         scale = jnp.expand_dims(scale, tuple(axis for axis in range(probs.ndim) if axis != self.axis))
-        # The codes' gradient rule already accounts for the scale: see quantize.prob_codes.
-        return Quantized(quantize.prob_codes(probs, scale), lax.stop_gradient(scale))
+        return quantize_probs(probs, scale)
 
 
 class BitReduction(nn.Module):
@@ -102,7 +114,7 @@ class BitReduction(nn.Module):
     own, which could not be taken out of the sum. Returns the accumulator.
     """
 
-    rule: ClassVar[products.WeightRule] = products.BITS
+    rule: ClassVar[WeightRule] = BITS
     weight_bits: ClassVar[int] = 1
 
     features: int
@@ -113,19 +125,20 @@ class BitReduction(nn.Module):
         c = self.config
         fan_in = x.shape[-1]
         kernel = self.param("kernel", kernel_init(c.weight_init, fan_in), (fan_in, self.features))
-        first = {"scale": quantize.weight_scale(kernel)}
+        first = {"scale": weight_scale(kernel)}
         scale = learned_values(self, {"scale": 1.0}, self.features, lambda: first, first_batch)["scale"]
-        codes = quantize.weight_bit(kernel)
+        codes = binarize(kernel, self.rule)
         if c.act_bits == 1:
-            sown.watch_sign(self, x, "", quantize.sign_bit)
-            y = products.code_product(quantize.sign_bit(x), codes, "bnc,cf->bnf", c.dtype)
+            sown.watch_sign(self, x, c.sign)
+            y = products.code_product(straight_through(c.sign)(x), codes, "bnc,cf->bnf", c.dtype)
         else:
             y = products.real_product(x.astype(c.dtype), codes)
         return y * learned_step(scale, kernel.size)
 
 
 def _dense(config: BiViTConfig, features: int, x: Array, name: str) -> Array:
-    return BitDense(features, config.act_bits, config.weight_init, config.dtype, name=name)(x)
+    c = config
+    return BitDense(features, c.act_bits, c.weight_init, c.dtype, c.sign, name=name)(x)
 
 
 def _reduce(config: BiViTConfig, features: int, x: Array, *, first_batch: bool) -> Array:
@@ -133,15 +146,15 @@ def _reduce(config: BiViTConfig, features: int, x: Array, *, first_batch: bool) 
     return y.astype(config.dtype)
 
 
-def _quantize_heads(config: BiViTConfig, x: Array, name: str, first_batch: bool) -> Quantized:
-    return HeadSigns(axis=2, name=name)(x, first_batch=first_batch)
+def _quantize_heads(config: BiViTConfig, x: Array, name: str, first_batch: bool) -> Codes:
+    return HeadSigns(axis=2, estimator=config.sign, name=name)(x, first_batch=first_batch)
 
 
-def _quantize_probs(config: BiViTConfig, probs: Array, name: str, first_batch: bool) -> Quantized:
+def _quantize_probs(config: BiViTConfig, probs: Array, name: str, first_batch: bool) -> Codes:
     if config.learned_scale:
         return HeadProbs(axis=1, name=name)(probs)
     one = jnp.ones((1,) * probs.ndim, probs.dtype)
-    return Quantized(quantize.prob_codes(probs, one), one)
+    return quantize_probs(probs, one)
 
 
 _attend_quantized = QuantizedAttention(_quantize_heads, _quantize_probs)

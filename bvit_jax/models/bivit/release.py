@@ -18,10 +18,11 @@ from jax import Array
 
 from bvit_jax.binary import products
 from bvit_jax.binary import zero_point as quantize
+from bvit_jax.binary.codes import Codes
 from bvit_jax.layers import sown
 from bvit_jax.layers.dense import UncentredDense
 from bvit_jax.layers.init import kernel_init
-from bvit_jax.models.bivit.attention import Quantized, QuantizedAttention, clipped_gelu, with_head_norms
+from bvit_jax.models.bivit.attention import QuantizedAttention, clipped_gelu, with_head_norms
 from bvit_jax.models.bivit.first_values import SEEN, learned_values, unless
 from bvit_jax.models.deit import DeiT
 from bvit_jax.models.settings import Family
@@ -39,7 +40,7 @@ class ZeroPointQuantizer(nn.Module):
     axis: int
 
     @nn.compact
-    def __call__(self, x: Array, *, first_batch: bool = False) -> Quantized:
+    def __call__(self, x: Array, *, first_batch: bool = False) -> Codes:
         size = x.shape[self.axis]
         first = quantize.first_values(x)
         signed = self.variable("batch_stats", "signed", jnp.zeros, (1,))
@@ -59,7 +60,7 @@ class ZeroPointQuantizer(nn.Module):
         codes = quantize.zero_point_codes(x, scale, zero_point)
         if sown.watched(self):  # codes are signs minus the rounded zero point
             sown.watch_balance(self, codes + jnp.round(zero_point), "", self.axis)
-        return Quantized(codes, scale)
+        return Codes(codes, scale)
 
 
 class BinaryReduction(nn.Module):
@@ -82,7 +83,7 @@ class BinaryReduction(nn.Module):
         scale = quantize.learned_step(scale, kernel.size)
         codes = quantize.zero_point_codes(kernel, scale, jnp.zeros_like(scale))
         inputs = ZeroPointQuantizer(axis=-1, name="act")(x, first_batch=first_batch)
-        return products.real_product((inputs.codes * inputs.scale).astype(c.dtype), codes) * scale
+        return products.real_product(inputs.dequantize().astype(c.dtype), codes) * scale
 
 
 def _dense(config: TransformerConfig, features: int, x: Array, name: str) -> Array:
@@ -94,11 +95,11 @@ def _reduce(config: TransformerConfig, features: int, x: Array, *, first_batch: 
     return y.astype(config.dtype)
 
 
-def _quantize_heads(config: TransformerConfig, x: Array, name: str, first_batch: bool) -> Quantized:
+def _quantize_heads(config: TransformerConfig, x: Array, name: str, first_batch: bool) -> Codes:
     return ZeroPointQuantizer(axis=2, name=name)(x, first_batch=first_batch)
 
 
-def _quantize_probs(config: TransformerConfig, probs: Array, name: str, first_batch: bool) -> Quantized:
+def _quantize_probs(config: TransformerConfig, probs: Array, name: str, first_batch: bool) -> Codes:
     return ZeroPointQuantizer(axis=1, name=name)(probs, first_batch=first_batch)
 
 

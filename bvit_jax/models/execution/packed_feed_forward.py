@@ -1,14 +1,18 @@
 """The feed-forward branch of a block with its hidden layer in the caches of a CPU, never in main memory.
 
 The hidden layer, two to eight times as wide as the tokens, is most of what a training step reads and writes.
-Here it exists for some hundred tokens at a time, once forwards and once backwards; what is kept and what goes
-from one part of the computation to the next has the width of the tokens. Three things make that possible:
+Here it exists for some hundred tokens at a time, once in the forward and once in the backward pass; the
+arrays saved between the passes and passed between the parts of the computation have the width of the tokens.
+Three facts make that possible:
 
 - The statistics of a batch norm after a product ``y = C.T s`` of signs need no ``y``: its mean is ``C.T m``
   and its variance the diagonal of ``C.T S C``, with m the mean of the signs and S their covariance.
-- The gradient of that batch norm is linear in ``y``, so that what it does to the gradients of C and s
-  follows from S and from sums over the batch, after the loop over tokens.
-- The product itself is made again in the backward pass: by counting bits it costs less than its storage.
+- The gradient of that batch norm is linear in ``y``: its contribution to the gradients of C and s follows
+  from S and from sums over the batch, after the loop over tokens.
+- The product is computed again in the backward pass: counting bits costs less than storing it.
+
+The slope of the estimator is applied where the input of a sign is at hand, so that any slope is right; signs
+are packed with their zeros, so that the estimator's forward function must be `jnp.sign`.
 
 Within a loop channels come first and tokens last; see `bvit_jax.binary.bits`.
 """
@@ -21,10 +25,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bvit_jax.binary import bits, quantize
-from bvit_jax.binary.products import DENSE
+from bvit_jax.binary import bits
+from bvit_jax.binary.estimators import Estimator
+from bvit_jax.binary.weights import DENSE, weight_scale
 
-NARROW_ROWS, WIDE_VALUES = 1568, 800 * 1024  # of a part: tokens, and values of the hidden layer; measured
+# Tokens per part, and values of the hidden layer per part; measured.
+NARROW_ROWS, WIDE_VALUES = 1568, 800 * 1024
 
 
 class Unit(NamedTuple):
@@ -50,7 +56,7 @@ class Moments(NamedTuple):
 
 
 class _Norm(NamedTuple):
-    """A batch norm and the scale of the weights before it as one affine map of the signs' product."""
+    """A batch norm, with the scale of the weights before it, as one affine map of the signs' product."""
 
     factor: Array
     shift: Array
@@ -58,14 +64,16 @@ class _Norm(NamedTuple):
 
 
 class _Signs(NamedTuple):
-    """Mean (in,) and covariance (in, in), times the number of tokens, of the signs that enter a unit."""
+    """Of the signs that enter a unit: their mean (in,), and covariance times number of tokens (in, in)."""
 
     mean: Array
     scatter: Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def feed_forward(x: Array, expand: Unit, contract: Unit, epsilon: float) -> tuple[Array, Moments, Moments]:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def feed_forward(
+    x: Array, expand: Unit, contract: Unit, estimator: Estimator, epsilon: float
+) -> tuple[Array, Moments, Moments]:
     """Returns the feed-forward branch in training, and the statistics of its two batch norms.
 
     The first unit's shortcut repeats the tokens to the width of the hidden layer; that of the second averages
@@ -75,20 +83,29 @@ def feed_forward(x: Array, expand: Unit, contract: Unit, epsilon: float) -> tupl
       x: (tokens, channels), float32 or float64.
       expand: the unit from channels to the hidden layer.
       contract: the unit back.
+      estimator: whose slope the gradients of the signs have.
       epsilon: of the batch norms.
 
     Returns:
       (tokens, channels), and moments through which no gradient passes.
     """
-    return _forward(x, expand, contract, epsilon)[0]
+    return _forward(x, expand, contract, estimator, epsilon)[0]
 
 
 def inference(x: Array, units: Sequence[Unit], running: Sequence[Moments], epsilon: float) -> Array:
-    """Returns the feed-forward branch in evaluation: as `feed_forward`, with running statistics."""
+    """Returns the feed-forward branch in evaluation: as `feed_forward`, with running statistics.
+
+    Args:
+      x: (tokens, channels), float32 or float64.
+      units: ``expand`` and ``contract``.
+      running: the running statistics of their batch norms, those of the products times the weights' scale.
+      epsilon: of the batch norms.
+
+    Returns:
+      (tokens, channels).
+    """
     expand, contract = units
-    scales = [quantize.weight_scale(unit.kernel) for unit in units]
-    of_signs = [Moments(m.mean / a, m.var / a**2) for m, a in zip(running, scales, strict=True)]
-    norm1, norm2 = (_fold(u, m, epsilon) for u, m in zip(units, of_signs, strict=True))
+    norm1, norm2 = (_fold_running(u, m, epsilon) for u, m in zip(units, running, strict=True))
     weights = _pack_weights(expand), _pack_weights(contract)
 
     def part(_: None, x: Array) -> tuple[None, Array]:
@@ -100,10 +117,13 @@ def inference(x: Array, units: Sequence[Unit], running: Sequence[Moments], epsil
     return _in_parts(part, None, (x,), _wide_rows(x, expand))[1]
 
 
-def _forward(x: Array, expand: Unit, contract: Unit, epsilon: float) -> tuple[tuple, tuple]:
+def _forward(
+    x: Array, expand: Unit, contract: Unit, estimator: Estimator, epsilon: float
+) -> tuple[tuple, tuple]:
+    del estimator  # its forward function is the sign
     signs = _signs(x, expand)
     moments1 = _moments_of_product(signs, expand, x.shape[0])
-    norm1 = _fold(expand, moments1, epsilon)
+    norm1 = _fold(expand, weight_scale(expand.kernel), moments1, epsilon)
     weights = _pack_weights(expand), _pack_weights(contract)
 
     def part(_: None, x: Array) -> tuple[None, tuple[Array, Array]]:
@@ -113,18 +133,20 @@ def _forward(x: Array, expand: Unit, contract: Unit, epsilon: float) -> tuple[tu
     _, (y, pooled) = _in_parts(part, None, (x,), _wide_rows(x, expand))
     mean = jnp.mean(y, axis=0)
     moments2 = Moments(mean, jnp.mean(jnp.square(y - mean), axis=0))
-    norm2 = _fold(contract, moments2, epsilon)
+    norm2 = _fold(contract, weight_scale(contract.kernel), moments2, epsilon)
     shifted = y * norm2.factor + (norm2.shift - contract.move1) + pooled
     out = jnp.maximum(shifted, 0) + contract.slope * jnp.minimum(shifted, 0) + contract.move2
     scaled = _scaled(moments1, expand), _scaled(moments2, contract)
     return (out, *scaled), (x, y - mean, shifted, signs, norm1, norm2, expand, contract)
 
 
-def _backward(epsilon: float, residuals: tuple, gradients: tuple) -> tuple[Array, Unit, Unit]:
+def _backward(
+    estimator: Estimator, epsilon: float, residuals: tuple, gradients: tuple
+) -> tuple[Array, Unit, Unit]:
     x, centred, shifted2, signs, norm1, norm2, expand, contract = residuals
     gradient = gradients[0]
     count, channels = x.shape
-    scale1, scale2 = (quantize.weight_scale(unit.kernel) for unit in (expand, contract))
+    (codes1, scale1), (codes2, scale2) = (DENSE.quantize(unit.kernel) for unit in (expand, contract))
 
     # The second RPReLU and batch norm, at the width of the tokens.
     to_sum2 = jnp.where(shifted2 > 0, gradient, contract.slope * gradient)
@@ -135,7 +157,6 @@ def _backward(epsilon: float, residuals: tuple, gradients: tuple) -> tuple[Array
         to_sum2 - to_bias2 / count - centred * (jnp.square(scale2 * norm2.inverse) * along2 / count)
     )
 
-    codes1, codes2 = DENSE.codes(expand.kernel), DENSE.codes(contract.kernel)
     gain = expand.scale * norm1.inverse
     weights = bits.pack(codes1)
     expansion = expand.kernel.shape[1] // channels
@@ -144,7 +165,7 @@ def _backward(epsilon: float, residuals: tuple, gradients: tuple) -> tuple[Array
         x = x.T
         shifted = _hidden(x, weights, expand, norm1)
         hidden = _rprelu(shifted, expand) + contract.move[:, None]
-        to_signs2 = ((codes2 * scale2) @ to_product2.T) * quantize.sign_slope(hidden)
+        to_signs2 = ((codes2 * scale2) @ to_product2.T) * estimator.slope(hidden)
         to_hidden = to_signs2 + jnp.repeat(to_sum2.T / expansion, expansion, axis=0)
         to_sum1 = jnp.where(shifted > 0, to_hidden, expand.slope[:, None] * to_hidden)
         new = (
@@ -163,7 +184,7 @@ def _backward(epsilon: float, residuals: tuple, gradients: tuple) -> tuple[Array
     )
     to_codes2, along_signs, to_move2, to_bias1, to_slope1 = sums
 
-    # What the first batch norm's own statistics contribute, from the covariance of the signs.
+    # The contribution of the first batch norm's own statistics, from the covariance of the signs.
     along_signs -= jnp.outer(signs.mean, to_bias1)
     along1 = jnp.sum(codes1 * along_signs, axis=0)
     pull = gain * jnp.square(scale1 * norm1.inverse) * along1 / count
@@ -171,7 +192,7 @@ def _backward(epsilon: float, residuals: tuple, gradients: tuple) -> tuple[Array
     between = (codes1 * (scale1 * pull)) @ codes1.T
     shifted1 = x + expand.move
     to_signs1 -= (jnp.sign(shifted1) - signs.mean) @ between + codes1 @ (scale1 * gain * to_bias1 / count)
-    to_shifted1 = to_signs1 * quantize.sign_slope(shifted1)
+    to_shifted1 = to_signs1 * estimator.slope(shifted1)
 
     to_move_hidden = to_move2 + jnp.repeat(jnp.sum(to_sum2, axis=0) / expansion, expansion)
     to_expand = Unit(
@@ -202,7 +223,7 @@ feed_forward.defvjp(_forward, _backward)
 
 
 def _hidden(x: Array, weights: bits.Bits, unit: Unit, norm: _Norm) -> Array:
-    """Returns what enters the first RPReLU, less its first shift, (hidden, tokens) of (channels, tokens)."""
+    """Returns the input of the first RPReLU less its first shift, (hidden, tokens); x (channels, tokens)."""
     signs = bits.pack(x + unit.move[:, None])
     shortcut = (unit.kernel.shape[1] // x.shape[0], 1)
 
@@ -240,17 +261,23 @@ def _pack_weights(unit: Unit) -> bits.Bits:
     return bits.pack(DENSE.codes(unit.kernel))
 
 
-def _fold(unit: Unit, moments: Moments, epsilon: float) -> _Norm:
-    """Returns the affine map of the signs' product whose moments are given."""
-    weight_scale = quantize.weight_scale(unit.kernel)
-    inverse = lax.rsqrt(jnp.square(weight_scale) * moments.var + epsilon)
-    factor = unit.scale * weight_scale * inverse
+def _fold(unit: Unit, scale: Array, moments: Moments, epsilon: float) -> _Norm:
+    """Returns the affine map of the signs' product with given moments, whose scale comes from the weights."""
+    inverse = lax.rsqrt(jnp.square(scale) * moments.var + epsilon)
+    factor = unit.scale * scale * inverse
     return _Norm(factor, unit.bias - factor * moments.mean, inverse)
 
 
+def _fold_running(unit: Unit, moments: Moments, epsilon: float) -> _Norm:
+    """Returns the affine map of the signs' product whose moments, with the scale in them, are given."""
+    scale = weight_scale(unit.kernel)
+    scale = jnp.where(scale == 0, 1, scale)  # a channel whose weights are all zero: its product is zero too
+    return _fold(unit, scale, Moments(moments.mean / scale, moments.var / scale**2), epsilon)
+
+
 def _scaled(moments: Moments, unit: Unit) -> Moments:
-    weight_scale = quantize.weight_scale(unit.kernel)
-    return Moments(moments.mean * weight_scale, moments.var * jnp.square(weight_scale))
+    scale = weight_scale(unit.kernel)
+    return Moments(moments.mean * scale, moments.var * jnp.square(scale))
 
 
 def _signs(x: Array, unit: Unit) -> _Signs:
@@ -286,7 +313,7 @@ def _rows(tokens: int, most: int) -> int:
 
 
 def _in_parts(part: Callable, carry: Any, arrays: Sequence[Array], rows: int) -> tuple[Any, Any]:
-    """Runs ``part(carry, *arrays) -> carry, results`` on so many rows of the arrays at a time."""
+    """Runs ``part(carry, *arrays) -> carry, results`` on ``rows`` rows of the arrays at a time."""
     count = arrays[0].shape[0]
     if rows == count:
         return part(carry, *arrays)
