@@ -7,14 +7,16 @@ from jax import Array
 
 from bvit_jax.layers import closed_form
 
-# Scopes by which `bvit_jax.cost` tells what the operations of a layer are.
+# Scopes by which `bvit_jax.cost` attributes operations to layers.
 ACTIVATION_SCOPE = "activation"
-
 SOFTMAX_SCOPE = "softmax"
 
 
 class RPReLU(nn.Module):
-    """``prelu(x - move1) + move2`` with a slope per channel; slope 0.25 and moves 0 at first."""
+    """``prelu(x - move1) + move2`` with a slope per channel; slopes start at 0.25, moves at 0.
+
+    Takes and returns (..., channels).
+    """
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -26,7 +28,7 @@ class RPReLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """The affine before a residual addition: ``x * alpha + move``, per channel."""
+    """The affine map before a residual addition, ``x * alpha + move`` per channel of (..., channels)."""
 
     alpha_init: float
 
@@ -38,7 +40,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drops a whole sample of a residual branch with probability ``rate`` (stochastic depth).
+    """Drops a residual branch, (batch, ...), per sample with probability ``rate`` (stochastic depth).
 
     A rate that is an array, as in a scan over blocks, may be traced; it must be below 1.
     """

@@ -1,7 +1,7 @@
-"""Layer functions with closed-form gradients that keep only their inputs for the backward pass.
+"""Layer functions with closed-form gradients that save only their inputs for the backward pass.
 
-Automatic differentiation keeps an intermediate array for every operation; in a binary network, whose
-products are cheap, writing and reading those is most of a training step.
+Automatic differentiation saves an intermediate array for every operation; in a binary network, whose products
+are cheap, writing and reading those is most of a training step.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 STATISTICS = "batch_statistics"  # the name by which a rematerialisation policy finds means and variances
-BATCH_NORM_SCOPE = "batch_norm"  # by which `bvit_jax.plan.hlo` tells the collectives of batch norms
+BATCH_NORM_SCOPE = "batch_norm"  # the scope by which `bvit_jax.plan.hlo` finds the collectives of batch norms
 
 
 def _sum_to_channels(x: Array) -> Array:
@@ -21,7 +21,7 @@ def _sum_to_channels(x: Array) -> Array:
 
 @jax.custom_vjp
 def rprelu(x: Array, move1: Array, slope: Array, move2: Array) -> Array:
-    """Returns ``prelu(x - move1) + move2`` with a slope for each channel, the last axis."""
+    """Returns ``prelu(x - move1) + move2``; x (..., channels), the parameters (channels,)."""
     shifted = x - move1
     return jnp.where(shifted > 0, shifted, slope * shifted) + move2
 
@@ -53,7 +53,7 @@ def batch_norm(
       x: (..., C).
       scale, bias: (C,).
       epsilon: added to the variance.
-      shift: None, or a guess of the mean, (C,), to compute mean and variance in one pass; see `moments`.
+      shift: None, or an estimate of the mean, (C,), to compute mean and variance in one pass; see `moments`.
 
     Returns:
       The normalised input, the mean and the variance; no gradient passes through the latter two.
@@ -64,11 +64,11 @@ def batch_norm(
 def moments(x: Array, axes: tuple[int, ...], shift: Array | None = None) -> tuple[Array, Array]:
     """Returns the mean and the biased variance over ``axes``, named `STATISTICS`.
 
-    In two passes: the second one needs the mean of the first, on many devices a second all-reduce. With a
-    ``shift`` s in one: the sums of x - s and of its square, which devices exchange together. The variance is
-    then a difference, var = E[(x - s)^2] - (E[x] - s)^2, in which float32 loses a relative
-    2^-24 · (1 + (E[x] - s)^2 / var): nothing to speak of where s is within some ten standard deviations
-    of the mean, whatever the mean is. The running mean is such a guess.
+    Without a ``shift`` in two passes: the second needs the mean from the first, which on many devices costs a
+    second all-reduce. With a shift s in one pass: the sums of x - s and of its square, which devices exchange
+    together. The variance is then a difference, var = E[(x - s)^2] - (E[x] - s)^2, with a relative error of
+    2^-24 · (1 + (E[x] - s)^2 / var) in float32: negligible where s is within some ten standard deviations of
+    the mean, as the running mean is.
     """
     if shift is None:
         mean = checkpoint_name(jnp.mean(x, axis=axes), STATISTICS)
@@ -116,11 +116,11 @@ batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 def grouped_batch_norm(
     x: Array, scale: Array, bias: Array, epsilon: float, groups: int, shift: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """Normalises each of ``groups`` equal runs of the first axis as `batch_norm` does the whole.
+    """Normalises each of ``groups`` equal parts of the first axis as `batch_norm` does the whole.
 
     Returns:
-      The normalised input, and of each group the mean and the variance, [groups, C]; no gradient passes
-      through the latter two.
+      The normalised input, and mean and variance of each group, (groups, C); no gradient passes through the
+      latter two.
     """
     return _grouped_batch_norm(x, scale, bias, epsilon, groups, shift)
 

@@ -47,7 +47,13 @@ def upsample(x: Array, factor: int) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 @jax.named_scope(POOLING_SCOPE)
 def average_line(x: Array, size: int, axis: int) -> Array:
-    """Averages ``size`` neighbours along one axis, stride 1, the zero padding counted in the mean."""
+    """Averages ``size`` neighbours along one axis with stride 1; zeros beyond the ends count in the mean.
+
+    Args:
+      x: (batch, height, width, channels).
+      size: odd.
+      axis: 1 or 2.
+    """
     reach = size // 2
     padding = [(0, 0)] * x.ndim
     padding[axis] = (reach, reach)
@@ -73,11 +79,11 @@ def tile_channels(x: Array, times: int) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 @jax.named_scope(POOLING_SCOPE)
 def average_row(x: Array, size: int, axis: int) -> Array:
-    """Does to tokens in a row, (batch, tokens, channels), what `average_line` does to their square grid.
+    """Computes `average_line` of a square grid whose tokens are in a row, (batch, tokens, channels).
 
-    Neighbours along axis 1 of the grid are a side apart, those along axis 2 side by side, where they are not
-    the end of one line and the start of the next. A TPU needs no copies for it, as it does to lay tokens out
-    as a grid and back, and reads x once for several lines.
+    Neighbours along axis 1 of the grid are one side of the grid apart in the row; those along axis 2 are
+    adjacent, except at the ends of a line. On a TPU this saves the copies between row and grid, and several
+    lines read x once.
     """
     side, reach = math.isqrt(x.shape[1]), size // 2
     stride = side if axis == 1 else 1

@@ -27,7 +27,7 @@ def torch_uniform(fan_in: int) -> Initializer:
     return init
 
 
-# PyTorch's trunc_normal_ cuts at two units, a hundred of these standard deviations: the cut never bites.
+# PyTorch's trunc_normal_ truncates at ±2, a hundred of these standard deviations: no draw is that large.
 normal_init = nn.initializers.normal(0.02)
 
 

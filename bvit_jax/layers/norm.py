@@ -1,6 +1,6 @@
 """BatchNorm with PyTorch's running statistics, and LayerNorm.
 
-Sums are in float32 (float64 if the input is), which is also what a norm returns.
+Sums are in float32 (float64 if the input is), and so is what a norm returns.
 """
 
 from collections.abc import Mapping
@@ -11,31 +11,34 @@ from flax import linen as nn
 from jax import Array, lax
 
 from bvit_jax.binary.products import accumulator_dtype
-from bvit_jax.errors import UserError
 from bvit_jax.layers import closed_form
 
 NormName = Literal["batch_norm", "layer_norm"]
 
-MOMENTUM = 0.1  # share of a new batch in the running statistics of a batch norm
+MOMENTUM = 0.1  # weight of a new batch in the running statistics of a batch norm
 
 
 class BatchNorm(nn.Module):
     """Batch normalisation over every axis but the last, with PyTorch's running statistics.
 
-    The batch is normalised by its biased variance; the running variance is kept unbiased,
-    n / (n - 1), which linen's own BatchNorm does not do. Under jit over a sharded batch the
-    statistics are those of the global batch. Sums are in float32, or float64 if the input is.
+    The batch is normalised by its biased variance, and the running variance is the unbiased one, n / (n - 1),
+    unlike that of linen's BatchNorm. Under jit over a sharded batch the statistics are those of the global
+    batch. Takes (batch, ..., channels) and returns that shape in the accumulator of the input's dtype.
 
-    With a ``group`` above 0, each so many consecutive images of the batch are normalised by themselves,
-    and the running statistics take the mean over the groups of their means and unbiased variances. Where
-    the images of a group are on one device, normalising needs no communication.
+    Attributes:
+      epsilon: added to the variance.
+      group: number of consecutive images that are normalised together, 0 for the whole batch. The running
+        statistics then take the means over the groups of their means and unbiased variances. Normalising a
+        group whose images are on one device needs no communication.
+      one_pass: whether mean and variance are computed in one pass, relative to the running mean; see
+        `bvit_jax.layers.closed_form.moments`.
 
-    With ``one_pass`` mean and variance come from one pass, relative to the running mean: see
-    `bvit_jax.layers.closed_form.moments`.
+    Raises:
+      ValueError: ``group`` does not divide the batch, in training.
     """
 
     epsilon: float = 1e-5
-    group: int = 0  # images; 0: the whole batch
+    group: int = 0
     one_pass: bool = False
 
     @nn.compact
@@ -64,12 +67,9 @@ class BatchNorm(nn.Module):
         return y
 
     def _groups(self, images: int) -> int:
-        """Returns the number of groups of a batch, 0 where it is not divided."""
+        """Returns the number of groups in a batch, 0 where it is not divided."""
         if self.group and images % self.group:
-            raise UserError(
-                f"config.model.batch_norm_group is {self.group}; expected a divisor of the {images} images"
-                " that pass through the model at once, config.batch_size / config.accumulate_steps"
-            )
+            raise ValueError(f"group is {self.group}; expected a divisor of the {images} images in the batch")
         return images // self.group if self.group else 0
 
 
@@ -79,7 +79,7 @@ def advance_statistics(running: Mapping[str, Array], mean: Array, var: Array, co
     Args:
       running: ``mean`` and ``var``, the latter unbiased, each (channels,).
       mean, var: of the batch, the latter biased.
-      count: values of a channel in the batch.
+      count: number of values per channel in the batch.
     """
     unbiased = var * (count / max(count - 1, 1))
     new = {"mean": mean, "var": unbiased}
@@ -99,10 +99,7 @@ class LayerNorm(nn.LayerNorm):
 def make_norm(
     norm: NormName, epsilon: float, name: str, group: int = 0, one_pass: bool = False
 ) -> BatchNorm | LayerNorm:
-    """Returns the module called ``name`` that normalises in the binary models.
-
-    ``group`` and ``one_pass`` are those of `BatchNorm`; a `LayerNorm` has none.
-    """
+    """Returns a norm called ``name``; ``group`` and ``one_pass`` are those of `BatchNorm`."""
     if norm == "batch_norm":
         return BatchNorm(epsilon=epsilon, group=group, one_pass=one_pass, name=name)
     return LayerNorm(epsilon=epsilon, name=name)

@@ -182,8 +182,8 @@ def test_wrong_settings_are_named(settings, message):
         models.create_model({"name": "react_deit", **TINY, **settings})
 
 
-def test_a_group_that_does_not_divide_the_batch_is_named():
+def test_a_group_that_does_not_divide_the_batch_is_refused():
     x, _, variables = inputs()
-    with pytest.raises(UserError, match=r"config.model.batch_norm_group is 5; expected a divisor of the 12"):
+    with pytest.raises(ValueError, match=r"group is 5; expected a divisor of the 12 images"):
         BatchNorm(group=5).apply(variables, x, train=True, mutable=["batch_stats"])
     BatchNorm(group=5).apply(variables, x, train=False)
