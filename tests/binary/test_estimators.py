@@ -156,7 +156,7 @@ def test_gradients_of_a_layer_follow_the_slope(name, monkeypatch):
 def test_gradients_of_a_block_follow_the_slope(monkeypatch):
     """Attention and both feed-forward branches, plain and packed."""
     monkeypatch.setitem(ESTIMATORS, "cauchy", slow.CAUCHY)
-    x, weights = draw(4, 4, 8), draw(4, 4, 8, seed=1)
+    x, weights = draw(2, 16, 8), draw(2, 16, 8, seed=1)
 
     def block(**settings):
         config = BlockConfig(dtype=jnp.float64, pool_branches=(), **settings)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ TINY = models.model_config(
     num_heads=(1,),
     mlp_dim=(16,),
     reduction=(2,),
+    pool_branches=(),
 )
 
 
@@ -89,8 +91,9 @@ def evaluated(module: BinaryFeedForward, variables: dict, x: Array) -> Array:
     return jax.jit(lambda variables, x: module.apply(variables, x, train=False))(variables, x)
 
 
-def disturbed(variables: dict) -> dict:
-    """Moves every parameter and statistic away from its initial value."""
+def initial(module: Any, x: Array) -> dict:
+    """Returns the variables of a module, each moved away from its initial value."""
+    variables = jax.jit(lambda: module.init(jax.random.key(0), x, train=True))()
     leaves, tree = jax.tree.flatten(variables)
     new = [leaf * 1.1 + 0.3 * values(*leaf.shape, seed=i) ** 2 for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(tree, new)
@@ -105,7 +108,7 @@ def test_feed_forward_equals_the_plain_one(
     monkeypatch.setattr(packed_feed_forward, "NARROW_ROWS", rows)
     x, weights = values(4, 25, width, zeros=True), values(4, 25, width, seed=1)
     plain, fast = (feed_forward(mlp_dim, pack) for pack in (False, True))
-    variables = disturbed(plain.init(jax.random.key(0), x, train=True))
+    variables = initial(plain, x)
     close(trained(fast, variables, x, weights), trained(plain, variables, x, weights))
     close(evaluated(fast, variables, x), evaluated(plain, variables, x))
     text = jax.jit(lambda v, x: fast.apply(v, x, train=False)).lower(variables, x).as_text()
@@ -116,7 +119,7 @@ def test_weights_that_are_zero() -> None:
     """A weight at the mean of its row has the sign 0, which one bit does not hold; and a row of zeros."""
     x, weights = values(4, 25, 8), values(4, 25, 8, seed=1)
     plain, fast = (feed_forward(16, pack) for pack in (False, True))
-    variables = disturbed(plain.init(jax.random.key(0), x, train=True))
+    variables = initial(plain, x)
     kernel = np.array(variables["params"]["expand"]["dense"]["kernel"])
     kernel[:, 3] = [-1, 0, 1, 0, 0.5, -0.5, 0.25, -0.25]
     kernel[:, 5] = 0
@@ -153,7 +156,7 @@ def test_model_equals_the_plain_one() -> None:
     fast = models.create_model(
         TINY, jnp.float64, models.Execution(packed=True, scan_blocks=True, remat="block")
     )
-    variables = disturbed(plain.init(jax.random.key(0), images, train=True))
+    variables = initial(plain, images)
 
     def run(model: object) -> tuple:
         def loss(params: dict) -> tuple:

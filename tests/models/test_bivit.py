@@ -281,7 +281,7 @@ def test_sizes(settings, added):
     config = models.model_config(**settings)
     params = abstract_variables(models.create_model(config), 224)["params"]
     real = dict(config) | {"name": config.name.removeprefix("bivit_")}
-    backbone = {key: real[key] for key in real if key not in ("act_bits", "learned_scale")}
+    backbone = {key: real[key] for key in real if key not in ("act_bits", "estimator", "learned_scale")}
     backbone = abstract_variables(models.create_model(backbone), 224)["params"]
     biases = sum(
         leaf.size
