@@ -146,7 +146,8 @@ def _backward(
     x, centred, shifted2, signs, norm1, norm2, expand, contract = residuals
     gradient = gradients[0]
     count, channels = x.shape
-    (codes1, scale1), (codes2, scale2) = (DENSE.quantize(unit.kernel) for unit in (expand, contract))
+    codes1, scale1 = DENSE.quantize(expand.kernel)
+    scale2 = weight_scale(contract.kernel)
 
     # The second RPReLU and batch norm, at the width of the tokens.
     to_sum2 = jnp.where(shifted2 > 0, gradient, contract.slope * gradient)
@@ -158,29 +159,9 @@ def _backward(
     )
 
     gain = expand.scale * norm1.inverse
-    weights = bits.pack(codes1)
     expansion = expand.kernel.shape[1] // channels
-
-    def part(sums: tuple, x: Array, to_product2: Array, to_sum2: Array) -> tuple[tuple, tuple[Array, Array]]:
-        x = x.T
-        shifted = _hidden(x, weights, expand, norm1)
-        hidden = _rprelu(shifted, expand) + contract.move[:, None]
-        to_signs2 = ((codes2 * scale2) @ to_product2.T) * estimator.slope(hidden)
-        to_hidden = to_signs2 + jnp.repeat(to_sum2.T / expansion, expansion, axis=0)
-        to_sum1 = jnp.where(shifted > 0, to_hidden, expand.slope[:, None] * to_hidden)
-        new = (
-            jnp.sign(hidden) @ to_product2,
-            jnp.sign(x + expand.move[:, None]) @ to_sum1.T,
-            *(_row_sums(rows) for rows in (to_signs2, to_sum1, to_hidden * jnp.minimum(shifted, 0))),
-        )
-        to_signs1 = (codes1 * (scale1 * gain)) @ to_sum1
-        # Slices, because XLA's CPU backend is slow with a reduction over the first of three axes.
-        to_shortcut = sum(jnp.split(to_sum1, expansion)[1:], to_sum1[:channels])
-        return jax.tree.map(jnp.add, sums, new), (to_signs1.T, to_shortcut.T)
-
-    zeros = [jnp.zeros(s, x.dtype) for s in (codes2.shape, codes1.shape, *3 * (codes1.shape[1:],))]
-    sums, (to_signs1, to_shortcut) = _in_parts(
-        part, tuple(zeros), (x, to_product2, to_sum2), _wide_rows(x, expand)
+    sums, (to_signs1, to_shortcut) = _through_hidden(
+        x, to_product2, to_sum2, norm1, expand, contract, estimator
     )
     to_codes2, along_signs, to_move2, to_bias1, to_slope1 = sums
 
@@ -217,6 +198,54 @@ def _backward(
 
 
 feed_forward.defvjp(_forward, _backward)
+
+
+def _through_hidden(
+    x: Array,
+    to_product2: Array,
+    to_sum2: Array,
+    norm1: _Norm,
+    expand: Unit,
+    contract: Unit,
+    estimator: Estimator,
+) -> tuple[tuple, tuple[Array, Array]]:
+    """Computes the backward pass of the hidden layer.
+
+    Args:
+      x: (tokens, channels).
+      to_product2: gradient of the second product, (tokens, channels).
+      to_sum2: gradient of the second shortcut, (tokens, channels).
+      norm1, expand, contract, estimator: as in `_forward`.
+
+    Returns:
+      Sums over the tokens: gradient of the second codes, signs of x times the gradient of the first sum, and
+        the gradients of the second shift, of that sum and of the first slope. And the gradients of the first
+        signs and shortcut, (tokens, channels), the former without the statistics of the first batch norm.
+    """
+    (codes1, scale1), (codes2, scale2) = (DENSE.quantize(unit.kernel) for unit in (expand, contract))
+    gain = expand.scale * norm1.inverse
+    weights = bits.pack(codes1)
+    expansion = expand.kernel.shape[1] // x.shape[1]
+
+    def part(sums: tuple, x: Array, to_product2: Array, to_sum2: Array) -> tuple[tuple, tuple[Array, Array]]:
+        x = x.T
+        shifted = _hidden(x, weights, expand, norm1)
+        hidden = _rprelu(shifted, expand) + contract.move[:, None]
+        to_signs2 = ((codes2 * scale2) @ to_product2.T) * estimator.slope(hidden)
+        to_hidden = to_signs2 + jnp.repeat(to_sum2.T / expansion, expansion, axis=0)
+        to_sum1 = jnp.where(shifted > 0, to_hidden, expand.slope[:, None] * to_hidden)
+        new = (
+            jnp.sign(hidden) @ to_product2,
+            jnp.sign(x + expand.move[:, None]) @ to_sum1.T,
+            *(_row_sums(rows) for rows in (to_signs2, to_sum1, to_hidden * jnp.minimum(shifted, 0))),
+        )
+        to_signs1 = (codes1 * (scale1 * gain)) @ to_sum1
+        # Slices, because XLA's CPU backend is slow with a reduction over the first of three axes.
+        to_shortcut = sum(jnp.split(to_sum1, expansion)[1:], to_sum1[: x.shape[0]])
+        return jax.tree.map(jnp.add, sums, new), (to_signs1.T, to_shortcut.T)
+
+    zeros = [jnp.zeros(s, x.dtype) for s in (codes2.shape, codes1.shape, *3 * (codes1.shape[1:],))]
+    return _in_parts(part, tuple(zeros), (x, to_product2, to_sum2), _wide_rows(x, expand))
 
 
 # --- parts of the computation, channels first ---------------------------------------------------
