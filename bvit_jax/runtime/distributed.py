@@ -14,9 +14,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from bvit_jax.errors import UserError
+from bvit_jax.workdir.collectives import of_all_processes
 
 DEFAULT_TIMEOUT = 300  # seconds
 # At its own limit JAX ends the process without saying what to check: ours comes first.
@@ -106,7 +106,7 @@ def check_same(values: Mapping[str, str]) -> None:
     if not is_active():
         return
     digests = [list(hashlib.sha256(value.encode()).digest()) for value in values.values()]
-    of_all = multihost_utils.process_allgather(np.array(digests, np.int32))
+    of_all = of_all_processes(np.array(digests, np.int32))
     for index, name in enumerate(values):
         differs = (of_all[:, index] != of_all[0, index]).any(-1)
         if differs.any():

@@ -6,7 +6,8 @@ from types import FrameType
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+
+from bvit_jax.workdir.collectives import preemption_reached
 
 SIGNAL = signal.SIGTERM
 
@@ -44,9 +45,7 @@ class Interruption:
         All processes must call it equally often: at every step and at every evaluation batch.
         """
         self._ticks += 1
-        return self._noticed or (
-            not self._alone and multihost_utils.reached_preemption_sync_point(self._ticks)
-        )
+        return self._noticed or (not self._alone and preemption_reached(self._ticks))
 
     def close(self) -> None:
         """Restores the signal handler from before."""

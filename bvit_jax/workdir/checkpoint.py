@@ -12,12 +12,9 @@ A step without ``checksums.json`` was not completely written, or not completely 
 not exist for this module. The directory must be on a file system that all processes see.
 """
 
-import hashlib
-import json
 import logging
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,29 +23,38 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from bvit_jax.errors import UserError
+from bvit_jax.workdir.checkpoint_files import (
+    FOLDER,
+    ITEMS,
+    all_steps,
+    clear_unfinished,
+    complete_steps,
+    delete,
+    handler,
+    make_invisible,
+    read,
+    read_metadata,
+)
+from bvit_jax.workdir.checksums import DamagedError, verify_checksums, write_checksums, write_replacement
+from bvit_jax.workdir.collectives import (
+    from_first_process,
+    of_all_processes,
+    wait_for_all,
+    wait_for_all_in_thread,
+)
 
 Kind = Literal["latest", "best"]
 State = TypeVar("State")
 T = TypeVar("T")
 
-FOLDER = "checkpoints"
-ITEMS = ("state", "metadata")
-METADATA = "metadata/metadata"  # where Orbax puts JSON values
-CHECKSUMS = "checksums.json"
-REPLACED = "metadata.json"
 NONE, ALL_DAMAGED = -1, -2  # in place of a step
 
-BARRIER_MILLISECONDS = 600_000
+BARRIER_SECONDS = 600
 OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what TensorStore raises, a ValueError
 
 logger = logging.getLogger(__name__)
-
-
-class DamagedError(UserError):
-    """A checkpoint is not as it was written."""
 
 
 class Checkpoints:
@@ -58,7 +64,7 @@ class Checkpoints:
 
     Args:
       directory: the run's directory.
-      keep: number of newest checkpoints to keep, beside the best one.
+      keep: number of newest checkpoints to keep, in addition to the best one.
 
     Raises:
       UserError: the directory cannot be written, or is not the same one for all processes.
@@ -67,15 +73,15 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int) -> None:
         self._folder = (directory / FOLDER).absolute()
         self._keep = keep
-        self._writer = ocp.AsyncCheckpointer(_handler())
+        self._writer = ocp.AsyncCheckpointer(handler())
         self._finisher: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._current: int | None = None  # the step last saved or restored, and what was saved beside it
+        self._current: int | None = None  # the step last saved or restored, and its JSON
         self._content: dict[str, Any] = {}
         self._steps: list[int] = []
         if jax.process_index() == 0:
-            _writing(self._folder, lambda: _clear_unfinished(self._folder))
-            self._steps = _complete_steps(self._folder)
+            _writing(self._folder, lambda: clear_unfinished(self._folder))
+            self._steps = complete_steps(self._folder)
         _check_shared(self._folder)
 
     def save(self, step: int, state: Any, metadata: dict[str, Any], best_step: int | None = None) -> None:
@@ -101,7 +107,7 @@ class Checkpoints:
             self.replace_metadata(step, metadata, best_step)
             return
         if jax.process_index() == 0:
-            _writing(self._folder, lambda: _make_invisible(path))
+            _writing(self._folder, lambda: make_invisible(path))
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(content))
         _writing(self._folder, lambda: self._writer.save(path, args=arguments, force=True))
         self._current, self._content = step, content
@@ -129,14 +135,14 @@ class Checkpoints:
         if content == self._content:
             return
         if jax.process_index() == 0:
-            _writing(self._folder, lambda: _replace_metadata(self._folder / str(step), content))
+            _writing(self._folder, lambda: write_replacement(self._folder / str(step), content))
             self._steps = _writing(self._folder, lambda: self._prune(step, best_step))
         self._content = content
 
     def restore(self, abstract_state: State) -> tuple[State, dict[str, Any]] | None:
         """Returns the newest whole state and its metadata, or None if there is none.
 
-        Damaged checkpoints are reported to the log and passed over.
+        Damaged checkpoints are logged and skipped.
 
         Args:
           abstract_state: `jax.ShapeDtypeStruct` with a sharding for every array of the state.
@@ -148,15 +154,15 @@ class Checkpoints:
         step = NONE
         if jax.process_index() == 0:
             step = _newest_whole(self._folder, self._steps)
-        step = _from_first_process(step)
+        step = from_first_process(step)
         if step == NONE:
             return None
         if step == ALL_DAMAGED:
             raise UserError(
                 f"every checkpoint in {self._folder} is damaged; restore one from a copy, or delete that"
-                " directory to start anew"
+                " directory to start again"
             )
-        state, metadata = _read(self._folder / str(step), abstract_state, partial=False)
+        state, metadata = read(self._folder / str(step), abstract_state, partial=False)
         self._current, self._content = step, metadata
         self._steps = [other for other in self._steps if other <= step]
         return state, metadata["run"]
@@ -200,22 +206,21 @@ class Checkpoints:
         try:
             self._writer.wait_until_finished()
             if jax.process_index() == 0:
-                _write_checksums(self._folder / str(step))
+                write_checksums(self._folder / str(step), ITEMS)
                 self._steps = self._prune(step, best_step)
                 logger.info("saved step %d", step)
             # A process that ends with an error, as after SIGTERM, may take the first one with it.
-            barrier = ocp.multihost.get_barrier_sync_fn()
-            barrier(key=f"checkpoint of step {step}", timeout_ms=BARRIER_MILLISECONDS)
+            wait_for_all_in_thread(f"checkpoint of step {step}", BARRIER_SECONDS)
         except BaseException as error:  # for the thread that saves next
             self._error = error
 
     def _prune(self, step: int, best_step: int | None) -> list[int]:
         reached = sorted(s for s in {*self._steps, step} if s <= step)
         kept = [s for s in reached if s in reached[-self._keep :] or s == best_step]
-        for other in _all_steps(self._folder):
+        for other in all_steps(self._folder):
             if other not in kept:
                 try:
-                    _delete(self._folder / str(other))
+                    delete(self._folder / str(other))
                 except OSError as error:  # such as a reader's open file on NFS; the next save tries again
                     logger.warning("cannot delete checkpoint %d: %s", other, error.strerror)
         return kept
@@ -225,10 +230,10 @@ def is_saved(directory: Path) -> bool:
     """Returns whether a run has a complete checkpoint, as the first process sees it; writes nothing."""
     folder = (directory / FOLDER).absolute()
     try:
-        saved = jax.process_index() == 0 and bool(_complete_steps(folder))
-    except OSError:  # whoever opens it to write gets to know
+        saved = jax.process_index() == 0 and bool(complete_steps(folder))
+    except OSError:  # reported when the run opens the folder to write
         saved = False
-    return bool(_from_first_process(int(saved)))
+    return bool(from_first_process(int(saved)))
 
 
 def restore_variables(
@@ -251,57 +256,22 @@ def restore_variables(
       UserError: the checkpoint is damaged, or its arrays are not those of ``abstract``.
     """
     folder = (directory / FOLDER).absolute()
-    step = _from_first_process(_step_of_kind(folder, kind) if jax.process_index() == 0 else NONE)
+    step = from_first_process(_step_of_kind(folder, kind) if jax.process_index() == 0 else NONE)
     if step == NONE:
         return None
     path = folder / str(step)
-    _verify_checksums(path)
-    fields, metadata = _read(path, abstract, partial=True)
+    verify_checksums(path)
+    fields, metadata = read(path, abstract, partial=True)
     return fields, metadata["run"], step
 
 
 def _step_of_kind(folder: Path, kind: Kind) -> int:
-    steps = _complete_steps(folder)
+    steps = complete_steps(folder)
     step: int | None = max(steps, default=None)
     if step is not None and kind == "best":
-        _verify_checksums(folder / str(step))
-        step = _read_metadata(folder / str(step))["best_step"]
+        verify_checksums(folder / str(step))
+        step = read_metadata(folder / str(step))["best_step"]
     return step if step in steps else NONE
-
-
-def _handler() -> ocp.CompositeCheckpointHandler:
-    return ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
-    )
-
-
-def _all_steps(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-
-
-def _complete_steps(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    return [step for step in _all_steps(folder) if (folder / str(step) / CHECKSUMS).exists()]
-
-
-def _clear_unfinished(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    complete = {str(step) for step in _complete_steps(folder)}
-    for path in folder.iterdir():
-        if path.is_dir() and path.name not in complete:
-            _delete(path)
-
-
-def _delete(path: Path) -> None:
-    (path / CHECKSUMS).unlink(missing_ok=True)
-    shutil.rmtree(path)
-
-
-def _make_invisible(path: Path) -> None:
-    """Raises `FileNotFoundError` if the folder of all checkpoints is gone: Orbax would make another one."""
-    path.parent.stat()
-    (path / CHECKSUMS).unlink(missing_ok=True)
 
 
 def _newest_whole(folder: Path, steps: list[int]) -> int:
@@ -309,7 +279,7 @@ def _newest_whole(folder: Path, steps: list[int]) -> int:
     for step in sorted(steps, reverse=True):
         # Before Orbax reads: it does not notice flipped bits, and reports missing bytes in pages.
         try:
-            _verify_checksums(folder / str(step))
+            verify_checksums(folder / str(step))
         except DamagedError as error:
             logger.warning("%s", error)
             continue
@@ -317,19 +287,15 @@ def _newest_whole(folder: Path, steps: list[int]) -> int:
     return ALL_DAMAGED if steps else NONE
 
 
-def _from_first_process(number: int) -> int:
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-
-
 def _check_shared(folder: Path) -> None:
     """Raises `UserError` on all processes unless all of them see the folder of the first."""
     if jax.process_count() == 1:
         return
-    token = folder / f"shared-{_from_first_process(int.from_bytes(os.urandom(3)))}"
+    token = folder / f"shared-{from_first_process(int.from_bytes(os.urandom(3)))}"
     if jax.process_index() == 0:
         _writing(folder, token.touch)
-    multihost_utils.sync_global_devices("token written")
-    seen = multihost_utils.process_allgather(np.int32(token.exists()))
+    wait_for_all("token written")
+    seen = of_all_processes(np.int32(token.exists()))
     if jax.process_index() == 0:
         token.unlink(missing_ok=True)
     if not seen.all():
@@ -337,58 +303,6 @@ def _check_shared(folder: Path) -> None:
             f"process {int(np.argmin(seen))} does not see {folder}, which process 0 has made; --workdir must"
             " be on a file system that all hosts share"
         )
-
-
-def _read(path: Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, Any]]:
-    metadata = _read_metadata(path)
-    with ocp.Checkpointer(_handler()) as reader:
-        saved = reader.metadata(path).item_metadata["state"].tree
-        if partial:
-            saved = {name: saved[name] for name in abstract if name in saved}
-        _check_arrays(path, _arrays(saved), _arrays(abstract))
-        restored = reader.restore(
-            path,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    abstract,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                    partial_restore=partial,
-                ),
-            ),
-        )
-    return restored["state"], metadata
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    replaced = path / REPLACED
-    if replaced.exists():
-        metadata = json.loads(replaced.read_bytes())["content"]
-    else:
-        metadata = json.loads((path / METADATA).read_bytes())
-    if not isinstance(metadata, dict) or metadata.keys() != {"best_step", "run"}:
-        raise UserError(
-            f"checkpoint {path} was written by another version of this package, which must read it; or choose"
-            " another workdir"
-        )
-    return metadata
-
-
-def _replace_metadata(path: Path, content: dict[str, Any]) -> None:
-    _write_json(path / REPLACED, {"sha256": _sha256_of_json(content), "content": content})
-
-
-def _sha256_of_json(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _write_json(path: Path, values: Any) -> None:
-    """Writes a file that holds either what it held before or all of the new values."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _writing(folder: Path, write: Callable[[], T]) -> T:
@@ -403,7 +317,7 @@ def _writing(folder: Path, write: Callable[[], T]) -> T:
 
 
 def _user_error(folder: Path, error: OSError | ValueError) -> UserError:
-    """Returns what a user is told of an error while a checkpoint was written."""
+    """Returns the message for an error while a checkpoint was written."""
     if isinstance(error, TimeoutError):  # of a barrier
         return UserError(
             "the other processes of the run do not answer while a checkpoint is written; start all of them"
@@ -413,55 +327,3 @@ def _user_error(folder: Path, error: OSError | ValueError) -> UserError:
     reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
     reason = reason or str(error).partition("\n")[0]
     return UserError(f"cannot write checkpoints to {folder}: {reason}; make room or choose another workdir")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_checksums(path: Path) -> None:
-    files = sorted(f for item in ITEMS for f in (path / item).rglob("*") if f.is_file())
-    _write_json(path / CHECKSUMS, {str(f.relative_to(path)): _sha256(f) for f in files})
-
-
-def _verify_checksums(path: Path) -> None:
-    """Raises `DamagedError` if a file is missing or another one, `UserError` if it cannot be read."""
-    name = CHECKSUMS
-    try:
-        for name, expected in json.loads((path / CHECKSUMS).read_bytes()).items():
-            if _sha256(path / name) != expected:
-                raise ValueError("does not match its checksum")
-        name = REPLACED
-        if (path / REPLACED).exists():
-            replaced = json.loads((path / REPLACED).read_bytes())
-            if _sha256_of_json(replaced["content"]) != replaced["sha256"]:
-                raise ValueError("does not match its checksum")
-    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else str(error)
-        raise DamagedError(
-            f"checkpoint {path} is damaged: {name}: {reason};"
-            " delete that directory to use the checkpoint before it, or restore it from a copy"
-        ) from error
-    except OSError as error:  # a network file system that is away for a moment is no damage
-        raise UserError(f"cannot read checkpoint {path}: {name}: {error.strerror}; try again") from error
-
-
-def _arrays(tree: Any) -> dict[str, str]:
-    """Returns ``{"params/head/kernel": "float32[384,10]", ...}``."""
-
-    def describe(leaf: Any) -> str:
-        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): describe(x) for p, x in leaves}
-
-
-def _check_arrays(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    for name in [*wanted, *saved]:
-        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-        if there != here:
-            raise UserError(
-                f"checkpoint {path} does not fit this configuration: {name} is {there} in it and"
-                f" {here} here; use the configuration it was trained with or another workdir"
-            )

@@ -9,20 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import models, weights
 from bvit_jax.errors import UserError
-from bvit_jax.runtime.mesh import make_mesh, replicated, with_sharding
 from bvit_jax.weights.class_names import default_class_names, readable_class_names
 from bvit_jax.weights.formats import FORMATS, reference
 from bvit_jax.weights.preprocessing import Preprocessing
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import Variables, abstract_variables, to_state_dict
 from bvit_jax.weights.tensor_files import sha256
-from bvit_jax.workdir.checkpoint import CHECKSUMS, FOLDER, Kind, restore_variables
+from bvit_jax.workdir.checkpoint import FOLDER, Kind, restore_variables
+from bvit_jax.workdir.checksums import CHECKSUMS
 
 CLASSES_FILE = "classes.json"
 
@@ -103,9 +103,9 @@ def load_run(workdir: Path, kind: Kind, ema: bool | None = None) -> Pretrained:
     config = config_lib.load(workdir / "config.json")
     config.model.name = models.current_name(config.model.name)
     preprocessing = _preprocessing(config, workdir)
-    whole = replicated(make_mesh())  # so that each of several processes has it
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("all",)), PartitionSpec())
     ema = use_average(workdir, config, ema)
-    variables, step = restore(workdir, config, kind, whole, ema=ema)
+    variables, step = restore(workdir, config, kind, everywhere, ema=ema)
     variables = jax.tree.map(np.asarray, variables)
     if not variables["batch_stats"]:
         del variables["batch_stats"]
@@ -137,7 +137,10 @@ def restore(
     """
     abstract = abstract_variables(models.create_model(config.model), config.model.image_size)
     abstract.setdefault("batch_stats", {})
-    fields = with_sharding({"ema": abstract} if ema else abstract, sharding)
+    fields = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        {"ema": abstract} if ema else abstract,
+    )
     restored = restore_variables(workdir, fields, kind)
     if restored is None:
         other = "; the other kind, latest, may be there" if kind == "best" else ""

@@ -154,8 +154,10 @@ def test_the_state_may_change_while_it_is_saved(checkpoints):
 
 
 def test_saving_goes_on_in_the_background(checkpoints, monkeypatch, tmp_path):
-    release, write = threading.Event(), checkpoint._write_checksums
-    monkeypatch.setattr(checkpoint, "_write_checksums", lambda path: release.wait(30) and write(path))
+    release, write = threading.Event(), checkpoint.write_checksums
+    monkeypatch.setattr(
+        checkpoint, "write_checksums", lambda path, items: release.wait(30) and write(path, items)
+    )
     run = checkpoints()
     run.save(1, make_state(1), {})
     assert run.latest_step() is None
@@ -349,7 +351,7 @@ def test_a_checkpoint_of_another_version(checkpoints, tmp_path):
     run.wait()
     path = tmp_path / "checkpoints" / "1"
     (path / "metadata" / "metadata").write_text(json.dumps(METADATA))
-    checkpoint._write_checksums(path)
+    checkpoint.write_checksums(path, checkpoint.ITEMS)
     for read in (
         lambda: checkpoints().restore(abstract(make_state())),
         lambda: restore_variables(tmp_path, {}, "latest"),

@@ -1,0 +1,127 @@
+"""The files of checkpoints: which there are, what may be deleted, and how one is read."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from bvit_jax.errors import UserError
+from bvit_jax.workdir.checksums import CHECKSUMS, read_replacement
+
+FOLDER = "checkpoints"
+ITEMS = ("state", "metadata")
+METADATA = "metadata/metadata"  # where Orbax puts JSON values
+STEP = re.compile(r"0|[1-9][0-9]*")
+UNFINISHED = re.compile(rf"({STEP.pattern})\.orbax-checkpoint-tmp.*")  # what Orbax is still writing
+
+
+def handler() -> ocp.CompositeCheckpointHandler:
+    """Returns what Orbax writes and reads a checkpoint with."""
+    return ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
+    )
+
+
+def all_steps(folder: Path) -> list[int]:
+    """Returns the steps of all checkpoints in a folder, incomplete ones too, ascending."""
+    return sorted(int(path.name) for path in folder.iterdir() if STEP.fullmatch(path.name))
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in a folder, ascending; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    return [step for step in all_steps(folder) if (folder / str(step) / CHECKSUMS).exists()]
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Deletes steps that were not completely written; whatever else is in the folder is not ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    complete = {str(step) for step in complete_steps(folder)}
+    for path in folder.iterdir():
+        incomplete = STEP.fullmatch(path.name) and path.name not in complete
+        if path.is_dir() and (incomplete or UNFINISHED.fullmatch(path.name)):
+            delete(path)
+
+
+def delete(path: Path) -> None:
+    """Deletes a checkpoint; without its checksums it is invisible at once."""
+    (path / CHECKSUMS).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def make_invisible(path: Path) -> None:
+    """Removes a checkpoint's checksums.
+
+    Raises:
+      FileNotFoundError: the folder of all checkpoints is gone; Orbax would create another one.
+    """
+    path.parent.stat()
+    (path / CHECKSUMS).unlink(missing_ok=True)
+
+
+def read(path: Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, Any]]:
+    """Returns the arrays and the JSON of a checkpoint, whose checksums have been verified.
+
+    Args:
+      path: of the checkpoint.
+      abstract: `jax.ShapeDtypeStruct` with a sharding for every array.
+      partial: whether the checkpoint may hold more top-level fields.
+
+    Raises:
+      UserError: the arrays are not those of ``abstract``.
+    """
+    metadata = read_metadata(path)
+    with ocp.Checkpointer(handler()) as reader:
+        saved = reader.metadata(path).item_metadata["state"].tree
+        if partial:
+            saved = {name: saved[name] for name in abstract if name in saved}
+        _check_arrays(path, _arrays(saved), _arrays(abstract))
+        restored = reader.restore(
+            path,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    abstract,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                    partial_restore=partial,
+                ),
+            ),
+        )
+    return restored["state"], metadata
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Returns ``best_step`` and ``run`` of a checkpoint; raises `UserError` if it holds something else."""
+    metadata = read_replacement(path)
+    if metadata is None:
+        metadata = json.loads((path / METADATA).read_bytes())
+    if not isinstance(metadata, dict) or metadata.keys() != {"best_step", "run"}:
+        raise UserError(
+            f"checkpoint {path} was written by another version of this package, which must read it; or choose"
+            " another workdir"
+        )
+    return metadata
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """Returns ``{"params/head/kernel": "float32[384,10]", ...}``."""
+
+    def describe(leaf: Any) -> str:
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): describe(x) for p, x in leaves}
+
+
+def _check_arrays(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    for name in [*wanted, *saved]:
+        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+        if there != here:
+            raise UserError(
+                f"checkpoint {path} does not fit this configuration: {name} is {there} in it and"
+                f" {here} here; use the configuration it was trained with or another workdir"
+            )

@@ -1,0 +1,80 @@
+"""SHA-256 of the files of a checkpoint, and JSON that replaces older JSON at once."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bvit_jax.errors import UserError
+
+CHECKSUMS = "checksums.json"
+REPLACED = "metadata.json"
+
+
+class DamagedError(UserError):
+    """A checkpoint is not as it was written."""
+
+
+def write_checksums(path: Path, items: Sequence[str]) -> None:
+    """Writes the checksums of all files in some directories of a checkpoint, which makes it complete."""
+    files = sorted(file for item in items for file in (path / item).rglob("*") if file.is_file())
+    _write_json(path / CHECKSUMS, {str(file.relative_to(path)): _sha256(file) for file in files})
+
+
+def verify_checksums(path: Path) -> None:
+    """Verifies all files of a checkpoint.
+
+    Raises:
+      DamagedError: a file is missing or differs from what was written.
+      UserError: a file cannot be read.
+    """
+    name = CHECKSUMS
+    try:
+        for name, expected in json.loads((path / CHECKSUMS).read_bytes()).items():
+            if _sha256(path / name) != expected:
+                raise ValueError("does not match its checksum")
+        name = REPLACED
+        if (path / REPLACED).exists():
+            replaced = json.loads((path / REPLACED).read_bytes())
+            if _sha256_of_json(replaced["content"]) != replaced["sha256"]:
+                raise ValueError("does not match its checksum")
+    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else str(error)
+        raise DamagedError(
+            f"checkpoint {path} is damaged: {name}: {reason};"
+            " delete that directory to use the checkpoint before it, or restore it from a copy"
+        ) from error
+    except OSError as error:  # a network file system that is away for a moment is no damage
+        raise UserError(f"cannot read checkpoint {path}: {name}: {error.strerror}; try again") from error
+
+
+def write_replacement(path: Path, content: Any) -> None:
+    """Writes JSON values that count instead of those that a checkpoint was saved with; atomic."""
+    _write_json(path / REPLACED, {"sha256": _sha256_of_json(content), "content": content})
+
+
+def read_replacement(path: Path) -> Any | None:
+    """Returns what `write_replacement` wrote last, None if it was never called."""
+    replaced = path / REPLACED
+    return json.loads(replaced.read_bytes())["content"] if replaced.exists() else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write_json(path: Path, values: Any) -> None:
+    """Writes a file that holds either what it held before or all of the new values."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w") as file:
+        json.dump(values, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

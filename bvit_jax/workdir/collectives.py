@@ -1,0 +1,39 @@
+"""What the processes of a run do together: the one module that uses JAX's experimental functions for it.
+
+All processes call each function equally often, in the same order. A run of one process needs no others.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def from_first_process(number: int) -> int:
+    """Returns the number that the first process passes, an int32, in all processes."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def of_all_processes(array: Any) -> np.ndarray:
+    """Returns the arrays of all processes, ``[processes, ...]``."""
+    return np.asarray(multihost_utils.process_allgather(np.asarray(array))).reshape(
+        jax.process_count(), *np.shape(array)
+    )
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until all processes have come to the point of this name; for the thread that computes."""
+    multihost_utils.sync_global_devices(name)
+
+
+def wait_for_all_in_thread(name: str, timeout_seconds: int) -> None:
+    """Does the same without the devices, so that any thread may call it; raises `TimeoutError`."""
+    import orbax.checkpoint as ocp  # here, because it takes seconds
+
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * timeout_seconds)
+
+
+def preemption_reached(tick: int) -> bool:
+    """Returns whether all processes are to stop at this tick, since one of them was told to."""
+    return multihost_utils.reached_preemption_sync_point(tick)
