@@ -89,7 +89,8 @@ class Trained:
         assert self.train(workdir) == self.printed
         assert metrics_of(workdir) == metrics_of(self.workdir)
         kept = [sorted(path.name for path in (d / "checkpoints").iterdir()) for d in (workdir, self.workdir)]
-        assert kept[0] == kept[1]
+        assert set(kept[0]) >= set(kept[1])
+        assert len(kept[0]) <= len(kept[1]) + 1  # killed just before it deleted one that is not kept
         state = self.final_state(workdir)
         assert state.keys() == self.state.keys()
         for name, array in self.state.items():

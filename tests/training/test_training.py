@@ -183,21 +183,6 @@ def test_the_whole_recipe_trains_and_continues(data_dir: Path, tmp_path: Path) -
 # --- data --------------------------------------------------------------------------------------
 
 
-def test_another_version_of_the_data_is_refused(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny_config(data_dir, batch_size=480, epochs=1)
-    train_and_evaluate(config, tmp_path)
-    open_train_split = data.open_train_split
-    monkeypatch.setattr(
-        data,
-        "open_train_split",
-        lambda config: dataclasses.replace(open_train_split(config), version="9.0.0"),
-    )
-    with pytest.raises(UserError, match=r"started with version 1.0.0 of digits, and there is 9.0.0 now"):
-        train_and_evaluate(config, tmp_path)
-
-
 def test_damaged_images_are_counted_and_the_count_survives(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
