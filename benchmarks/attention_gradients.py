@@ -1,11 +1,10 @@
-"""Draws what reaches queries, keys and values of a binary attention, for a scale of 1 and the learned one.
+"""Draws the gradients of queries, keys and values of a binary attention, for scale 1 and the learned scale.
 
-    python benchmarks/attention_gradients.py --png docs/images/bivit_gradients.png
+    python -m benchmarks.attention_gradients --png docs/images/bivit_gradients.png
 
-bvit_jax must be importable (installed, or PYTHONPATH=.), and the current directory the repository's. The
-student of configs/bivit_digits.py starts from its teacher's weights, its scales from the first batch; then
-the loss of one batch of digits, without the ranking term, is differentiated with respect to what the linear
-layers of queries, keys and values return. For each block:
+Run it from the root of a checkout. The student of configs/bivit_digits.py starts from its teacher's
+weights, its scales from the first batch; then the loss of one batch of digits, without the ranking term, is
+differentiated with respect to the outputs of the linear layers of queries, keys and values. For each block:
 
 - ``attended``: share of the probabilities that are binarised to 1. Only these pass a gradient on to a value.
 - ``inside``: share of the probabilities in [0, α], to which the quantiser passes a gradient.
@@ -14,7 +13,7 @@ layers of queries, keys and values return. For each block:
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -137,12 +136,12 @@ def draw(results: dict[str, Figures], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures both, draws, and prints JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--png", type=Path, help="where to draw it")
     parser.add_argument("--teacher", default="", help="in place of the one that ships with the package")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     results = {"fixed": figures_of(False, options.teacher), "learned": figures_of(True, options.teacher)}
     if options.png:
         draw(results, options.png)

@@ -1,27 +1,27 @@
 """Measures what erasing and mixing on the device cost, as a share of the training step.
 
-    python benchmarks/augmentation.py --model deit_small --model binaryvit --batch 16
+    python -m benchmarks.augmentation --model deit_small --model binaryvit --batch 16
 
-bvit_jax must be importable (installed, or PYTHONPATH=.). The augmentation is DeiT's: random erasing 0.25
+Run it from the root of a checkout. The augmentation is DeiT's: random erasing 0.25
 in pixel mode, mixup 0.8, cutmix 1.0. Compiled on its own, with the normalisation and the targets that
 follow, it is measured in turn with the same without augmentation; the difference is its cost, and the
-step beside them is the one without it. Differences between whole steps would drown in the noise.
+step next to them is the one without it. Differences between complete steps would drown in the noise.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax_side import NORMALIZE, JaxSide
-from workload import MODELS, WARMUP_STEPS, Plan, known_model, parse_override
 
+from benchmarks.jax_side import NORMALIZE, JaxSide
+from benchmarks.workload import MODELS, WARMUP_STEPS, Plan, known_model, parse_override
 from bvit_jax.augment.augmentation import Augmentation
 from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing, mix_targets
@@ -34,10 +34,10 @@ SMOOTHING = 0.1
 CALLS = 5  # of the augmentation, in each round
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="augmentation.py", description="Cost of augmentation on the device."
+        prog="python -m benchmarks.augmentation", description="Cost of augmentation on the device."
     )
     parser.add_argument(
         "--model", action="append", required=True, metavar="NAME", help=f"{', '.join(MODELS)}; repeatable"
@@ -45,10 +45,10 @@ def main() -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the models; repeatable"
     )
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images of a step (16)")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="batch size (16)")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="rounds (5)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         for name in arguments.model:
             known_model(name)
@@ -104,13 +104,13 @@ def _plain(key: Array, images: Array, labels: Array, classes: int) -> tuple[Arra
 def _compiled(function: Callable[..., Any], batch: int, size: int, classes: int) -> Callable[[], Any]:
     """Returns a call of the function on random images, on all devices, that waits for its result."""
     mesh = make_mesh()
-    whole, sharded = replicated(mesh), batch_sharded(mesh)
+    everywhere, sharded = replicated(mesh), batch_sharded(mesh)
     generator = np.random.default_rng(0)
     images = jax.device_put(generator.integers(0, 256, (batch, size, size, 3), np.uint8), sharded)
     labels = jax.device_put(generator.integers(0, classes, batch, np.int32), sharded)
-    key = jax.device_put(jax.random.key(0), whole)
+    key = jax.device_put(jax.random.key(0), everywhere)
     jitted = jax.jit(
-        function, static_argnums=3, in_shardings=(whole, sharded, sharded), out_shardings=sharded
+        function, static_argnums=3, in_shardings=(everywhere, sharded, sharded), out_shardings=sharded
     )
     return lambda: jax.block_until_ready(jitted(key, images, labels, classes))
 

@@ -1,15 +1,16 @@
 """Trains the four rows of Bi-ViT's ablation and prints their top-1: with and without scale and ranking.
 
-    python benchmarks/bivit_ablation.py --dir runs/ablation --seeds 0 1 2 --epochs 15
+    python -m benchmarks.bivit_ablation --dir runs/ablation --seeds 0 1 2 --epochs 15
 
-bvit_jax must be importable (installed, or PYTHONPATH=.), and the current directory the repository's. Each run
-is that of configs/bivit_digits.py with another seed, and continues where it was interrupted; figures are
-those of the last step. The table has the mean over the seeds and the standard deviation of single runs.
+Run it from the root of a checkout. Each run is that of configs/bivit_digits.py with another seed, and
+continues after an interruption; figures are those of the last step. The table has the mean over the seeds
+and the standard deviation of single runs.
 """
 
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs all rows, one seed after the other, and prints a line for each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/bivit_ablation"))
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--ranking_weight", type=float, default=1.0)
     parser.add_argument("--json", type=Path, help="a file for the figures of every run")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.dir.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[dict[str, float]]] = {row: [] for row in options.rows}
     for seed in options.seeds:

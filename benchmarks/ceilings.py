@@ -1,27 +1,27 @@
-"""Measures what a device reaches at best: bytes a second, and operations a second by dtype.
+"""Measures what a device reaches at best: bytes per second, and operations per second by dtype.
 
-    python benchmarks/ceilings.py
-    python benchmarks/ceilings.py --json ceilings.json
+    python -m benchmarks.ceilings
+    python -m benchmarks.ceilings --json ceilings.json
 
 Needs jax alone, and measures ``jax.devices()[0]``. No program can be much faster than its bytes and its
-operations take at these rates, so they are what `train_step.py` compares its figures with; it measures them
-in the same run.
+operations take at these rates, so `train_step` measures them in the same run and
+compares its figures with them.
 
-Bytes a second, of float32 arrays far larger than the caches (the best of the three is the ceiling):
+Bytes per second, of float32 arrays far larger than the caches (the best of the three is the ceiling):
 
-- ``read``: the sums of the rows of an array; one read an element.
-- ``update``: ``x + 1`` into the memory of x itself, which is donated; a read and a write an element.
-- ``add``: ``x + y`` into the memory of a third array, which is donated; two reads and a write an element.
+- ``read``: the sums of the rows of an array; one read per element.
+- ``update``: ``x + 1`` into the memory of x itself, which is donated; a read and a write per element.
+- ``add``: ``x + y`` into the memory of a third array, which is donated; two reads and a write per element.
   What a CPU reads before it overwrites is not counted.
 
 No result takes fresh memory: its page faults would be measured instead.
 
-Operations a second, two for each multiply-accumulate:
+Operations per second, two for each multiply-accumulate:
 
 - ``float32``, ``bfloat16``, ``int8``: square matrix products in JAX's default precision (TF32 for float32 on
   NVIDIA GPUs), the last two accumulated in float32 and int32.
 - ``binary``: products of signs packed into uint32, by exclusive or and population count, 32
-  multiply-accumulates a word.
+  multiply-accumulates per word.
 
 The best of several rounds counts: other programs slow a machine down and never speed it up.
 """
@@ -30,16 +30,16 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from floor import MATRIX_DTYPES, best_rate, format_rate
 from jax import Array
 
+from benchmarks.floor import MATRIX_DTYPES, best_rate, format_rate
 from bvit_jax.errors import UserError
 from bvit_jax.runtime.chips import chip_of
 
@@ -161,7 +161,7 @@ def differing_bits(x: Array, w: Array) -> Array:
 
 
 def _rates(call: Callable[[Any], Any], amount: float, rounds: int, first: Any = None) -> list[float]:
-    """Returns ``amount`` a second of each round; every call takes the result of the one before."""
+    """Returns ``amount`` per second of each round; every call takes the result of the one before."""
     result = jax.block_until_ready(call(first))  # compiles
     began = time.perf_counter()
     result = jax.block_until_ready(call(result))
@@ -195,10 +195,11 @@ def _row(name: str, rates: list[float], unit: str, published: float | None) -> s
     return f"  {name:<20} {best} ({low}){maker}"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="ceilings.py", description="Measures the bandwidth and the arithmetic of a device."
+        prog="python -m benchmarks.ceilings",
+        description="Measures the bandwidth and the arithmetic of a device.",
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of each (3)")
     parser.add_argument(
@@ -209,7 +210,7 @@ def main() -> int:
         help="share of the usual sizes (1), for a trial or a small memory; caches hold what is too small",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         if arguments.rounds < 1:
             raise UserError(f"--rounds is {arguments.rounds}; expected a number of at least 1")

@@ -1,6 +1,6 @@
 """The least time that a step can take on a machine, from what its model computes; plain arithmetic.
 
-Of a model and one image, `workload.Work` holds the multiply-accumulates (MACs) of its products, as
+For a model and one image, `workload.Work` holds the multiply-accumulates (MACs) of its products, as
 `bvit_jax.cost` counts them, and the elements that its products read and write. Then, for B images:
 
     FLOPs     forward, evaluation   2 · MACs · B
@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workload import Kind, Work
+from benchmarks.workload import Kind, Work
 
 MATRIX_DTYPES = ("float32", "bfloat16", "int8")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -64,7 +64,7 @@ def flops(work: Work, kind: Kind, batch: int) -> int:
 
 
 def least_bytes(work: Work, kind: Kind, batch: int, dtype: str) -> int:
-    """Returns the bytes that a step touches at least; see the head of this file."""
+    """Returns the bytes that a step touches at least; see the docstring of this file."""
     fixed = 2 * work.state_bytes if kind == "training" else work.variable_bytes
     return fixed + _passes(kind) * batch * work.elements * ITEMSIZE[dtype]
 
@@ -87,12 +87,12 @@ def floor(work: Work, kind: Kind, batch: int, dtype: str, ceilings: Ceilings) ->
 
 
 def bandwidth(ceilings: Ceilings) -> float:
-    """Returns the best measured bytes a second."""
+    """Returns the best measured bytes per second."""
     return max(map(best_rate, ceilings["bytes_per_second"].values()))
 
 
 def peak(ceilings: Ceilings, dtype: str) -> float:
-    """Returns the best measured operations a second for products of a dtype, or of "binary" operands.
+    """Returns the best measured operations per second for products of a dtype, or of "binary" operands.
 
     For binary operands, and for 16 bits, it is the best of all products that are as exact.
     """

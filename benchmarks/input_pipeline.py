@@ -1,6 +1,6 @@
-"""Measures the input pipeline, and a torchvision DataLoader doing the same work beside it.
+"""Measures the input pipeline, and a torchvision DataLoader that does the same work, for comparison.
 
-    python benchmarks/input_pipeline.py --rounds 5
+    python -m benchmarks.input_pipeline --rounds 5
 
 Both sides read the same JPEG files, made from scikit-learn's two photographs at ImageNet's usual size,
 decode them with Pillow, crop, resize, flip and normalise, and hand out batches of float32: the DataLoader
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,9 @@ _LIBRARIES: list[Any] = []  # kept alive
 Batches = Callable[[str, bool], Iterator[np.ndarray]]  # of a split, whether in uint8
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     if arguments.deit and not arguments.alone:
         raise SystemExit("error: --deit has no counterpart in torchvision; add --alone")
     with tempfile.TemporaryDirectory() as name:

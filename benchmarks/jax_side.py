@@ -16,7 +16,8 @@ import optax
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
-from workload import (
+
+from benchmarks.workload import (
     LEARNING_RATE,
     Compilation,
     Facts,
@@ -27,7 +28,6 @@ from workload import (
     known_model,
     process_memory,
 )
-
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.cost.count import BINARY, cost_of
 from bvit_jax.cost.program import trace
@@ -83,17 +83,17 @@ class JaxSide:
         optimizer = fixed_optimizer()
         teacher = FixedTeacher(plan.batch, model.num_classes)
 
-        whole = replicated(self._mesh)
-        self._key = jax.device_put(jax.random.key(0), whole)
+        everywhere = replicated(self._mesh)
+        self._key = jax.device_put(jax.random.key(0), everywhere)
         self._images_and_labels = random_batch(plan.batch, model, self._mesh)
         mask = jax.device_put(np.ones(plan.batch, bool), batch_sharded(self._mesh))
         self._eval_batch = {**self._images_and_labels, "mask": mask, "bad": jnp.where(mask, -1, 0)}
         variables = teacher.init(self._key, self._images_and_labels["image"])
-        self._teacher_variables = jax.device_put(variables, whole)
+        self._teacher_variables = jax.device_put(variables, everywhere)
         initial = functools.partial(
             create_state, model=model, optimizer=optimizer, image_size=model.image_size
         )
-        self._state: TrainState = jax.jit(initial, out_shardings=whole)(self._key)
+        self._state: TrainState = jax.jit(initial, out_shardings=everywhere)(self._key)
 
         at_once = images_at_once(self._mesh, packed)
         evaluate = EvalSettings(evaluated, NORMALIZE, images_at_once=at_once)
@@ -182,7 +182,7 @@ def start(plan: Plan, context: None) -> JaxSide:
 
 
 def _use_cache(directory: Path | None) -> None:
-    """Keeps everything that is compiled in a directory, however small; with None, nothing is kept."""
+    """Caches everything that is compiled in a directory, however small; with None, nothing."""
     if directory is None:
         jax.config.update("jax_enable_compilation_cache", False)
         return

@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Returns the commit of this checkout, marked where files differ from it; None outside of one."""
+    """Returns the commit of this checkout, marked where files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         ran = subprocess.run(

@@ -1,16 +1,16 @@
-"""Measures what seeing and saving a run costs, as a share of the training step.
+"""Measures what metrics and checkpoints cost, as a share of the training step.
 
-    python benchmarks/overhead.py --model binaryvit --batch 8 --steps 20
-    python benchmarks/overhead.py --config configs/digits.py --batch 64 --steps 100 --dir /tmp
+    python -m benchmarks.overhead --model binaryvit --batch 8 --steps 20
+    python -m benchmarks.overhead --config configs/digits.py --batch 64 --steps 100 --dir /tmp
 
-bvit_jax must be importable (installed, or PYTHONPATH=.). Three kinds of rounds alternate: the steps alone;
+Run it from the root of a checkout. Three kinds of rounds alternate: the steps alone;
 the same steps with metrics that end in one line of the log, health of the binary layers included; and the
 same with one checkpoint on the way. Steps are fed from memory, distilled from a teacher that costs nothing.
 
 Two figures are given for each. The first is the time that the log, or the call that saves, takes once the
 device is idle, at the intervals of a run (``--log-every`` and ``--checkpoint-every``). It is precise and
-misses what goes on beside the steps. The second compares whole rounds, so that it counts everything, at the
-interval of a round: make rounds longer than a checkpoint takes to write.
+misses what happens between the steps. The second compares complete rounds, so that it counts everything, at
+the interval of a round: make rounds longer than a checkpoint takes to write.
 """
 
 import argparse
@@ -21,15 +21,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax_side import NORMALIZE, FixedTeacher, fixed_optimizer, model_of, random_batch
-from machine import cpu_model
-from workload import MODELS, Plan, known_model, parse_override
 
+from benchmarks.jax_side import NORMALIZE, FixedTeacher, fixed_optimizer, model_of, random_batch
+from benchmarks.machine import cpu_model
+from benchmarks.workload import MODELS, Plan, known_model, parse_override
 from bvit_jax.errors import UserError
 from bvit_jax.models import create_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
@@ -47,7 +47,7 @@ Seconds = dict[str, list[float]]
 
 
 class Program:
-    """A compiled training step, what is logged of it, and where it is saved."""
+    """A compiled training step with its metrics and checkpoints."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
         settings, dtype = model_of(plan)
@@ -55,17 +55,17 @@ class Program:
         mesh = make_mesh()
         if plan.batch % mesh.size:
             raise UserError(f"--batch is {plan.batch}; expected a multiple of the {mesh.size} devices")
-        optimizer, whole = fixed_optimizer(), replicated(mesh)
+        optimizer, everywhere = fixed_optimizer(), replicated(mesh)
         teacher = FixedTeacher(plan.batch, model.num_classes)
         inputs = Inputs(NORMALIZE)
         training = TrainSettings(model, optimizer, inputs, Objective(teacher))
         create = functools.partial(
             create_state, model=model, optimizer=optimizer, image_size=model.image_size, health=True
         )
-        self._key = jax.device_put(jax.random.key(0), whole)
+        self._key = jax.device_put(jax.random.key(0), everywhere)
         self._batch = random_batch(plan.batch, model, mesh)
-        self._teacher = jax.device_put(teacher.init(self._key, self._batch["image"]), whole)
-        self._state: TrainState = jax.jit(create, out_shardings=whole)(self._key)
+        self._teacher = jax.device_put(teacher.init(self._key, self._batch["image"]), everywhere)
+        self._state: TrainState = jax.jit(create, out_shardings=everywhere)(self._key)
         self._step = jit_train_step(training, mesh)
         self._health = jit_health(model, inputs, 1, mesh)
         self._writer, self._window = MetricWriter(directory, active=True), MetricWindow()
@@ -173,16 +173,18 @@ def show(found: dict[str, Any]) -> None:
         )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="overhead.py", description="Cost of metrics and checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.overhead", description="Cost of metrics and checkpoints."
+    )
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--model", metavar="NAME", help=", ".join(MODELS))
     group.add_argument("--config", metavar="FILE[:ARG]", help="an experiment, for its model")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the model; repeatable"
     )
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images of a step (16)")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="batch size (16)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps of a round (20)")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="rounds of each kind (5)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="(the config's, or float32)")
@@ -192,7 +194,7 @@ def main() -> int:
     )
     parser.add_argument("--dir", metavar="DIR", help="where to write, a directory is made in it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         overrides = dict(map(parse_override, arguments.set))
         if arguments.model:

@@ -1,12 +1,12 @@
 """Measures what ranking-aware distillation adds to a training step, and its memory by the number of keys.
 
-    python benchmarks/ranking.py --batch 8 --repeats 9
-    python benchmarks/ranking.py --set depth=4 --batch 4 --json ranking.json
+    python -m benchmarks.ranking --batch 8 --repeats 9
+    python -m benchmarks.ranking --set depth=4 --batch 4 --json ranking.json
 
-bvit_jax must be importable (installed, or PYTHONPATH=.). The student is Bi-ViT's DeiT-Ti; a real-valued one
+Run it from the root of a checkout. The student is Bi-ViT's DeiT-Ti; a real-valued one
 with random weights, which really runs, is the teacher in all steps. Steps without the ranking loss, with
-that of every image and with that of every second one alternate. Beside the time, the processor time of each
-step is compared: on a machine that others use too, it is the steadier figure. The loss of one layer is also
+that of every image and with that of every second one alternate. Besides the time, the processor time of each
+step is compared: on a shared machine it varies less. The loss of one layer is also
 measured by itself.
 """
 
@@ -19,17 +19,17 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax_side import NORMALIZE, fixed_optimizer, random_batch
-from machine import cores, cpu_model
-from workload import parse_override
 
+from benchmarks.jax_side import NORMALIZE, fixed_optimizer, random_batch
+from benchmarks.machine import cores, cpu_model
+from benchmarks.workload import parse_override
 from bvit_jax.errors import UserError
 from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.models import create_model
@@ -57,17 +57,17 @@ def steps(overrides: dict[str, Any], batch: int) -> dict[str, Call]:
     settings = {**DEIT_TINY, **BOTH_TOKENS, **overrides}
     student: Any = create_model({"name": "bivit_deit", **settings})
     teacher: Any = create_model({"name": "deit", **settings})
-    optimizer, whole = fixed_optimizer(), replicated(mesh)
-    key = jax.device_put(jax.random.key(0), whole)
+    optimizer, everywhere = fixed_optimizer(), replicated(mesh)
+    key = jax.device_put(jax.random.key(0), everywhere)
     images = jnp.zeros((1, student.image_size, student.image_size, 3))
-    taught = jax.jit(lambda: teacher.init(jax.random.key(1), images), out_shardings=whole)()
+    taught = jax.jit(lambda: teacher.init(jax.random.key(1), images), out_shardings=everywhere)()
     data = random_batch(batch, student, mesh)
 
     def compiled(ranking: Ranking | None) -> Call:
         objective = Objective(teacher, teacher_targets="hard", distillation_weight=0.5, ranking=ranking)
         step = TrainSettings(student, optimizer, Inputs(NORMALIZE), objective, mesh=mesh)
         start = jax.jit(
-            lambda: create_state(key, student, optimizer, student.image_size), out_shardings=whole
+            lambda: create_state(key, student, optimizer, student.image_size), out_shardings=everywhere
         )
         state = start()
         run = jit_train_step(step, mesh).lower(state, data, taught, key).compile()
@@ -110,7 +110,7 @@ def alternate(calls: dict[str, Call], repeats: int) -> dict[str, dict[str, list[
 
 
 def temporaries() -> dict[int, int]:
-    """Returns the bytes that the loss of `ROWS` rows and its gradient need beside their arrays, by keys."""
+    """Returns the bytes of temporaries of the loss of `ROWS` rows and its gradient, by number of keys."""
 
     found = {}
     for keys in KEYS:
@@ -174,16 +174,18 @@ def _processor_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="ranking.py", description="Cost of ranking-aware distillation.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ranking", description="Cost of ranking-aware distillation."
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of both models; repeatable"
     )
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="images of a step (8)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="batch size (8)")
     parser.add_argument("--repeats", type=int, default=9, metavar="K", help="rounds of each kind (9)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         overrides = dict(map(parse_override, arguments.set))
         found = report(overrides, arguments.batch, arguments.repeats)

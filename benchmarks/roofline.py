@@ -1,7 +1,7 @@
 """Draws what `train_step.py` found against the ceilings of its machine: a roofline.
 
-    python benchmarks/train_step.py --model binaryvit --batch 8 --reference ~/BinaryViT --json found.json
-    python benchmarks/roofline.py found.json --png docs/images/roofline.png
+    python -m benchmarks.train_step --model binaryvit --batch 8 --reference ~/BinaryViT --json found.json
+    python -m benchmarks.roofline found.json --png docs/images/roofline.png
 
 Needs matplotlib (``pip install "bvit_jax[report]"``). Lines are the measured ceilings: bandwidth, rising, and
 products by dtype, level. Each step of each side is a point: to the right, FLOPs over the least bytes, both by
@@ -15,12 +15,11 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from floor import bandwidth, best_rate, format_rate
-
+from benchmarks.floor import bandwidth, best_rate, format_rate
 from bvit_jax.errors import UserError, nearest
 
 MARKERS = {"forward": "o", "evaluation": "s", "training": "^"}
@@ -104,54 +103,16 @@ def draw(report: Mapping[str, Any], run: Mapping[str, Any], path: Path) -> None:
     from matplotlib.lines import Line2D
 
     ceilings, found = report["ceilings"], list(points(run))
-    rate = bandwidth(ceilings)
-    rates = {name: best_rate(rounds) for name, rounds in ceilings["operations_per_second"].items()}
+    highest = max(best_rate(rounds) for rounds in ceilings["operations_per_second"].values())
+    figure, axis = plt.subplots(figsize=(8.2, 5.2), layout="constrained")
+    _draw_ceilings(axis, ceilings, [point.intensity for point in found])
     sides = list(dict.fromkeys(point.side for point in found))
     kinds = list(dict.fromkeys(point.kind for point in found))
     colors = {side: f"C{i}" for i, side in enumerate(sides)}
-    intensities = [point.intensity for point in found]
-    left = min(*intensities, min(rates.values()) / rate) / 3
-    right = max(*intensities, max(rates.values()) / rate) * 4
-
-    figure, axis = plt.subplots(figsize=(8.2, 5.2), layout="constrained")
-    highest = max(rates.values()) / rate
-    axis.plot([left, highest], [left * rate, highest * rate], color="0.35", lw=1.4)
-    axis.annotate(
-        f"memory {format_rate(rate)}B/s",
-        (left * 1.15, left * 1.15 * rate),
-        xytext=(4, -6),
-        textcoords="offset points",
-        va="top",
-        fontsize=8,
-        color="0.35",
-    )
-    for i, (name, of_dtype) in enumerate(sorted(rates.items(), key=lambda item: item[1])):
-        axis.plot([of_dtype / rate, right], [of_dtype] * 2, PRODUCTS.get(name, "-"), color="0.35", lw=1.2)
-        at_left = i % 2  # neighbours may be too close for one label above the other
-        axis.annotate(
-            f"{name} products {format_rate(of_dtype)}op/s",
-            (highest if at_left else right, of_dtype),
-            xytext=(4 if at_left else -3, 2),
-            textcoords="offset points",
-            ha="left" if at_left else "right",
-            fontsize=8,
-            color="0.35",
-        )
     for point in found:
-        color = colors[point.side]
-        axis.plot([point.intensity] * 2, [point.reached, point.floor], color=color, lw=0.7, alpha=0.5)
-        axis.plot(point.intensity, point.floor, "_", ms=13, mew=1.8, color=color)
-        axis.plot(
-            point.intensity, point.reached, MARKERS[point.kind], ms=7, color=color, mec="white", mew=0.6
-        )
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlim=(left, right),
-        xlabel="FLOPs a byte, both counted (least bytes)",
-        ylabel="FLOP/s",
-    )
-    axis.set_ylim(min(point.reached for point in found) / 2, max(rates.values()) * 1.8)
+        _draw_point(axis, point, colors[point.side])
+    axis.set(xlabel="FLOPs per byte, both counted (least bytes)", ylabel="FLOP/s")
+    axis.set_ylim(min(point.reached for point in found) / 2, highest * 1.8)
     axis.grid(alpha=0.25)
     title = f"{report['model']}, batch {run['batch']}, {ceilings['device']}"
     cpu = report["machine"]["cpu"] if ceilings["device"] == "cpu" else ""
@@ -164,20 +125,51 @@ def draw(report: Mapping[str, Any], run: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _draw_ceilings(axis: Any, ceilings: Mapping[str, Any], intensities: Sequence[float]) -> None:
+    """Draws the lines of memory and products, from left of all points to right of them."""
+    rate = bandwidth(ceilings)
+    rates = {name: best_rate(rounds) for name, rounds in ceilings["operations_per_second"].items()}
+    left = min(*intensities, min(rates.values()) / rate) / 3
+    right = max(*intensities, max(rates.values()) / rate) * 4
+    highest = max(rates.values()) / rate
+    text = {"textcoords": "offset points", "fontsize": 8, "color": "0.35"}
+    axis.set(xscale="log", yscale="log", xlim=(left, right))
+    axis.plot([left, highest], [left * rate, highest * rate], color="0.35", lw=1.4)
+    start = (left * 1.15, left * 1.15 * rate)
+    axis.annotate(f"memory {format_rate(rate)}B/s", start, xytext=(4, -6), va="top", **text)
+    for i, (name, of_dtype) in enumerate(sorted(rates.items(), key=lambda item: item[1])):
+        axis.plot([of_dtype / rate, right], [of_dtype] * 2, PRODUCTS.get(name, "-"), color="0.35", lw=1.2)
+        at_left = i % 2  # neighbours may be too close for one label above the other
+        axis.annotate(
+            f"{name} products {format_rate(of_dtype)}op/s",
+            (highest if at_left else right, of_dtype),
+            xytext=(4 if at_left else -3, 2),
+            ha="left" if at_left else "right",
+            **text,
+        )
+
+
+def _draw_point(axis: Any, point: Point, color: str) -> None:
+    axis.plot([point.intensity] * 2, [point.reached, point.floor], color=color, lw=0.7, alpha=0.5)
+    axis.plot(point.intensity, point.floor, "_", ms=13, mew=1.8, color=color)
+    axis.plot(point.intensity, point.reached, MARKERS[point.kind], ms=7, color=color, mec="white", mew=0.6)
+
+
 def _label(side: str, run: Mapping[str, Any]) -> str:
     dtype = run["sides"][side]["dtype"]
     return side if dtype in side else f"{side}, {dtype}"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="roofline.py", description="Draws what train_step.py found against the ceilings of its machine."
+        prog="python -m benchmarks.roofline",
+        description="Draws what train_step.py found against the ceilings of its machine.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="what train_step.py --json wrote")
     parser.add_argument("--png", type=Path, required=True, metavar="FILE", help="where to draw it")
     parser.add_argument("--batch", type=int, metavar="N", help="of several in the file (the first)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         if not arguments.png.absolute().parent.is_dir():
             raise UserError(f"--png is {arguments.png}: its directory does not exist")

@@ -1,10 +1,10 @@
-"""What steps reach of the ceilings of their machine, and of their floor."""
+"""How close steps come to the ceilings of their machine and to their floor."""
 
 import statistics
 from typing import Any
 
-from floor import bandwidth, floor, flops, least_bytes, peak
-from workload import Kind, Work
+from benchmarks.floor import bandwidth, floor, flops, least_bytes, peak
+from benchmarks.workload import Kind, Work
 
 
 def merged(before: dict[str, Any], after: dict[str, Any] | None) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from floor import format_rate
-from workload import Kind, is_ours
+from benchmarks.floor import format_rate
+from benchmarks.workload import Kind, is_ours
 
 MIB = 2**20
 

@@ -1,6 +1,6 @@
-"""Compiles a training step for several TPU topologies at the same batch a chip, and compares them.
+"""Compiles a training step for several TPU topologies at the same batch per chip, and compares them.
 
-    python benchmarks/topologies.py --config configs/binaryvit_small.py --topology v5e:4x2 \\
+    python -m benchmarks.topologies --config configs/binaryvit_small.py --topology v5e:4x2 \\
       --topology v5e:8x8 --topology v5e:16x16 --images_per_chip 32
 
 Needs libtpu (``pip install "jax[tpu]"``), and no TPU. Prints a table, and below it whether a chip's
@@ -20,9 +20,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from jax_side import load_config
-from workload import parse_override
-
+from benchmarks.jax_side import load_config
+from benchmarks.workload import parse_override
 from bvit_jax import config as config_lib
 from bvit_jax.errors import UserError
 from bvit_jax.plan import topology
@@ -33,9 +32,9 @@ TOLERANCE = 0.05  # of memory and time
 Figures = Mapping[str, Any]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     topology.prepare()
     try:
         found = measure(arguments)
@@ -67,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
             return dict(zip(arguments.topology, results, strict=True))
         except BrokenProcessPool:
             raise UserError(
-                f"a process that compiled was killed, for want of memory perhaps; --jobs is {arguments.jobs}:"
+                f"a compiling process was killed, perhaps out of memory; --jobs is {arguments.jobs}:"
                 " try fewer"
             ) from None
 
@@ -118,13 +117,13 @@ def checks(found: Sequence[Figures]) -> dict[str, bool]:
 
 ROWS: dict[str, Callable[[Figures], str]] = {
     "chips": lambda f: f"{f['devices']}",
-    "images a step": lambda f: f"{f['devices'] * f['images_per_device']}",
+    "images per step": lambda f: f"{f['devices'] * f['images_per_device']}",
     "memory of a chip: arguments, MB": lambda f: f"{f['arguments_mb']:.0f}",
     "temporaries, MB": lambda f: f"{f['temporaries_mb']:.0f}",
     "program, MB": lambda f: f"{f['program_mb']:.0f}",
     "total, MB": lambda f: f"{f['total_mb']:.0f} of {f['chip_mb']:.0f}",
-    "GFLOP an image": lambda f: f"{f['gflops_per_image']:.2f}",
-    "GB accessed an image": lambda f: f"{f['gb_accessed_per_image']:.3f}",
+    "GFLOP per image": lambda f: f"{f['gflops_per_image']:.2f}",
+    "GB accessed per image": lambda f: f"{f['gb_accessed_per_image']:.3f}",
     "of these in HBM": lambda f: f"{f['gb_of_memory_per_image']:.3f}",
     "least time of a step by FLOPs, ms": lambda f: f"{f['flops_ms']:.1f}",
     "by bytes, ms": lambda f: f"{f['bytes_ms']:.1f}",

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from workload import LEARNING_RATE, Compilation, Facts, Kind, Memory, Plan, process_memory
 
+from benchmarks.workload import LEARNING_RATE, Compilation, Facts, Kind, Memory, Plan, process_memory
 from bvit_jax.errors import UserError
 
 # From the name of our model to the class in models.py and the directory in configs/.
@@ -89,7 +89,7 @@ class TorchSide:
         """Compiles if asked to: by a first step of each kind, less the time of the second.
 
         Raises:
-          UserError: torch.compile cannot, for want of a compiler on the machine for instance.
+          UserError: torch.compile fails, for instance because the machine has no compiler.
         """
         result = Compilation()
         for kind in self._kinds if self._is_compiled else ():
@@ -103,7 +103,7 @@ class TorchSide:
         return result
 
     def first_step(self, kind: Kind) -> None:
-        """Returns None: nothing compiled is kept for another process."""
+        """Returns None: nothing that is compiled is cached for another process."""
         del kind
 
     def step(self, kind: Kind) -> None:
@@ -224,7 +224,7 @@ def _imports_from(checkout: Path) -> Iterator[None]:
     """Imports modules from the checkout, with stand-ins for what is missing, and silences it."""
     stand_ins = {"timm": _timm, "transformers": _transformers}
     for package, make in stand_ins.items():
-        if importlib.util.find_spec(package) is None:
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
             sys.modules.update(make())
     sys.path.insert(0, str(checkout))
     try:

@@ -44,18 +44,18 @@ class Plan:
     Attributes:
       model: a name of `MODELS`, or None with a config file.
       config: ``FILE[:argument]`` of an experiment, or None with a model's name.
-      overrides: settings in place of the model's.
-      batch: images of a step.
+      overrides: settings that replace the model's.
+      batch: images per step.
       dtype: compute dtype of the JAX code; None means the config's, or float32.
       reference: checkout of the PyTorch code, if it is measured too.
       compiled: whether the PyTorch model goes through ``torch.compile``.
       kinds: the steps that are measured.
       autocast: whether the PyTorch model runs under AMP where there is a GPU.
-      cache: directory that keeps what the JAX code and Inductor compile, or None for none.
+      cache: directory for what the JAX code and Inductor compile, or None.
       plain: whether the JAX code leaves out what training and evaluation do on one CPU by default: packed
-        signs, equal blocks in a loop, and memory that is kept from step to step.
-      cold: whether the steps run in the process that compiled them, and not in a new one that finds them in
-        the cache, as every run but the first does.
+        signs, equal blocks in a loop, and memory that is reused from step to step.
+      cold: whether the steps run in the process that compiled them, not in a new one that finds them in
+        the cache, as in every run but the first.
     """
 
     model: str | None
@@ -77,7 +77,7 @@ class Memory:
     """Peaks in bytes.
 
     Attributes:
-      peak: of the steps, on the device or (on a CPU) of the whole process.
+      peak: that of the steps, on the device or (on a CPU) of the process.
       of: which of the two.
       setup_peak: of the process before the first step: building the model and compiling.
     """
@@ -89,7 +89,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a side tells of itself once it is built.
+    """What a side reports once it is built.
 
     Attributes:
       version: of jax or torch.
@@ -112,7 +112,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Work:
-    """What a model asks for; of one image where it depends on images.
+    """What a model needs; per image where it depends on images.
 
     Attributes:
       binary_macs: multiply-accumulates of products of two binary operands.
@@ -132,7 +132,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Compilation:
-    """What a side tells of compiling its steps; empty where nothing is compiled.
+    """What a side reports about compiling its steps; empty where nothing is compiled.
 
     Attributes:
       compile_seconds: tracing included.
@@ -141,7 +141,7 @@ class Compilation:
         the body of a loop once, however often it runs.
       compiler_bytes: its count of the bytes of operands and results, likewise.
       accessed_bytes: the same by `bvit_jax.plan.hlo.hbm_bytes`, the body of a loop as often as it runs.
-      work: what the model asks for by an arithmetic count, where the side counts it.
+      work: what the model needs by an arithmetic count, where the side counts it.
     """
 
     compile_seconds: dict[Kind, float] = field(default_factory=dict)
@@ -157,7 +157,7 @@ class Side(Protocol):
 
     @property
     def facts(self) -> Facts:
-        """What the side tells of itself."""
+        """What the side reports once it is built."""
 
     def compile(self) -> Compilation:
         """Compiles the steps; called once, before any step."""
@@ -166,7 +166,7 @@ class Side(Protocol):
         """Runs one step and waits for its result."""
 
     def first_step(self, kind: Kind) -> float | None:
-        """Compiles and runs a first step; returns its seconds if what was compiled was kept before."""
+        """Compiles and runs a first step; returns its seconds if the program was in the cache."""
 
     def memory(self) -> Memory:
         """Returns the peak of the steps."""
@@ -270,7 +270,7 @@ def _seconds(side: Side, kind: Kind, steps: int) -> float | None:
 
 
 def _prepare(side: Side, kinds: Iterable[Kind]) -> tuple[Any, int]:
-    """Compiles and warms a side; returns what it tells and the peak of memory before the steps."""
+    """Compiles and warms a side; returns what it reports and the peak of memory before the steps."""
     compilation = side.compile()
     setup_peak = process_memory().peak
     forget_setup()
@@ -287,7 +287,7 @@ def process_memory() -> Memory:
 
 
 def forget_setup() -> None:
-    """On Linux, gives freed memory back and starts the peak of the process anew.
+    """On Linux, gives freed memory back and resets the peak of the process.
 
     A compiler leaves gigabytes of freed memory with the process, which would count as the steps'.
     Elsewhere this does nothing, and the peak of the steps includes the setup.

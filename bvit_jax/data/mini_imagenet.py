@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as official
 
 from bvit_jax.data.prepare.imagenet import TRAIN_TAR, VAL_TAR, tfds_info, validation_labels
+from bvit_jax.data.prepare.tfds_internals import CMYK_IMAGES, PNG_IMAGES
 from bvit_jax.errors import UserError
 
 SIDES = (48, 129)  # range of the sides in pixels, the end excluded
@@ -65,7 +65,7 @@ def class_image(label: int, rng: np.random.Generator) -> Image.Image:
 
 
 def _synset_tars(synsets: list[str], per_class: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    special = [*official.CMYK_IMAGES, *official.PNG_IMAGES]
+    special = [*CMYK_IMAGES, *PNG_IMAGES]
     for label, synset in enumerate(synsets):
         names = [name for name in special if name.startswith(synset)]
         names += [f"{synset}_{i}.JPEG" for i in range(1, per_class + 1)]
@@ -86,9 +86,9 @@ def _validation_images(synsets: list[str], count: int, seed: int) -> Iterator[tu
 
 def _encode(image: Image.Image, name: str, number: int) -> bytes:
     kind, mode = "JPEG", image.mode
-    if name in official.PNG_IMAGES:
+    if name in PNG_IMAGES:
         kind = "PNG"
-    elif name in official.CMYK_IMAGES:
+    elif name in CMYK_IMAGES:
         mode = "CMYK"
     elif number % GREY_EVERY == GREY_EVERY - 1:
         mode = "L"
@@ -118,8 +118,10 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the tars go")
-    parser.add_argument("--train_per_class", type=int, default=2, metavar="N", help="images, default 2")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the tars")
+    parser.add_argument(
+        "--train_per_class", type=int, default=2, metavar="N", help="images per class, default 2"
+    )
     parser.add_argument("--validation", type=int, default=500, metavar="N", help="images, default 500")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)

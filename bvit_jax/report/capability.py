@@ -1,4 +1,4 @@
-"""The report of representational capability: every step of its derivation."""
+"""The report on representational capability: every step of its derivation."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ ABLATION: dict[str, dict[str, Any]] = {  # the rows of configs/react_deit_small.
 
 
 def all_derivations() -> list[Derivation]:
-    """Returns those of the supplement, of the ablation between them, and of BinaryViT."""
+    """Returns the derivations of the paper's supplement, of its ablation and of BinaryViT."""
     rows = [
         capability.capability_of(models.model_config("react_deit", **settings), name)
         for name, settings in ABLATION.items()
@@ -28,7 +28,11 @@ def all_derivations() -> list[Derivation]:
 
 
 def derivation_of(config: ConfigDict) -> Derivation:
-    """Returns that of the model of an experiment; raises `UserError` where the rules say nothing of it."""
+    """Returns the derivation for the model of an experiment.
+
+    Raises:
+      UserError: the rules do not cover that model.
+    """
     models.create_model(config.model)  # for its checks
     return capability.capability_of(config.model)
 
@@ -52,14 +56,14 @@ def as_text(derivations: list[Derivation]) -> str:
     if len(parts) > 1:
         parts.append(summary(derivations))
     parts.append(
-        "The rules are reconstructed from the three published numbers: see bvit_jax/capability.py and"
+        "The rules are reconstructed from the three published numbers: see bvit_jax/cost/capability.py and"
         " docs/cost.md."
     )
     return "\n\n".join(parts) + "\n"
 
 
 def summary(derivations: list[Derivation]) -> str:
-    """Returns the results alone."""
+    """Returns a table of the results."""
     rows = [(item.name, f"{item.capability:,}", f"{item.capability:.3g}") for item in derivations]
     return table(("network", "R", ""), rows, left=1)
 

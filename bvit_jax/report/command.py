@@ -1,4 +1,7 @@
-"""Reports on runs, networks and what they cost: ``bvit report COMMAND --help``."""
+"""Reports on runs, networks and what they cost: ``bvit report COMMAND --help``
+
+Each report is imported when it is asked for.
+"""
 
 import argparse
 import json
@@ -7,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bvit_jax.errors import UserError
-from bvit_jax.report import curves, network
-from bvit_jax.runtime.arguments import parse_config
+from bvit_jax.runtime.arguments import add_noema, parse_config
 
 
 def run(argv: list[str]) -> None:
@@ -34,12 +36,15 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, takes_config=takes_config)
         return command
 
-    curves.add_parser(subparsers)
-    network.add_parser(subparsers)
+    curves = add("curves", _curves, "draw the training curves of runs as a PNG file.")
+    curves.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR")
+    _add_output(curves, "curves.png", "FILE")
+
+    _add_network(add("network", _network, "draw the weights, signs, attention and positions of a model."))
 
     cost = add("cost", _cost, "what a model costs: parameters, operations, memory.", takes_config=True)
-    cost.add_argument("--checkpoint", type=Path, help="a run or a checkpoint, in place of --config")
-    cost.add_argument("--depth", type=int, default=0, help="add modules deeper than that to the one above")
+    cost.add_argument("--checkpoint", type=Path, help="a run or a checkpoint, instead of --config")
+    cost.add_argument("--depth", type=int, default=0, help="add deeper modules to the one above them")
     cost.add_argument("--json", action="store_true", help="print JSON")
 
     capability = add(
@@ -51,6 +56,42 @@ def _parser() -> argparse.ArgumentParser:
     add("table", _table, "print the table of models in README.md, in Markdown; needs configs/")
     add("settings", _settings, "print the tables of settings in docs/settings.md, in Markdown")
     return parser
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="PATH", help="a workdir, or what convert reads"
+    )
+    parser.add_argument(
+        "--kind", choices=("latest", "best"), help="checkpoint of a workdir (default: latest)"
+    )
+    add_noema(parser)
+    parser.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="input images (default: ten digits for a model of digits, else a portrait)",
+    )
+    _add_output(parser, "network", "DIR")
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str, metavar: str) -> None:
+    parser.add_argument(
+        "--output", type=Path, default=Path(default), metavar=metavar, help=f"default: {default}"
+    )
+
+
+def _curves(arguments: argparse.Namespace) -> None:
+    from bvit_jax.report import curves
+
+    curves.save_picture(curves.read_runs(arguments.workdirs), arguments.output)
+
+
+def _network(arguments: argparse.Namespace) -> None:
+    from bvit_jax.report import network
+
+    network.run(arguments)
 
 
 def _cost(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The report of what a model costs: its figures as JSON and as text."""
+"""The report on what a model costs, as JSON and as text."""
 
 import dataclasses
 from pathlib import Path
@@ -17,12 +17,12 @@ from bvit_jax.workdir import runs
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model to report about.
+    """A model to report on.
 
     Attributes:
       model: its name and settings.
-      compute_dtype: of its activations.
-      remat: what its backward pass computes again in training.
+      compute_dtype: dtype of its activations.
+      remat: what its backward pass recomputes in training.
     """
 
     model: ConfigDict
@@ -37,8 +37,7 @@ def subject_of(config: ConfigDict) -> Subject:
 
 
 def read_subject(path: Path) -> Subject:
-    """Returns the model of a training run, or of any checkpoint that `bvit_jax.weights.load`
-    reads.
+    """Returns the model of a training run, or of any checkpoint that `bvit_jax.weights.load` reads.
 
     Raises:
       UserError: there is none.
@@ -61,12 +60,12 @@ def figures(subject: Subject, depth: int = 0) -> dict[str, Any]:
 
     Args:
       subject: the model.
-      depth: modules deeper than that are added to the one above them; 0 lists every module.
+      depth: deeper modules are added to the one above them; 0 lists every module.
 
     Returns:
       ``model``, ``image_size``, ``compute_dtype``, ``remat``; ``total`` and ``layers``, each with the
       figures of `bvit_jax.cost.LayerCost`; ``packed_bytes_by_kind``, by the class of module;
-      ``training_bytes`` and ``inference_bytes`` of activations for an image; ``uncounted``; and for a model
+      ``training_bytes`` and ``inference_bytes`` of activations per image; ``uncounted``; and for a model
       with a real-valued backbone ``speedups`` (`bvit_jax.cost.speedup.Speedup`).
 
     Raises:
@@ -116,7 +115,7 @@ def _layer(layer: LayerCost) -> dict[str, Any]:
 
 
 def _packed_by_kind(cost: ModelCost) -> dict[str, dict[str, int]]:
-    """Returns the bytes of the packed model by the class of module, apart by what they hold."""
+    """Returns the bytes of the packed model by class of module and by what they store."""
     kinds: dict[str, dict[str, int]] = {}
     for layer in cost.layers:
         if not layer.params:
@@ -163,7 +162,7 @@ def _layers_table(layers: list[dict[str, Any]], total: dict[str, Any]) -> str:
         "1-bit input",
         "real MACs",
         "element-wise",
-        "kept kB",
+        "saved kB",
         "MACs/byte",
     )
     rows = []
@@ -191,9 +190,9 @@ def _parameters(report: dict[str, Any]) -> str:
     return (
         "parameters\n"
         f"  {total['params']:,}: {total['binary_params']:,} binary, {total['low_bit_params']:,} of 2 to 8"
-        f" bits, {total['real_params']:,} real; beside them {total['statistics']:,} running statistics\n"
-        f"  {megabytes(total['packed_bytes'])} packed, {megabytes(total['float_bytes'])} in float32; packed"
-        f" by what holds them:\n{_packed_table(report['packed_bytes_by_kind'])}"
+        f" bits, {total['real_params']:,} real; in addition {total['statistics']:,} running statistics\n"
+        f"  {megabytes(total['packed_bytes'])} packed, {megabytes(total['float_bytes'])} in float32;"
+        f" packed, by module:\n{_packed_table(report['packed_bytes_by_kind'])}"
     )
 
 
@@ -218,7 +217,7 @@ def _operations(report: dict[str, Any]) -> str:
     return (
         f"multiply-accumulates (MACs)\n{_counts(macs)}\n"
         f"  {short(total['ops'])} OPs: binary / 64 + all others\n"
-        f"  {total['macs_per_byte']:.1f} MACs a byte of operands and results as computed,"
+        f"  {total['macs_per_byte']:.1f} MACs per byte of operands and results as computed,"
         f" {total['macs_per_packed_byte']:.1f} with binary operands packed\n\n"
         f"element-wise operations\n{_counts(total['elementwise_by'])}\n"
         f"  {short(total['ops_with_elementwise'])} OPs with them"
@@ -233,7 +232,7 @@ def _counts(counts: dict[str, int]) -> str:
 def _memory(report: dict[str, Any]) -> str:
     return (
         "activations of one image\n"
-        f"  kept for the backward pass: {megabytes(report['training_bytes'])} (remat: {report['remat']})\n"
+        f"  saved for the backward pass: {megabytes(report['training_bytes'])} (remat: {report['remat']})\n"
         f"  largest set alive in inference, unfused: {megabytes(report['inference_bytes'])}"
     )
 

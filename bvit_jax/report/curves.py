@@ -1,12 +1,13 @@
-"""Training curves of runs, read from their ``metrics.jsonl`` and drawn as a PNG file or an HTML page."""
+"""Training curves of runs, read from their ``metrics.jsonl`` and drawn as a PNG file.
 
-import argparse
-import dataclasses
+TensorBoard shows the same interactively, if tensorboardX is installed while a run trains.
+"""
+
 import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from bvit_jax.errors import UserError
 
 Lines = list[dict[str, Any]]
 
-BOTH = "both"
-DASHES = ("solid", "dashed", "dotted", "dashdot")  # of the metrics of one panel
-CYCLE = 10  # colours of matplotlib's "tab10"
+DASHES = ("solid", "dashed", "dotted", "dashdot")  # for the metrics of one panel
+CYCLE = 10  # number of matplotlib's default colours
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,12 @@ class Run:
     """What a training run has logged so far.
 
     Attributes:
-      label: its directory, with as many parents as tell it from the other runs.
-      lines: of its ``metrics.jsonl``.
-      settings: of its ``config.json``, by dotted name; empty where there is none.
-      notes: what was left out, in words.
+      label: the shortest end of its path that no other run has.
+      lines: those of its ``metrics.jsonl``.
     """
 
     label: str
     lines: Lines
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,11 +38,11 @@ class Panel:
     """One diagram over the steps.
 
     Attributes:
-      title: with the unit.
-      metrics: name in ``metrics.jsonl`` and in the legend.
-      factor: from the unit of the file to that of the title.
-      points: whether every value is marked, since there are few.
-      from_zero: whether the axis begins there, so that heights compare.
+      title: what is shown, with its unit.
+      metrics: names in ``metrics.jsonl`` and in the legend.
+      factor: converts the unit of the file to that of the title.
+      points: whether to mark every value, where there are few.
+      from_zero: whether the axis starts at 0.
     """
 
     title: str
@@ -71,17 +67,17 @@ class Curve:
 
 
 def read_runs(workdirs: Sequence[Path]) -> list[Run]:
-    """Returns the runs in several directories, one that is named twice only once.
+    """Returns the runs in several directories, without repetitions.
 
     Raises:
       UserError: a run has no metrics, or they are damaged.
     """
     paths = list(dict.fromkeys(workdir.resolve() for workdir in workdirs))
-    return [_read_run(path, label) for path, label in zip(paths, distinct_labels(paths), strict=True)]
+    return [Run(label, read_metrics(path)) for path, label in zip(paths, distinct_labels(paths), strict=True)]
 
 
 def distinct_labels(paths: Sequence[Path]) -> list[str]:
-    """Returns the last parts of different absolute paths, as few as tell each from all others."""
+    """Returns the shortest ends of different absolute paths that tell them apart."""
     lengths = [1] * len(paths)
     while True:
         labels = ["/".join(path.parts[-n:]) for path, n in zip(paths, lengths, strict=True)]
@@ -91,26 +87,11 @@ def distinct_labels(paths: Sequence[Path]) -> list[str]:
         lengths = [n + (counts[label] > 1) for n, label in zip(lengths, labels, strict=True)]
 
 
-def _read_run(workdir: Path, label: str) -> Run:
-    lines, cut = read_metrics(workdir)
-    notes = ["the last line of metrics.jsonl is not whole and was left out"] if cut else []
-    try:
-        values = json.loads((workdir / "config.json").read_bytes())
-        settings = dict(_flat(values)) if isinstance(values, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        settings = {}
-    if not settings:
-        notes.append("config.json cannot be read, so that the settings are not known")
-    return Run(label, lines, settings, tuple(notes))
-
-
-def read_metrics(workdir: Path) -> tuple[Lines, bool]:
-    """Returns the lines of a run's ``metrics.jsonl``, and whether a last one that is not whole was left out.
-
-    The last line may be in the writing, or cut by a full disk; such a line is no error elsewhere.
+def read_metrics(workdir: Path) -> Lines:
+    """Returns the lines of a run's ``metrics.jsonl``; an incomplete last line is skipped.
 
     Raises:
-      UserError: the file is missing, empty, or damaged anywhere else.
+      UserError: the file is missing or empty, or another line is malformed.
     """
     path = workdir / "metrics.jsonl"
     try:
@@ -125,12 +106,12 @@ def read_metrics(workdir: Path) -> tuple[Lines, bool]:
             lines.append(line)
         elif number < rows[-1][0] or text.endswith("\n"):
             raise UserError(
-                f"{path} is damaged: line {number} is no JSON object with a step and numbers; take the line"
-                " out of the file"
+                f"{path} is damaged: line {number} is not a JSON object with a step and numbers; delete that"
+                " line"
             )
     if not lines:
         raise UserError(f"{path} is empty: the run has not logged anything yet")
-    return lines, len(lines) < len(rows)
+    return lines
 
 
 def _parsed(row: str) -> dict[str, Any] | None:
@@ -144,19 +125,11 @@ def _parsed(row: str) -> dict[str, Any] | None:
     return line if all(value is None or type(value) in (int, float) for value in numbers) else None
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 # --- what is drawn -----------------------------------------------------------------------------
 
 
 def panels(runs: Sequence[Run]) -> tuple[Panel, ...]:
-    """Returns the diagrams of runs; the loss has a curve for each of its terms that a run has logged."""
+    """Returns the diagrams of runs; the loss has a curve for each term that a run has logged."""
     logged = dict.fromkeys(name for run in runs for line in run.lines for name in line)
     terms = [name for name in logged if name.endswith("_loss") and not name.startswith("eval_")]
     named = (("loss", "loss"), *((name, name.replace("_", " ")) for name in sorted(terms)))
@@ -170,7 +143,7 @@ def panels(runs: Sequence[Run]) -> tuple[Panel, ...]:
 
 
 def curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
-    """Returns the curves of a diagram, without those that have no value."""
+    """Returns the curves of a diagram that have values."""
     found = []
     for index, run in enumerate(runs):
         for i, (metric, name) in enumerate(panel.metrics):
@@ -181,7 +154,7 @@ def curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
 
 
 def series(lines: Lines, metric: str, factor: float = 1) -> tuple[list[int], list[float]]:
-    """Returns the steps at which a metric was logged and its values, NaN where they were not finite."""
+    """Returns the steps and values of a metric; values that were not finite are NaN."""
     points = [(line["step"], line[metric]) for line in lines if metric in line]
     values = [
         math.nan if value is None or not math.isfinite(value) else factor * value for _, value in points
@@ -190,7 +163,7 @@ def series(lines: Lines, metric: str, factor: float = 1) -> tuple[list[int], lis
 
 
 def isolated(values: Sequence[float]) -> list[int]:
-    """Returns the indices of finite values without a finite neighbour, which no line reaches."""
+    """Returns the indices of finite values without a finite neighbour, which no line passes through."""
     padded = [math.nan, *values, math.nan]
     return [
         i
@@ -200,15 +173,6 @@ def isolated(values: Sequence[float]) -> list[int]:
 
 
 # --- PNG ---------------------------------------------------------------------------------------
-
-
-def plot_curves(workdirs: Sequence[Path], output: Path) -> None:
-    """Draws loss, held-out accuracy, learning rate and throughput over the steps of one or several runs.
-
-    Raises:
-      UserError: a run has no metrics, matplotlib is not installed, or the picture cannot be written.
-    """
-    _save_picture(read_runs(workdirs), output)
 
 
 def load_pyplot() -> Any:
@@ -224,12 +188,17 @@ def load_pyplot() -> Any:
 
 
 def plain(text: str) -> str:
-    """Returns a text that matplotlib shows as it is: no formulas, and not left out of a legend."""
+    """Returns a text that matplotlib shows unchanged: without formulas, and in legends too."""
     shown = text.replace("$", r"\$").replace("\n", " ")
     return " " + shown if shown.startswith("_") else shown
 
 
-def _save_picture(runs: Sequence[Run], output: Path) -> None:
+def save_picture(runs: Sequence[Run], output: Path) -> None:
+    """Draws loss, held-out accuracy, learning rate and throughput of runs over their steps.
+
+    Raises:
+      UserError: matplotlib is not installed, or the file cannot be written.
+    """
     pyplot = load_pyplot()
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 6.6), sharex=True, layout="constrained")
     for axis, panel in zip(axes.flat, panels(runs), strict=True):
@@ -239,10 +208,10 @@ def _save_picture(runs: Sequence[Run], output: Path) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=11)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # of a directory's name
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # in the name of a directory
             figure.savefig(output, dpi=120)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {output}: {error}; name a .png or .html file") from error
+        raise UserError(f"cannot write {output}: {error}; name a .png file") from error
     finally:
         pyplot.close(figure)
 
@@ -272,35 +241,3 @@ def _draw_panel(axis: Any, panel: Panel, drawn: Sequence[Curve]) -> None:
         axis.legend(fontsize=9)
     if not drawn:
         axis.text(0.5, 0.5, "none logged", ha="center", va="center", transform=axis.transAxes, color="0.4")
-
-
-# --- the command -------------------------------------------------------------------------------
-
-
-def add_parser(commands: Any) -> None:
-    """Adds ``curves`` to the commands of `bvit_jax.report`."""
-    parser = commands.add_parser(
-        "curves",
-        help="draw the training curves of runs",
-        description="Draws the training curves of runs as a picture, or as a page that needs no network.",
-    )
-    parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("curves.png"),
-        metavar="FILE.png|FILE.html|both",
-        help="default: curves.png; both: curves.png and curves.html",
-    )
-    parser.set_defaults(run=_run)
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    from bvit_jax.report import curves_page
-
-    runs, output = read_runs(arguments.workdirs), arguments.output
-    both = str(output) == BOTH
-    if both or output.suffix.lower() in (".html", ".htm"):
-        curves_page.save_page(runs, Path("curves.html") if both else output)
-    if both or output.suffix.lower() not in (".html", ".htm"):
-        _save_picture(runs, Path("curves.png") if both else output)

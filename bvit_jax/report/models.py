@@ -1,4 +1,4 @@
-"""The table of the models in README.md: what each is, what it costs, what was published and verified."""
+"""The table of models in README.md: what each costs, what was published, and what is verified here."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,14 @@ HEAD = ("model", "parameters", "packed", "OPs", "published top-1", "configuratio
 
 @dataclass(frozen=True)
 class Row:
-    """A model of the table.
+    """A row of the table.
 
     Attributes:
-      title: what it is called.
-      config: its file in ``configs/`` with an argument; or "" if it has none.
-      published: top-1 on ImageNet and where it is from.
-      verified: what this project checked.
-      model: its name and the settings that are not the defaults; if not given, those of the file.
+      title: the name of the model in words.
+      config: its file in ``configs/``, with an argument if needed; "" if it has none.
+      published: top-1 on ImageNet and its source.
+      verified: what this project has checked.
+      model: its name and the settings that differ from the defaults; by default those of the file.
     """
 
     title: str
@@ -93,13 +93,13 @@ ROWS = (
 
 
 def as_markdown(configs: Path = Path("configs")) -> str:
-    """Returns the table, between the marks that it has in README.md.
+    """Returns the table with the marks that enclose it in README.md.
 
     Args:
       configs: the directory of the experiments.
 
     Raises:
-      UserError: an experiment is not there.
+      UserError: an experiment is missing.
     """
     rows = [_cells(row, configs) for row in ROWS]
     return f"{BEGIN}\n{markdown(HEAD, rows)}\n{END}"

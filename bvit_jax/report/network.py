@@ -1,14 +1,13 @@
 """A report on a trained network: PNG files, and a page that shows and explains them.
 
-The figures are computed by `network_figures` and drawn by `network_pictures`, its neighbours. What a model
-does not have is said on the page.
+`network_figures` computes what `network_pictures` draws; `network_page` makes the page, which also says what
+a model does not have.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.inference.images import model_input, prepared
 from bvit_jax.models import same_layers
-from bvit_jax.report import html_page
 from bvit_jax.report import network_figures as figures
 from bvit_jax.report import network_pictures as draw
 from bvit_jax.report.curves import Lines, load_pyplot, read_metrics
 from bvit_jax.report.network_figures import Block, LatentWeights, Seen
-from bvit_jax.runtime.arguments import add_noema
+from bvit_jax.report.network_page import Picture, index_html
 from bvit_jax.weights.naming import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.workdir import runs
@@ -34,25 +31,8 @@ DPI = 100
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One section of the page.
-
-    Attributes:
-      title: of the section.
-      text: what is to be seen, or why nothing is.
-      name: of the file without its suffix, empty without a picture.
-      draw: returns the matplotlib figure, given pyplot.
-    """
-
-    title: str
-    text: str
-    name: str = ""
-    draw: Callable[[Any], Any] | None = None
-
-
-@dataclass(frozen=True)
 class Sample:
-    """An image that a model is shown: its name, and uint8 (size, size, 3)."""
+    """An input image: its name, and its pixels, uint8 (size, size, 3)."""
 
     name: str
     pixels: np.ndarray
@@ -61,14 +41,14 @@ class Sample:
 def save_report(
     model: Pretrained, samples: Sequence[Sample], directory: Path, *, origin: str, lines: Lines | None = None
 ) -> Path:
-    """Draws a model into a directory, which is made if it is missing, over an earlier report.
+    """Writes the report of a model into a directory, replacing an earlier one.
 
     Args:
       model: any of `bvit_jax.models.factory.MODELS`, with its weights.
       samples: at least one; attention is drawn on the first.
-      directory: for the PNG files and ``index.html``.
-      origin: where the model is from, for the page.
-      lines: of the metrics of its run, if it is from one.
+      directory: for the PNG files and ``index.html``; created if missing.
+      origin: where the model comes from, for the page.
+      lines: metrics of its training run, if there is one.
 
     Returns:
       The path of the page.
@@ -87,39 +67,11 @@ def save_report(
                 figure = picture.draw(pyplot)
                 figure.savefig(directory / f"{picture.name}.png", dpi=DPI)
                 pyplot.close(figure)
+        page = directory / "index.html"
+        page.write_text(index_html(model, pictures, origin), encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
-    page = directory / "index.html"
-    html_page.save(index_html(model, pictures, origin), page)
     return page
-
-
-def index_html(model: Pretrained, pictures: Sequence[Picture], origin: str) -> str:
-    """Returns the page that shows the pictures, which lie beside it."""
-    body = [_facts(model, origin)]
-    for picture in pictures:
-        body.append(f"<h2>{escape(picture.title)}</h2>\n")
-        if picture.draw is None:
-            body.append(f'<p class="note">Not drawn: {escape(picture.text)}</p>\n')
-            continue
-        image = f'<img src="{picture.name}.png" alt="{escape(picture.title)}">'
-        body.append(f"<figure>{image}\n<figcaption>{escape(picture.text)}</figcaption></figure>\n")
-    return html_page.page(f"The network of {origin}", "".join(body))
-
-
-def _facts(model: Pretrained, origin: str) -> str:
-    config = model.config
-    settings = ", ".join(f"{key} {config[key]}" for key in ("width", "depth", "num_heads", "patch_size"))
-    rows = [
-        ["read from", origin],
-        [
-            "weights",
-            " ← ".join(f"{e['file']} ({e.get('weights', e['format'])})" for e in reversed(model.history)),
-        ],
-        ["model", f"{config.name}: {settings}, {config.image_size}×{config.image_size} pixels"],
-        ["parameters", f"{models.num_params(model.variables['params']):,}"],
-    ]
-    return html_page.table(["", ""], [row for row in rows if row[1]])
 
 
 def _check_finite(model: Pretrained, origin: str) -> None:
@@ -131,7 +83,7 @@ def _check_finite(model: Pretrained, origin: str) -> None:
             )
 
 
-# --- what there is of a model ------------------------------------------------------------------
+# --- the sections of the page ------------------------------------------------------------------
 
 
 def describe(model: Pretrained, samples: Sequence[Sample], seen: Seen, lines: Lines | None) -> list[Picture]:
@@ -157,7 +109,7 @@ def _describe_samples(model: Pretrained, samples: Sequence[Sample], seen: Seen) 
     ]
     return Picture(
         "Images",
-        "What the model is shown, prepared as the checkpoint says, and after the arrow the likeliest class"
+        "The inputs, preprocessed as the checkpoint says, and after the arrow the likeliest class"
         " with its probability.",
         "images",
         lambda pyplot: draw.samples(pyplot, [sample.pixels for sample in samples], titles),
@@ -174,8 +126,8 @@ def _describe_filters(model: Pretrained, params: Any, samples: Sequence[Sample])
     )
     if grey:
         text += (
-            " Of grey images, as these are, a filter sees only the mean of its colours, so that training"
-            " shapes nothing else: it is drawn beside them and sorts both."
+            " On grey images, such as these, only the mean of a filter's colours matters, so that training"
+            " shapes nothing else: it is drawn next to them and sorts both."
         )
     kernel = params["embedding"]["patches"]["kernel"]
     return Picture("First-layer filters", text, "filters", lambda pyplot: draw.filters(pyplot, kernel, grey))
@@ -190,10 +142,10 @@ def _describe_weights(model: Pretrained, weights: Sequence[LatentWeights]) -> li
     return [
         Picture(
             "Latent weights",
-            "Histograms of what each layer takes the sign of: its weights, in linear layers of BinaryViT less"
-            " the mean of their output channel. The shaded range is [-1, 1], outside of which a weight gets"
-            " no gradient; the percentage is the share inside. Where no edge is to be seen, it lies beyond"
-            " the frame. All frames have the same width; the first and last bar hold what is beyond."
+            "Histograms of what each layer takes the sign of: its weights, in linear layers of BinaryViT"
+            " minus the mean of their output channel. The shaded range is [-1, 1], outside which a weight has"
+            " no gradient; the percentage is the share inside. Where no edge is visible, it lies outside"
+            " the frame. All frames have the same width; the first and last bars count what lies outside."
             + " Patch merging, where each output has a window of its own, is not here."
             * release,
             "weights",
@@ -215,18 +167,18 @@ def _describe_flips(weights: Sequence[LatentWeights], lines: Lines | None) -> Pi
     if not weights:
         return Picture(title, "this model has no weights of one bit.")
     if lines is None:
-        return Picture(title, "it needs the workdir of a training run, whose metrics tell of them.")
+        return Picture(title, "they are in the metrics of a training run: pass its workdir.")
     steps, layers, rates = figures.flip_rates(lines)
     if not np.isfinite(rates).any():
         reason = (
-            "the metrics of the run do not tell of them: config.health is off, its first epoch has not ended,"
+            "the metrics of the run do not have them: config.health is off, its first epoch has not ended,"
             " or metrics.jsonl cannot be read."
         )
         return Picture(title, reason)
     return Picture(
         title,
-        "Share of each layer's signs that differ from those at the log before, one interval of"
-        " log_every_steps earlier. Above, the mean over the layers, and the range from the least to the"
+        "Share of each layer's signs that differ from those at the previous log, log_every_steps"
+        " steps earlier. Top: the mean over the layers, and the range from the smallest to the"
         " largest. Grey: no sign flipped, or no value.",
         "flips",
         lambda pyplot: draw.flips(pyplot, steps, layers, rates),
@@ -243,7 +195,7 @@ def _describe_balance(model: Pretrained, seen: Seen, count: int) -> Picture:
         title,
         f"Share of +1 among the signs that each product sees, over all tokens of {images}. The dot is the"
         f" mean, the line spans the 5th to the 95th percentile of the channels{heads}. On the right the share"
-        " of channels whose sign is always the same here, so that they do not tell tokens apart. A sign that"
+        " of channels whose sign is always the same here, so that they distinguish no tokens. A sign that"
         " is 0 does not count as +1.",
         "balance",
         lambda pyplot: draw.balance(pyplot, seen.balance),
@@ -253,16 +205,18 @@ def _describe_balance(model: Pretrained, seen: Seen, count: int) -> Picture:
 def _describe_attention(sample: Sample, blocks: Sequence[Block], seen: Seen) -> Picture:
     binary = not all(np.array_equal(a, b) for a, b in zip(seen.softmax, seen.used, strict=True))
     if binary:
-        forms = "as the softmax returns it, and as used: binarised, what the product with the values sees"
+        forms = "as the softmax returns it, and binarised, as the product with the values uses it"
     else:
         forms = "as the softmax returns it, which this model does not binarise"
-    apart = "; what goes to class and distillation tokens is not in them" * bool(blocks[0].extra_tokens)
-    windows = " There is none outside of a token's window." * (blocks[0].window is not None)
+    apart = ", without class and distillation tokens" * bool(blocks[0].extra_tokens)
+    windows = " There is none outside a token's window." * (blocks[0].window is not None)
     return Picture(
         "Attention",
-        f"Where tokens look on {sample.name}, in the first and the last block of each stage: {forms}. Maps"
-        f" are means over the heads{apart}. The square marks the central token, which asks. Each map has its"
-        f" own scale.{windows}" + " Under each block the share of what is used that is not 0." * binary,
+        f"Where tokens attend in {sample.name}, in the first and the last block of each stage: {forms}. Maps"
+        f" are means over the heads{apart}. The square marks the central token, the query. Each map has its"
+        f" own scale.{windows}"
+        + " Below each block: the share of the binarised attention that is not 0."
+        * binary,
         "attention",
         lambda pyplot: draw.attention(pyplot, sample.pixels, blocks, seen, binary),
     )
@@ -275,10 +229,10 @@ def _describe_branches(params: Any, blocks: Sequence[Block]) -> Picture:
         return Picture(title, "this model has no pooling branches.")
     return Picture(
         title,
-        "The factors of LayerScale, one a channel, that each block gives its branches. Above, their mean"
-        " magnitude: pool_h3 averages three rows, pool_w5 five columns; attention_scale and mlp_scale end the"
-        " two main branches, where the model has them. Below, the median of each pooling branch and the range"
-        " from the 5th to the 95th percentile. Pooling branches start at 0, main ones at 0.1.",
+        "The LayerScale factors of each block's branches, one per channel. Top: their mean"
+        " magnitude: pool_h3 averages three rows, pool_w5 five columns; attention_scale and mlp_scale scale"
+        " the main branches, where the model has them. Bottom: the median of each pooling branch, and the"
+        " range from the 5th to the 95th percentile. Pooling branches start at 0, main ones at 0.1.",
         "branches",
         lambda pyplot: draw.branches(pyplot, scales),
     )
@@ -288,8 +242,8 @@ def _describe_positions(model: Pretrained, params: Any, blocks: Sequence[Block])
     if same_layers(model.config.name, "swin"):
         return Picture(
             "Relative position biases",
-            "This model has no position embeddings. This is what it adds to the score of a key, by where the"
-            " key lies relative to the query, which is in the middle: in the first and the last block of each"
+            "This model has no position embeddings. This is what it adds to the score of a key, by its"
+            " position relative to the query, which is in the middle: in the first and the last block of each"
             f" stage, the first {draw.MAX_TILES} heads at most.",
             "positions",
             lambda pyplot: draw.biases(pyplot, params, blocks),
@@ -297,8 +251,8 @@ def _describe_positions(model: Pretrained, params: Any, blocks: Sequence[Block])
     embeddings = figures.position_embeddings(params, model.config)
     return Picture(
         "Position embeddings",
-        "Cosine similarity of the embedding of one position with those of all. Each tile is the whole grid of"
-        " a stage, as one position sees it, and lies where that position does in the image.",
+        "Cosine similarity of the embedding of one position with all. Each tile is the whole grid of a"
+        " stage, compared with one position, and lies where that position is in the image.",
         "positions",
         lambda pyplot: draw.positions(pyplot, embeddings),
     )
@@ -308,9 +262,9 @@ def _describe_positions(model: Pretrained, params: Any, blocks: Sequence[Block])
 
 
 def default_samples(model: Pretrained) -> list[Sample]:
-    """Returns images that are installed: one of each digit for a model of digits, else a portrait.
+    """Returns images that need no download: one of each digit for a model of digits, else a portrait.
 
-    The digits are held-out ones of scikit-learn, the portrait is matplotlib's of Grace Hopper.
+    The digits are held-out ones from scikit-learn; the portrait of Grace Hopper comes with matplotlib.
     """
     if model.class_names == tuple(map(str, range(10))):
         return _digits(model)
@@ -333,32 +287,8 @@ def _digits(model: Pretrained) -> list[Sample]:
     return samples
 
 
-def add_parser(commands: Any) -> None:
-    """Adds ``network`` to the commands of `bvit_jax.report`."""
-    parser = commands.add_parser(
-        "network",
-        help="draw the weights, signs and attention of a model",
-        description="Draws filters, weights, signs, attention and positions of a model, with a page of them.",
-    )
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="PATH", help="a workdir, or what convert reads"
-    )
-    parser.add_argument("--kind", choices=("latest", "best"), help="of a workdir (default: latest)")
-    add_noema(parser)
-    parser.add_argument(
-        "--image",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="images to show it (default: ten digits for a model of digits, else a portrait)",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("network"), metavar="DIR", help="default: network"
-    )
-    parser.set_defaults(run=_run)
-
-
-def _run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command ``network``."""
     load_pyplot()
     paths = arguments.image or []
     missing = [path for path in paths if not path.is_file()]
@@ -377,9 +307,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _metrics(workdir: Path) -> Lines:
-    """Returns what a run has logged; where it cannot be read the network is drawn all the same."""
+    """Returns what a run has logged; only the flips depend on it, so that its loss is no error."""
     try:
-        return read_metrics(workdir)[0]
+        return read_metrics(workdir)
     except UserError as error:
         sys.stderr.write(f"flips are not drawn: {error}\n")
         return []

@@ -1,7 +1,7 @@
 """What can be seen of a trained network: its filters, latent weights, signs, attention and positions.
 
-Pure functions from a model's configuration, variables and output to numpy arrays; the pictures of them are
-drawn by `bvit_jax.report.network_pictures`.
+Pure functions from a model's configuration, variables and output to numpy arrays, which
+`bvit_jax.report.network_pictures` draws.
 """
 
 import functools
@@ -38,12 +38,12 @@ class Block:
     """A block of a model.
 
     Attributes:
-      name: of its parameters.
-      index: among all blocks.
+      name: that of its parameters.
+      index: position among all blocks.
       stage: from 0.
       side: tokens along a side of its grid.
       extra_tokens: class and distillation tokens before the grid.
-      window: in which it attends, if it does.
+      window: the window in which it attends, or None.
     """
 
     name: str
@@ -77,7 +77,7 @@ def blocks_of(config: ConfigDict) -> list[Block]:
 
 
 def ends_of_stages(blocks: Sequence[Block]) -> list[Block]:
-    """Returns the first and the last block of every stage, one where they are the same."""
+    """Returns the first and the last block of every stage, once if they are the same."""
     stages = {block.stage for block in blocks}
     ends = []
     for stage in sorted(stages):
@@ -95,7 +95,7 @@ def filter_order(kernel: np.ndarray) -> np.ndarray:
 
 
 def mean_frequency(kernel: np.ndarray) -> np.ndarray:
-    """Returns the mean spatial frequency of each filter, in cycles a pixel, weighted by its energy.
+    """Returns the mean spatial frequency of each filter, in cycles per pixel, weighted by its energy.
 
     Args:
       kernel: (size, size, 3, filters); the constant part of a filter counts as frequency 0.
@@ -117,7 +117,7 @@ class LatentWeights:
     Attributes:
       layer: its path.
       values: what the sign is taken of, after any centring, (weights,).
-      inside: share of them to which the sign passes a gradient.
+      inside: share of the values that receive a gradient.
     """
 
     layer: str
@@ -126,7 +126,7 @@ class LatentWeights:
 
 
 def latent_weights(model: Pretrained) -> list[LatentWeights]:
-    """Returns the latent weights of all layers of one bit, in the order in which they compute.
+    """Returns the latent weights of all layers of one bit, in the order of computation.
 
     The gradient reaches values in [-1, 1].
     """
@@ -146,7 +146,7 @@ def latent_weights(model: Pretrained) -> list[LatentWeights]:
 
 
 def flip_rates(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[str], np.ndarray]:
-    """Returns how many signs of each layer flipped, from the lines of a run's metrics.
+    """Returns the share of signs of each layer that flipped, from the lines of a run's metrics.
 
     Returns:
       The steps at which it was logged, the layers, and the shares (layers, steps), NaN where a layer has no
@@ -167,10 +167,10 @@ def flip_rates(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[str]
 
 
 def branch_scales(params: Params, blocks: Sequence[Block]) -> dict[str, list[np.ndarray | None]]:
-    """Returns the LayerScale factors of each branch that any block has, one array (channels,) a block.
+    """Returns the LayerScale factors of each branch that any block has, one array (channels,) per block.
 
-    Branches are ``attention_scale``, ``mlp_scale`` and the pooling branches, ``pool_h3`` and so on; None
-    where a block has none.
+    Branches are ``attention_scale``, ``mlp_scale`` and the pooling branches ``pool_h3`` and so on; None where
+    a block lacks one.
     """
     scales = {
         block.name: {
@@ -210,10 +210,10 @@ def position_similarity(embeddings: np.ndarray, count: int) -> tuple[np.ndarray,
 
     Args:
       embeddings: (side, side, channels).
-      count: rows and columns of positions to take, evenly spread; all where there are no more.
+      count: number of evenly spaced rows and columns of positions; at most all.
 
     Returns:
-      The rows, which are the columns too, (n,), and the similarities (n, n, side, side).
+      The rows (equal to the columns), (n,), and the similarities, (n, n, side, side).
     """
     side = len(embeddings)
     lines = np.unique(np.round(np.linspace(0, side - 1, min(count, side))).astype(int))
@@ -225,7 +225,7 @@ def position_similarity(embeddings: np.ndarray, count: int) -> tuple[np.ndarray,
 def position_biases(params: Params, block: Block) -> np.ndarray:
     """Returns the relative position biases of a block in windows, (heads, 2·size - 1, 2·size - 1).
 
-    The middle is the query itself; a bias stands where the key lies relative to it.
+    The query is in the middle; a bias is at the position of the key relative to it.
     """
     assert block.window is not None
     table = np.asarray(params[block.name]["position_bias"], np.float64)
@@ -234,7 +234,7 @@ def position_biases(params: Params, block: Block) -> np.ndarray:
     return np.moveaxis(table.reshape(side, side, -1), -1, 0)[:, ::-1, ::-1]
 
 
-# --- what images make of it --------------------------------------------------------------------
+# --- what the model computes --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Seen:
         channel (or head).
       softmax: attention of each block on the first image, (windows, heads, queries, keys), as the softmax
         returns it.
-      used: the same as the product with the values sees it.
+      used: the same as the product with the values uses it.
     """
 
     probabilities: np.ndarray
@@ -288,7 +288,7 @@ def whole_attention(attention: np.ndarray, block: Block) -> np.ndarray:
 
     Args:
       attention: (windows, heads, queries, keys), one window where the block has none.
-      block: its block; outside of a query's window there is no attention.
+      block: its block; outside a query's window there is no attention.
     """
     if block.window is None or len(attention) == 1:
         return attention[0]
@@ -301,7 +301,7 @@ def whole_attention(attention: np.ndarray, block: Block) -> np.ndarray:
 
 
 def attention_maps(attention: np.ndarray, block: Block) -> dict[str, np.ndarray]:
-    """Returns where tokens look, as grids of keys, the mean over the heads.
+    """Returns the attention of some queries as grids of keys, averaged over the heads.
 
     Args:
       attention: of one image, (heads, queries, keys), see `whole_attention`; the keys may be a pooled grid.

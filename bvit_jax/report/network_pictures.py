@@ -12,10 +12,10 @@ from bvit_jax.report import network_figures as figures
 from bvit_jax.report.curves import plain
 from bvit_jax.report.network_figures import Block, LatentWeights, Seen
 
-MAX_TILES = 8  # of positions along a side, and of heads in a row
-MAX_ROW = 5  # pictures beside each other
-ROW = 0.19  # inches of a line of text in a list of layers
-GAP = np.array([0.75, 0.86, 0.97])  # between tiles
+MAX_TILES = 8  # positions along a side, or heads in a row
+MAX_ROW = 5  # images in a row
+ROW = 0.19  # inches per line in a list of layers
+GAP = np.array([0.75, 0.86, 0.97])  # colour between tiles
 INSIDE, OUTSIDE = "#1f77b4", "#d62728"
 
 
@@ -38,7 +38,7 @@ def samples(pyplot: Any, images: Sequence[np.ndarray], titles: Sequence[str]) ->
 def filters(pyplot: Any, kernel: np.ndarray, grey: bool) -> Any:
     """Draws the filters of a patch embedding, (size, size, 3, filters).
 
-    With ``grey`` they are sorted by what they make of grey images, and this is drawn beside them.
+    With ``grey`` they are sorted by their response to grey images, which is drawn next to them.
     """
     mean = np.broadcast_to(kernel.mean(axis=2, keepdims=True), kernel.shape)
     order = figures.filter_order(mean if grey else kernel)
@@ -56,7 +56,7 @@ def filters(pyplot: Any, kernel: np.ndarray, grey: bool) -> Any:
 
 
 def _tiled(tiles: np.ndarray, columns: int) -> np.ndarray:
-    """Returns tiles (n, size, size, 3) in rows, apart by a colour that is neither white nor black."""
+    """Returns tiles (n, size, size, 3) in rows, separated by a colour that is neither white nor black."""
     count, size = tiles.shape[:2]
     gap = max(1, size // 8)
     rows = -(-count // columns)
@@ -68,7 +68,7 @@ def _tiled(tiles: np.ndarray, columns: int) -> np.ndarray:
 
 
 def histograms(pyplot: Any, weights: Sequence[LatentWeights]) -> Any:
-    """Draws a histogram of the latent weights of each layer, a row a block."""
+    """Draws a histogram of the latent weights of each layer, one row per block."""
     groups: dict[str, list[LatentWeights]] = {}
     for layer in weights:
         groups.setdefault(layer.layer.partition("/")[0], []).append(layer)
@@ -115,7 +115,7 @@ def magnitudes(pyplot: Any, weights: Sequence[LatentWeights]) -> Any:
 
 
 def flips(pyplot: Any, steps: Sequence[int], layers: Sequence[str], rates: np.ndarray) -> Any:
-    """Draws the share of flipped signs, (layers, steps), as a heat map under its mean."""
+    """Draws the share of flipped signs, (layers, steps), as a heat map below its mean."""
     height = ROW * len(layers)
     figure, (top, axis) = pyplot.subplots(
         2, 1, figsize=(10, height + 3.2), height_ratios=[1.8, height + 0.2], sharex=True, layout="constrained"
@@ -174,7 +174,7 @@ def constant_share(shares: np.ndarray) -> float:
 
 
 def attention(pyplot: Any, image: np.ndarray, blocks: Sequence[Block], seen: Seen, binary: bool) -> Any:
-    """Draws attention over an image, a row for the first and the last block of each stage."""
+    """Draws attention over an image, one row for the first and the last block of each stage."""
     chosen = figures.ends_of_stages(blocks)
     rows = [attention_row(block, seen, binary) for block in chosen]
     columns = 1 + len(rows[0])
@@ -197,7 +197,7 @@ def attention(pyplot: Any, image: np.ndarray, blocks: Sequence[Block], seen: See
 
 
 def attention_row(block: Block, seen: Seen, binary: bool) -> dict[str, np.ndarray]:
-    """Returns the maps that are drawn for a block, by title: each query, as the softmax says and as used."""
+    """Returns the maps of a block by title: for each query the softmax, and what is used if it differs."""
     forms = {"softmax": seen.softmax} | ({"as used": seen.used} if binary else {})
     maps = {
         form: figures.attention_maps(figures.whole_attention(attention[block.index], block), block)
@@ -278,7 +278,7 @@ def branches(pyplot: Any, scales: dict[str, list[np.ndarray | None]]) -> Any:
 
 
 def positions(pyplot: Any, embeddings: Sequence[np.ndarray]) -> Any:
-    """Draws the cosine similarity of positions, a square of tiles a stage."""
+    """Draws the cosine similarity of positions, one square of tiles per stage."""
     columns = min(2, len(embeddings))
     rows = -(-len(embeddings) // columns)
     figure, axes = pyplot.subplots(
@@ -288,7 +288,7 @@ def positions(pyplot: Any, embeddings: Sequence[np.ndarray]) -> Any:
         axis.axis("off")
     for stage, (axis, grid) in enumerate(zip(axes.flat, embeddings)):
         side, gap = len(grid), max(1, len(grid) // 8)
-        # More tiles than there are pixels for would not show their single positions.
+        # More tiles than this would have less than a pixel per position.
         lines, similarity = figures.position_similarity(grid, min(MAX_TILES, max(2, 420 // (side + gap))))
         image = axis.imshow(_sheet(similarity, gap), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
         places = [i * (side + gap) + (side - 1) / 2 for i in range(len(lines))]
@@ -304,7 +304,7 @@ def positions(pyplot: Any, embeddings: Sequence[np.ndarray]) -> Any:
 
 
 def _sheet(tiles: np.ndarray, gap: int) -> np.ndarray:
-    """Returns square tiles (rows, columns, side, side) beside each other, NaN between them."""
+    """Returns square tiles (rows, columns, side, side) next to each other, NaN between them."""
     rows, columns, side = tiles.shape[:3]
     sheet = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap), np.nan)
     for y, x in np.ndindex(rows, columns):
@@ -314,7 +314,7 @@ def _sheet(tiles: np.ndarray, gap: int) -> np.ndarray:
 
 
 def biases(pyplot: Any, params: Any, blocks: Sequence[Block]) -> Any:
-    """Draws the relative position biases of a Swin, a row a block and a column a head."""
+    """Draws the relative position biases of a Swin, one row per block and one column per head."""
     rows = [(block, figures.position_biases(params, block)) for block in figures.ends_of_stages(blocks)]
     columns = min(MAX_TILES, max(len(biases) for _, biases in rows))
     figure, axes = pyplot.subplots(
@@ -361,7 +361,7 @@ def _right_column(axis: Any, texts: Sequence[str], title: str) -> None:
 
 
 def long_layer(layer: str) -> str:
-    """Returns the path of a layer without what all of them have in common."""
+    """Returns the path of a layer without a trailing ``/dense``."""
     return layer.removesuffix("/dense")
 
 

@@ -1,21 +1,20 @@
 """The ceilings of a machine, the least time of a step, and the picture of both."""
 
-import importlib
+import dataclasses
 import json
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import ceilings, floor, jax_side, roofline, shares
+from benchmarks.workload import Work
 from bvit_jax.errors import UserError
+from bvit_jax.training.steps.state import create_state
 
-ROOT = Path(__file__).parents[2]
 CEILINGS = {
     "device": "cpu",
     "bytes_per_second": {"read": [80.0, 100.0], "update": [50.0, 60.0]},
@@ -29,20 +28,10 @@ CEILINGS = {
 }
 
 
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
+WORK = Work(binary_macs=800, real_macs=100, elements=50, variable_bytes=400, state_bytes=1200)
 
 
-def work(load: Callable[[str], ModuleType]) -> Any:
-    return load("workload").Work(
-        binary_macs=800, real_macs=100, elements=50, variable_bytes=400, state_bytes=1200
-    )
-
-
-def test_ceilings_are_positive_and_finite(load):
-    ceilings = load("ceilings")
+def test_ceilings_are_positive_and_finite():
     found = ceilings.measure(ceilings.Sizes(elements=4096, side=16, binary=(8, 2, 8)), rounds=2)
     assert json.loads(json.dumps(found)) == found
     assert set(found["bytes_per_second"]) == {"read", "update", "add"}
@@ -53,8 +42,7 @@ def test_ceilings_are_positive_and_finite(load):
     assert "binary products" in ceilings.table(found)
 
 
-def test_ceilings_shrink_with_their_scale(load):
-    ceilings = load("ceilings")
+def test_ceilings_shrink_with_their_scale():
     full, small = (ceilings.default_sizes("cpu", scale) for scale in (1, 0.25))
     assert full == ceilings.CPU
     assert (small.elements, small.side) == (full.elements // 4, full.side // 2)
@@ -62,7 +50,7 @@ def test_ceilings_shrink_with_their_scale(load):
         ceilings.default_sizes("gpu", 2)
 
 
-def test_packed_products_are_those_of_signs(load):
+def test_packed_products_are_those_of_signs():
     signs = (
         np.random.default_rng(0).choice([-1, 1], (5, 64)),
         np.random.default_rng(1).choice([-1, 1], (64, 7)),
@@ -70,7 +58,7 @@ def test_packed_products_are_those_of_signs(load):
     x, w = (np.packbits(s > 0, axis=axis, bitorder="little") for axis, s in ((1, signs[0]), (0, signs[1])))
     x = x.view(np.uint32)
     w = np.ascontiguousarray(w.T).view(np.uint32).T
-    differing = load("ceilings").differing_bits(jnp.asarray(x), jnp.asarray(w))
+    differing = ceilings.differing_bits(jnp.asarray(x), jnp.asarray(w))
     np.testing.assert_array_equal(64 - 2 * differing, signs[0] @ signs[1])
 
 
@@ -84,22 +72,20 @@ def test_packed_products_are_those_of_signs(load):
         ("training", "float16", 10800, 2400 + 3 * 2 * 50 * 2, 3200 / 160 + (400 + 7200) / 40),
     ],
 )
-def test_the_floor_is_that_of_the_formula(load, kind, dtype, flops, size, flops_seconds):
-    found = load("floor").floor(work(load), kind, 2, dtype, CEILINGS)
+def test_the_floor_is_that_of_the_formula(kind, dtype, flops, size, flops_seconds):
+    found = floor.floor(WORK, kind, 2, dtype, CEILINGS)
     assert (found.flops, found.bytes) == (flops, size)
     assert found.flops_seconds == pytest.approx(flops_seconds)
     assert found.bytes_seconds == pytest.approx(size / 100)
     assert found.seconds == max(found.flops_seconds, found.bytes_seconds)
 
 
-def test_counts_the_work_of_a_model(load):
+def test_counts_the_work_of_a_model():
     """One block of a DeiT: the products of its patches, attention, MLP and head, by hand."""
-    jax_side, train_state = load("jax_side"), importlib.import_module("bvit_jax.training.steps.state")
-    jax = importlib.import_module("jax")
     settings = {"image_size": 8, "patch_size": 4, "num_classes": 3, "width": 4, "depth": 1, "num_heads": 2}
     model = jax_side.create_model({"name": "deit", "mlp_dim": 6, **settings}, "float32")
     state = jax.eval_shape(
-        lambda key: train_state.create_state(key, model, jax_side.fixed_optimizer(), 8), jax.random.key(0)
+        lambda key: create_state(key, model, jax_side.fixed_optimizer(), 8), jax.random.key(0)
     )
     found = jax_side.work_of(model, state)
     patches, tokens, head_size, heads = 4, 5, 2, 2
@@ -115,22 +101,22 @@ def test_counts_the_work_of_a_model(load):
     assert found.elements == read + written
 
 
-def report(load: Callable[[str], ModuleType], tmp_path: Path) -> Path:
+def report(tmp_path: Path) -> Path:
     side = {"dtype": "float32", "devices": 1, "accessed_bytes": {"training": 5000}}
     speeds = {"forward": [2.0, 3.0], "training": [0.5, 0.6]}
     sides = {name: {**side, "images_per_second": speeds} for name in ("bvit_jax", "reference")}
     sides["reference"]["accessed_bytes"] = {}
-    counted = load("workload").dataclasses.asdict(work(load))
+    counted = dataclasses.asdict(WORK)
     run = {"batch": 2, "work": counted, "sides": sides}
-    load("shares").add_shares(run, CEILINGS)
+    shares.add_shares(run, CEILINGS)
     found = {"model": "tiny", "machine": {"cpu": "a CPU", "cores": 2}, "ceilings": CEILINGS, "runs": [run]}
     file = tmp_path / "found.json"
     file.write_text(json.dumps(found))
     return file
 
 
-def test_shares_are_of_the_ceilings(load, tmp_path):
-    sides = json.loads(report(load, tmp_path).read_text())["runs"][0]["sides"]
+def test_shares_are_of_the_ceilings(tmp_path):
+    sides = json.loads(report(tmp_path).read_text())["runs"][0]["sides"]
     found = sides["bvit_jax"]["achieved"]["training"]
     seconds = 2 / 0.55
     assert found["share_of_flops"] == pytest.approx(10800 / seconds / 10)
@@ -139,11 +125,10 @@ def test_shares_are_of_the_ceilings(load, tmp_path):
     assert "accessed_bytes_per_second" not in sides["reference"]["achieved"]["training"]
 
 
-def test_draws_a_roofline(load, tmp_path, monkeypatch):
+def test_draws_a_roofline(tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "roofline.png"
-    monkeypatch.setattr(sys, "argv", ["roofline.py", str(report(load, tmp_path)), "--png", str(picture)])
-    assert load("roofline").main() == 0
+    assert roofline.main([str(report(tmp_path)), "--png", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
@@ -155,16 +140,13 @@ def test_draws_a_roofline(load, tmp_path, monkeypatch):
         ('{"ceilings": {"x": 1}, "runs": [{"batch": 8}]}', ["--batch", "9"], "error: --batch is 9; "),
     ],
 )
-def test_roofline_says_what_is_wrong(load, tmp_path, monkeypatch, capsys, content, arguments, message):
+def test_roofline_says_what_is_wrong(tmp_path, capsys, content, arguments, message):
     file = tmp_path / "found.json"
     file.write_text(content)
-    command = ["roofline.py", str(file), "--png", str(tmp_path / "x.png"), *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    assert load("roofline").main() == 1
+    assert roofline.main([str(file), "--png", str(tmp_path / "x.png"), *arguments]) == 1
     assert capsys.readouterr().err.startswith(message.format(file=file))
 
 
-def test_ceilings_say_what_is_wrong(load, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["ceilings.py", "--json", "nowhere/x.json"])
-    assert load("ceilings").main() == 1
+def test_ceilings_say_what_is_wrong(capsys):
+    assert ceilings.main(["--json", "nowhere/x.json"]) == 1
     assert capsys.readouterr().err.startswith("error: --json is nowhere/x.json: its directory does not exist")

@@ -1,21 +1,9 @@
 """The benchmark that compiles for several topologies: its table and its verdicts."""
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 
+from benchmarks import topologies
 from bvit_jax.plan.topology import ENVIRONMENT
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("topologies")
 
 
 def figures(**changes: object) -> dict:
@@ -45,10 +33,10 @@ def figures(**changes: object) -> dict:
     }
 
 
-def test_equal_chips_pass(benchmark: ModuleType) -> None:
+def test_equal_chips_pass() -> None:
     found = [figures(), figures(devices=64, total_mb=10.4)]
-    assert all(benchmark.checks(found).values())
-    assert benchmark.checks(found).keys() == benchmark.checks(found[:1]).keys()
+    assert all(topologies.checks(found).values())
+    assert topologies.checks(found).keys() == topologies.checks(found[:1]).keys()
 
 
 @pytest.mark.parametrize(
@@ -67,28 +55,26 @@ def test_equal_chips_pass(benchmark: ModuleType) -> None:
         ),
     ],
 )
-def test_what_grows_fails(changes: dict, failed: str, benchmark: ModuleType) -> None:
-    results = benchmark.checks([figures(), figures(**changes)])
+def test_what_grows_fails(changes: dict, failed: str) -> None:
+    results = topologies.checks([figures(), figures(**changes)])
     assert [text for text, holds in results.items() if not holds] == [
         text for text in results if failed in text
     ]
     assert not all(results.values())
 
 
-def test_the_table_has_a_column_for_each_topology(benchmark: ModuleType) -> None:
-    lines = benchmark.table({"v5e:4x2": figures(), "v5e:8x8": figures(devices=64)}).splitlines()
+def test_the_table_has_a_column_for_each_topology() -> None:
+    lines = topologies.table({"v5e:4x2": figures(), "v5e:8x8": figures(devices=64)}).splitlines()
     assert lines[0] == "| | v5e:4x2 | v5e:8x8 |"
     assert lines[1] == "|---|---|---|"
     assert "| chips | 8 | 64 |" in lines
-    assert "| images a step | 256 | 2048 |" in lines
+    assert "| images per step | 256 | 2048 |" in lines
 
 
 def test_wrong_topologies_end_with_one_line(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in ENVIRONMENT.items():  # what the command sets is taken back after the test
         monkeypatch.setenv(name, value)
-    arguments = ["topologies.py", "--config", "configs/digits.py", "--topology", "v5e:2x2x2"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert benchmark.main() == 1
+    assert topologies.main(["--config", "configs/digits.py", "--topology", "v5e:2x2x2"]) == 1
     assert "v5e has 2 dimensions" in capsys.readouterr().err

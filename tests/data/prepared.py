@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from bvit_jax.data.prepare import Part, Source, SplitSource
+from bvit_jax.data.prepare import Part, Source, SplitSource, shuffle, writer
 from bvit_jax.data.prepare.source import dataset_info
 
 
@@ -54,6 +55,35 @@ def small_source(
         splits=(split,),
         fingerprint=changes.pop("fingerprint", "a"),
     )
+
+
+def die_at(patch: pytest.MonkeyPatch, moment: str, count: int, die: Callable[[], None]) -> None:
+    """Lets a preparation call ``die`` at a moment: when it has come to it ``count`` times before.
+
+    Args:
+      patch: what is changed for that.
+      moment: "record", "rename", "appear" (the last renaming), "delete" or "shard".
+      count: how often the moment passes.
+      die: ends the process, or stands for that.
+    """
+    owner, name = {
+        "record": (shuffle, "_write"),
+        "rename": (Path, "replace"),
+        "appear": (Path, "replace"),
+        "delete": (Path, "unlink"),
+        "shard": (writer, "_num_records"),
+    }[moment]
+    original, passed = getattr(owner, name), 0
+
+    def function(*arguments: Any, **options: Any) -> Any:
+        nonlocal passed
+        if moment != "appear" or arguments[0].name == "dataset":
+            passed += 1
+            if passed > count:
+                die()
+        return original(*arguments, **options)
+
+    patch.setattr(owner, name, function)
 
 
 def records(directory: Path, split: str) -> list[Any]:

@@ -79,7 +79,7 @@ def _damage(path: Path, content: bytes | None) -> None:
         ("pets", {"": b"file"}, "cannot read .*pets: Not a directory"),
         ("pets", {"val/ant": None}, "pets: only one of train and val has the class 'ant'; expected the same"),
         ("pets", {"val/dog/9.webp": None}, r"val/dog has no images; expected files \*\.jpg, \*\.jpeg"),
-        ("pets", {f"val/{x}": None for x in ("ant", "cat", "dog")}, "val has no directories; .* each class"),
+        ("pets", {f"val/{x}": None for x in ("ant", "cat", "dog")}, "val has no directories; .* per class"),
         ("pets", {"train": None, "val": None, ".git": None}, "pets has no directories; expected splits"),
         (
             "pets",

@@ -226,12 +226,12 @@ def _case(name: str, message: str) -> Callable[[Any], None]:
     return lambda change: CASES.append(pytest.param(change, message, id=name))
 
 
-@_case("unknown synset", r"train\.tar holds n99999999\.tar, which is none of the 1,000 synsets .*did you")
+@_case("unknown synset", r"train\.tar holds n99999999\.tar, which is not one of the 1,000 synsets .*did you")
 def _(train: Any, val: Any) -> None:
     train["n99999999"] = train.pop("n01440764")
 
 
-@_case("no synset", r"train\.tar holds readme\.txt\.tar, which is none of the 1,000 synsets of ImageNet;")
+@_case("no synset", r"train\.tar holds readme\.txt\.tar, which is not one of the 1,000 synsets of ImageNet;")
 def _(train: Any, val: Any) -> None:
     train["readme.txt"] = []
 
@@ -241,12 +241,14 @@ def _(train: Any, val: Any) -> None:
     del train["n01440764"], train["n01443537"]
 
 
-@_case("image of another synset", r"n01440764\.tar: n01443537_1\.JPEG is the name of no image of n01440764")
+@_case(
+    "image of another synset", r"n01440764\.tar: n01443537_1\.JPEG is not named like an image of n01440764"
+)
 def _(train: Any, val: Any) -> None:
     train["n01440764"] = train["n01443537"]
 
 
-@_case("image twice", r"n01440764\.tar: n01440764_1\.JPEG is there twice")
+@_case("image twice", r"n01440764\.tar: n01440764_1\.JPEG appears twice")
 def _(train: Any, val: Any) -> None:
     train["n01440764"] *= 2
 
@@ -282,7 +284,7 @@ def _(train: Any, val: Any) -> None:
     train["n02105855"] = [("n02105855_2933.JPEG", image[:60] + b"????" + image[64:])]
 
 
-@_case("too many images", r"split train has 1,001 examples; expected 1,000: files are missing or too many")
+@_case("too many images", r"split train has 1,001 examples; expected 1,000: files are missing or unexpected")
 def _(train: Any, val: Any) -> None:
     train["n01440764"].append(("n01440764_2.JPEG", jpeg(1)))
 
@@ -292,12 +294,18 @@ def _(train: Any, val: Any) -> None:
     train["n01440764"].clear()
 
 
-@_case("validation image missing", r"val\.tar lacks 1 files, such as ILSVRC2012_val_00000002\.JPEG; .* the 5")
+@_case(
+    "validation image missing",
+    r"val\.tar lacks 1 file\(s\), such as ILSVRC2012_val_00000002\.JPEG; .* the 5",
+)
 def _(train: Any, val: Any) -> None:
     del val[1]
 
 
-@_case("validation image too many", r"val\.tar should not hold 1 files, such as val/x\.JPEG; expected the 5")
+@_case(
+    "validation image too many",
+    r"val\.tar should not hold 1 file\(s\), such as val/x\.JPEG; expected the 5",
+)
 def _(train: Any, val: Any) -> None:
     val.append(("val/x.JPEG", jpeg(0)))
 
@@ -372,7 +380,7 @@ def test_no_plain_files(tars: Callable[..., Path]) -> None:
     link = tarfile.TarInfo("n01440764.tar")
     link.type, link.linkname = tarfile.SYMTYPE, "elsewhere"
     (directory / TRAIN_TAR).write_bytes(link.tobuf() + (directory / TRAIN_TAR).read_bytes())
-    with pytest.raises(UserError, match=r"train\.tar holds n01440764\.tar, which is no file"):
+    with pytest.raises(UserError, match=r"train\.tar holds n01440764\.tar, which is not a regular file"):
         _prepare(directory)
 
 
@@ -413,7 +421,7 @@ def test_official_sizes_are_the_default(mini: Path, tmp_path: Path, capsys: Any)
     line = _fails(capsys, "imagenet2012", "--tars", mini, "--data_dir", tmp_path)
     (mini / "manifest.json").unlink()
     size = (mini / TRAIN_TAR).stat().st_size
-    assert f"train.tar has {size:,} bytes; expected 147,897,477,120: the download is not complete" in line
+    assert f"train.tar has {size:,} bytes; expected 147,897,477,120: the download is incomplete" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -424,7 +432,7 @@ def test_official_sizes_are_the_default(mini: Path, tmp_path: Path, capsys: Any)
         ("train=2000,val=500", "--expect names the split 'val'; known: train, validation"),
         ("train=2000,validation=x", "--expect has 'validation=x'; expected validation= and a number above 0"),
         ("train=0,validation=5", "--expect has 'train=0'"),
-        ("train=2000,validation=501", "val.tar lacks 1 files, such as ILSVRC2012_val_00000501.JPEG"),
+        ("train=2000,validation=501", "val.tar lacks 1 file(s), such as ILSVRC2012_val_00000501.JPEG"),
         ("train=2001,validation=500", "split train has 2,000 examples; expected 2,001"),
     ],
 )

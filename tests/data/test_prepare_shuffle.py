@@ -1,4 +1,6 @@
 import errno
+import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,9 +14,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import shard_utils
 
 from bvit_jax import data
-from bvit_jax.data.prepare import prepare, shuffle, writer
+from bvit_jax.data.prepare import Source, prepare, shuffle, tfds_internals, writer
 from bvit_jax.errors import UserError
-from tests.data.prepared import contents, jpeg, records, shards, small_source
+from tests.data.prepared import contents, die_at, jpeg, records, shards, small_source
 
 BUCKETS = 40_000  # bytes: about ten of them
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,24 @@ def test_equals_tfds(whole: Path, tmp_path: Path) -> None:
     assert (whole / "features.json").read_bytes() == (theirs / "features.json").read_bytes()
 
 
+def test_private_parts_of_tfds() -> None:
+    """What `tfds_internals` imports still does the same."""
+    message = f"tensorflow-datasets {tfds.__version__} shuffles or cuts data sets in another way"
+    hashed = int(hashlib.md5(b"trainkey 7").hexdigest(), 16)
+    assert tfds_internals.Hasher("train").hash_key("key 7") == hashed, message
+    assert tfds_internals.ShardConfig().get_number_shards(147_000_000_000, 1_281_167) == 1024, message
+    assert list(tfds_internals.get_shard_boundaries(10, 4)) == [2, 5, 8, 10], message
+
+
+def test_tfds_itself_needs_tensorflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why there is a writer here: TFDS's keeps a split in memory, or needs TensorFlow's files."""
+    if importlib.util.find_spec("tensorflow"):
+        pytest.skip("TensorFlow is installed")
+    monkeypatch.setattr(tfds.core.shuffle, "MAX_MEM_BUFFER_SIZE", 100_000)
+    with pytest.raises(ImportError, match="tensorflow"):
+        Noise(data_dir=tmp_path).download_and_prepare(file_format="array_record")
+
+
 def test_opens_and_leaves_nothing_else(whole: Path) -> None:
     split = data.open_split("noise", str(whole.parents[1]), "train")
     assert split.num_examples == 300
@@ -94,47 +114,41 @@ def test_is_not_prepared_twice(whole: Path) -> None:
         prepare(small_source(whole.parents[1]))
 
 
-# The process ends without warning at the moment that the last argument names.
+# The process is killed at the moment that the last arguments name.
 KILLED = """
 import os, sys
 from pathlib import Path
-from tensorflow_datasets.core.utils import shard_utils
-from bvit_jax.data.prepare import prepare, shuffle, writer
-from tests.data.prepared import small_source
-shard_utils.ShardConfig.get_number_shards = lambda *_: 8
-moment, count = sys.argv[2], int(sys.argv[3])
-def killed_at(owner, name, match=lambda *_: True):
-    original = getattr(owner, name)
-    def function(*args, **options):
-        global count
-        if match(*args):
-            count -= 1
-            if count < 0:
-                os.kill(os.getpid(), 9)
-        return original(*args, **options)
-    setattr(owner, name, function)
-def on_part(number):
-    print("part", number, flush=True)
-if moment == "record":
-    killed_at(shuffle, "_write")
-elif moment == "appear":
-    killed_at(Path, "replace", lambda old, new: old.name == "dataset")
-elif moment == "rename":
-    killed_at(Path, "replace")
-elif moment == "delete":
-    killed_at(Path, "unlink")
-elif moment == "shard":
-    killed_at(writer, "_num_records")
-prepare(small_source(Path(sys.argv[1]), on_part=on_part), commit_seconds=0.0, bucket_bytes=40_000)
+import pytest
+from tests.data.prepared import die_at, small_source
+from tests.data.test_prepare_shuffle import prepare_in_eight
+die = lambda: os.kill(os.getpid(), 9)
+with pytest.MonkeyPatch.context() as patch:
+    die_at(patch, sys.argv[2], int(sys.argv[3]), die)
+    prepare_in_eight(small_source(Path(sys.argv[1])))
 """
 
 
-def _run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+class _Killed(BaseException):
+    """Stands for the end of the process, without the time that a process takes."""
 
 
-@pytest.mark.slow
+def prepare_in_eight(source: Source) -> Path:
+    """Prepares in eight shards and about ten buckets, saving progress after each part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_utils.ShardConfig, "get_number_shards", lambda *_: 8)
+        return prepare(source, commit_seconds=0.0, bucket_bytes=BUCKETS)
+
+
+def _kill(moment: str, count: int, source: Source) -> None:
+    def die() -> None:
+        raise _Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, moment, count, die)
+        with pytest.raises(_Killed):
+            prepare_in_eight(source)
+
+
 def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
     """Every run is killed a little later; the last one finds the rest and the result is the same."""
     directory = tmp_path / "killed"
@@ -142,26 +156,32 @@ def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
     moments += [("delete", 3), ("rename", 2), ("shard", 1), ("delete", 5), ("appear", 0)]
     read: list[int] = []
     for moment, count in moments:
-        result = _run(KILLED, directory, moment, count)
-        assert result.returncode == -9, result.stderr
-        read += [int(line.split()[1]) for line in result.stdout.splitlines()]
+        _kill(moment, count, small_source(directory, on_part=read.append))
         with pytest.raises(UserError, match="'noise' is not prepared"):
             data.open_split("noise", str(directory), "train")
-    result = _run(KILLED, directory, "never", 0)
-    assert result.returncode == 0, result.stderr
-    read += [int(line.split()[1]) for line in result.stdout.splitlines()]
+    prepare_in_eight(small_source(directory, on_part=read.append))
     assert contents(directory / "noise" / "1.2.3") == contents(whole)
     assert [path.name for path in (directory / "noise").iterdir()] == ["1.2.3"]
-    # A part is read again only if it was being read, or not yet noted, when the process was killed.
+    # A part is read again only if it was being read, or not yet saved, at the end of a run.
     assert set(read) == set(range(12))
     assert len(read) <= 12 + len(moments)
+
+
+def test_killed_processes(whole: Path, tmp_path: Path) -> None:
+    """The same with SIGKILL, while records are read and while a shard is open."""
+    for moment, count in [("record", 80), ("shard", 2)]:
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), moment, str(count)]
+        result = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == -9, result.stderr
+    prepare_in_eight(small_source(tmp_path / "killed"))
+    assert contents(tmp_path / "killed" / "noise" / "1.2.3") == contents(whole)
 
 
 def test_finished_shards_are_not_written_again(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "stopped"
-    assert _run(KILLED, directory, "shard", 5).returncode == -9
+    _kill("shard", 5, small_source(directory))
     staged = writer.staging_path(directory / "noise" / "1.2.3")
     times = {path: path.stat().st_mtime_ns for path in shards(staged / "dataset", "train")}
     assert len(times) == 5
@@ -210,7 +230,7 @@ def test_full_disk(whole: Path, interrupted: Path, monkeypatch: pytest.MonkeyPat
 def test_not_enough_space(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(interrupted)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="about 60 MB are needed and 0 MB are free; mend that"):
+    with pytest.raises(UserError, match="about 60 MB are needed and 0 MB are free; fix that"):
         prepare(small_source(interrupted, parts=1000), bucket_bytes=BUCKETS)
 
 
@@ -250,7 +270,7 @@ def test_really_full_disk(whole: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 3
-    assert all("incomplete.bvit_1.2.3: No space left on device; mend that" in line for line in lines[:2])
+    assert all("incomplete.bvit_1.2.3: No space left on device; fix that" in line for line in lines[:2])
     assert lines[2] == "prepared"
     assert contents(tmp_path / "copy" / "noise" / "1.2.3") == contents(whole)
 
@@ -268,15 +288,17 @@ def test_lost_intermediate_files(interrupted: Path) -> None:
     staged = interrupted / "noise" / "incomplete.bvit_1.2.3"
     bucket = sorted(staged.glob("train.bucket-*"))[2]
     bucket.write_bytes(bucket.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"bucket-002 is shorter than an earlier run left it; .* delete"):
+    with pytest.raises(UserError, match=r"bucket-002 is shorter than an earlier run has saved; .* delete"):
         prepare(small_source(interrupted), bucket_bytes=BUCKETS)
     (staged / "train.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot read .*train\.json: .*; delete .* to start anew"):
+    with pytest.raises(UserError, match=r"cannot read .*train\.json: .*; delete .* to start over"):
         prepare(small_source(interrupted), bucket_bytes=BUCKETS)
 
 
 def test_other_source(interrupted: Path) -> None:
-    with pytest.raises(UserError, match=r"was begun from other files or with other options; delete .*anew"):
+    with pytest.raises(
+        UserError, match=r"was begun from other files or with other options; delete .* start over"
+    ):
         prepare(small_source(interrupted, fingerprint="b"))
 
 
@@ -291,7 +313,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
     prepare(small_source(tmp_path, on_part=on_part))
     assert len(messages) == 1
-    assert messages[0].startswith("another process prepares")
+    assert messages[0].startswith("another process is preparing")
 
 
 def test_wrong_counts_and_keys(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from tensorflow_datasets.core.utils import shard_utils
 from bvit_jax import data
 from bvit_jax.data.prepare import prepare, tfrecord, writer
 from bvit_jax.data.prepare.__main__ import main
-from bvit_jax.data.prepare.crc32c import crc32c, masked
+from bvit_jax.data.prepare.tfrecord import masked_crc32c
 from bvit_jax.errors import UserError
 from tests.data.prepared import contents, records, shards, small_source
 
 
 def _record(data: bytes) -> bytes:
     length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", masked(crc32c(length))) + data + struct.pack("<I", masked(crc32c(data)))
+    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_wrong_directories(original: Path, copy: Path, tmp_path: Path) -> None:
         tfrecord.convert(copy.parent, tmp_path / "new")
     with pytest.raises(UserError, match="is in array_record format; expected tfrecord"):
         tfrecord.convert(original, tmp_path / "new")
-    with pytest.raises(UserError, match="is what is to be copied; choose another --data_dir"):
+    with pytest.raises(UserError, match="is the data set to be copied; choose another --data_dir"):
         tfrecord.convert(copy, copy.parents[1])
     (copy / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match="cannot read the description in"):

@@ -1,6 +1,6 @@
 """CIFAR-100 from the archive of its authors: the data set ``cifar100`` of TFDS, images as PNG files.
 
-The archive holds pickles, which could run any code; here only what an array of bytes needs is allowed.
+The archive holds pickles, which could run any code; here they can only make the arrays and lists they hold.
 """
 
 import io
@@ -19,18 +19,18 @@ from bvit_jax.data.prepare.source import Example, Part, Source, SplitSource, dat
 from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError
 
-NAME, VERSION = "cifar100", "3.0.2"  # of TFDS, whose features and keys these are
+NAME, VERSION = "cifar100", "3.0.2"  # those of TFDS, like the features and keys
 ARCHIVE = "cifar-100-python.tar.gz"
 COUNTS = {"train": 50_000, "test": 10_000}
 SIDE = 32
-# Of each feature: the keys of its values and of its names, the number of names.
+# For each feature: the keys of its values and of its names, and the number of names.
 LABELS = {
     "label": ("fine_labels", "fine_label_names", 100),
     "coarse_label": ("coarse_labels", "coarse_label_names", 20),
 }
 PART = 10_000  # images
 
-# Where NumPy 1 and 2 keep what rebuilds an array, under the names that pickles of both know.
+# What a pickled array refers to, under the names of NumPy 1 and 2.
 ALLOWED = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -39,15 +39,15 @@ REBUILD = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 
 def cifar100_source(archive: Path, data_dir: Path, counts: Mapping[str, int] | None = None) -> Source:
-    """Returns the official archive as the source of ``cifar100``; its fine labels are the ``label``.
+    """Returns the official archive as the source of ``cifar100``; ``label`` is the fine label.
 
     Args:
-      archive: ``cifar-100-python.tar.gz``, or the directory that it is in.
+      archive: ``cifar-100-python.tar.gz``, or its directory.
       data_dir: the TFDS directory to prepare in.
       counts: number of images of ``train`` and ``test``; None for the official ones.
 
     Raises:
-      UserError: the archive is missing or damaged, or holds something else.
+      UserError: the archive is missing, damaged or of another data set.
     """
     archive = archive / ARCHIVE if archive.is_dir() else archive
     members = _read_archive(archive, ("meta", "train", "test"))
@@ -102,7 +102,7 @@ def _read_archive(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Loads numbers, strings, lists, dicts and NumPy arrays, and refuses everything else."""
+    """Loads numbers, strings, lists, dicts and NumPy arrays only."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in REBUILD:
@@ -113,7 +113,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _reconstruct(kind: Any, shape: tuple[int, ...], code: bytes) -> np.ndarray:
-    """Returns the empty array that the pickle then fills; stands for NumPy's private function."""
+    """Returns the empty array that the pickle then fills, as NumPy's private function does."""
     del kind, shape, code
     return np.ndarray.__new__(np.ndarray, (0,), "u1")
 
@@ -121,7 +121,7 @@ def _reconstruct(kind: Any, shape: tuple[int, ...], code: bytes) -> np.ndarray:
 def _unpickle(data: bytes, name: str) -> dict[str, Any]:
     try:
         loaded = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # damaged pickles raise whatever their bytes happen to mean
+    except Exception as error:  # damaged pickles raise all kinds of errors
         raise UserError(f"cannot read {name}: {one_line(error)}; get the archive again") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{name} holds a {type(loaded).__name__}; expected a dict: get the archive again")

@@ -1,7 +1,7 @@
 """Prepares data sets for training: ``bvit prepare KIND ... --data_dir DIR``
 
-Each is written as a TFDS data set in ArrayRecord format, without TensorFlow. It appears when it is
-whole; run the same command again to continue after an interruption.
+Writes a TFDS data set in ArrayRecord format, without TensorFlow. It appears when it is complete; after an
+interruption, run the same command again to continue.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from bvit_jax.errors import UserError, nearest
 
 
 def prepare_dataset(arguments: argparse.Namespace) -> Path:
-    """Prepares what the command line asks for, and returns its directory.
+    """Prepares the requested data set and returns its directory.
 
     Raises:
-      UserError: the files are not what they should be, or the data set cannot be written.
+      UserError: the source is incomplete or damaged, or the data set cannot be written.
     """
     data_dir = arguments.data_dir
     if ":/" in str(data_dir):
-        raise UserError(f"--data_dir is {data_dir}; expected a local directory, to be copied afterwards")
+        raise UserError(f"--data_dir is {data_dir}; expected a local directory; copy the result afterwards")
     data_dir = data_dir.expanduser()
     if arguments.kind == "tfrecord":
         return tfrecord.convert(arguments.directory, data_dir)
@@ -45,10 +45,10 @@ def prepare_dataset(arguments: argparse.Namespace) -> Path:
 
 
 def expected_counts(text: str | None, official: dict[str, int]) -> dict[str, int] | None:
-    """Returns the numbers in ``train=2000,validation=500``, None without a text.
+    """Returns the counts in a text such as ``train=2000,validation=500``, None for None.
 
     Raises:
-      UserError: a split is unknown or missing, or what follows is no number above 0.
+      UserError: a split is unknown or missing, or a count is not a number above 0.
     """
     if text is None:
         return None
@@ -87,27 +87,31 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--tars", type=Path, metavar="DIR", help=f"holds {imagenet.TRAIN_TAR} and {imagenet.VAL_TAR}"
     )
-    source.add_argument("--from_tfrecord", type=Path, metavar="DIR", help="of a copy that TFDS prepared")
+    source.add_argument("--from_tfrecord", type=Path, metavar="DIR", help="a copy that TFDS prepared")
     kind.add_argument(
-        "--expect", metavar="train=N,validation=N", help="for other tars than the official ones"
+        "--expect", metavar="train=N,validation=N", help="counts, if the tars are not the official ones"
     )
-    kind.add_argument("--verify_md5", action="store_true", help="read the tars before and check their sums")
+    kind.add_argument("--verify_md5", action="store_true", help="first check the MD5 sums of the tars")
 
     kind = kinds.add_parser("imagefolder", help="directories <split>/<class> of image files")
-    kind.add_argument("name", metavar="NAME", help="of the data set")
-    kind.add_argument("--folder", type=Path, required=True, metavar="DIR", help="holds the splits")
+    kind.add_argument("name", metavar="NAME", help="name of the data set")
+    kind.add_argument("--folder", type=Path, required=True, metavar="DIR", help="the directory of the splits")
 
     kind = kinds.add_parser("cifar100", help=f"CIFAR-100 from {cifar.ARCHIVE}")
     kind.add_argument("--tar", type=Path, required=True, metavar="FILE", help="the archive")
-    kind.add_argument("--expect", metavar="train=N,test=N", help="for another archive than the official one")
+    kind.add_argument(
+        "--expect", metavar="train=N,test=N", help="counts, if the archive is not the official one"
+    )
 
     kind = kinds.add_parser("inaturalist", help="iNaturalist 2018 or 2019")
     kind.add_argument("--year", type=int, required=True, choices=inaturalist.YEARS)
-    kind.add_argument("--folder", type=Path, required=True, metavar="DIR", help="holds the annotations")
-    kind.add_argument("--category", default="name", help=f"the labels: {', '.join(inaturalist.RANKS)}")
+    kind.add_argument(
+        "--folder", type=Path, required=True, metavar="DIR", help="the directory of the annotations"
+    )
+    kind.add_argument("--category", default="name", help=f"label rank: {', '.join(inaturalist.RANKS)}")
 
     kind = kinds.add_parser("tfrecord", help="any data set that TFDS prepared as TFRecord files")
-    kind.add_argument("directory", type=Path, metavar="DIR", help="holds dataset_info.json")
+    kind.add_argument("directory", type=Path, metavar="DIR", help="the directory with dataset_info.json")
 
     for kind in kinds.choices.values():
         kind.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="TFDS directory")

@@ -1,6 +1,6 @@
 """A tree of image files, ``<folder>/<split>/<class>/**/<image>``, as a TFDS data set.
 
-Labels are those of torchvision's ``ImageFolder``: the names of the class directories, sorted.
+As in torchvision's ``ImageFolder``, the labels are the sorted names of the class directories.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", "
 def imagefolder_source(name: str, folder: Path, data_dir: Path) -> Source:
     """Returns the images below ``folder`` as the source of the data set ``name``.
 
-    The features are ``image``, the bytes of the file; ``label``; ``file_name``, the path below the split,
-    which is also the key.
+    The features are ``image``, the bytes of the file; ``label``; and ``file_name``, the path below the
+    split, which is also the key.
 
     Raises:
       UserError: there are no splits, no classes or no images; the splits have different classes.
@@ -40,7 +40,7 @@ def imagefolder_source(name: str, folder: Path, data_dir: Path) -> Source:
     splits = _directories(folder)
     if not splits:
         raise UserError(
-            f"{folder} has no directories; expected splits such as train and val, with a directory a class"
+            f"{folder} has no directories; expected splits such as train and val, with a directory per class"
         )
     listing = {
         split: {label: _images(folder / split / label) for label in _directories(folder / split)}
@@ -49,7 +49,7 @@ def imagefolder_source(name: str, folder: Path, data_dir: Path) -> Source:
     first = splits[0]
     for split, classes in listing.items():
         if not classes:
-            raise UserError(f"{folder / split} has no directories; expected one for each class")
+            raise UserError(f"{folder / split} has no directories; expected one per class")
         differing = sorted(set(classes) ^ set(listing[first]))
         if differing:
             raise UserError(
@@ -81,7 +81,7 @@ def imagefolder_source(name: str, folder: Path, data_dir: Path) -> Source:
 
 
 def check_name(name: str) -> None:
-    """Raises `UserError` for what cannot be the name of a TFDS data set."""
+    """Raises `UserError` unless ``name`` can name a TFDS data set."""
     match = NAME.fullmatch(name)
     if match is None or match["name"] != name:
         raise UserError(f"{name!r} cannot name a data set; expected letters, digits and underscores")
@@ -118,7 +118,7 @@ def _directories(path: Path) -> list[str]:
 
 
 def _images(directory: Path) -> list[tuple[str, int]]:
-    """Returns path below the directory and size of every image file, sorted."""
+    """Returns the path below ``directory`` and the size of every image file, sorted."""
     found = []
     for parent, _, names in os.walk(directory, followlinks=True):
         for name in names:

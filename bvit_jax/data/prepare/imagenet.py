@@ -1,7 +1,7 @@
 """ImageNet (ILSVRC 2012) from its two official tars: the data set ``imagenet2012`` of TFDS.
 
-Features, keys, labels and order are those of TFDS's own builder, which needs TensorFlow for opening the
-tars and for re-encoding 23 images that are no RGB or grey JPEG files; here Pillow does that.
+Features, keys, labels and order are those of TFDS's own builder, which needs TensorFlow to open the tars
+and to re-encode the 23 images that are not RGB or grey JPEG files; here Pillow does the latter.
 """
 
 import hashlib
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 from PIL import Image
-from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as official
 
 from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.data.prepare.source import ARRAY_RECORD, Example, Part, Source, SplitSource, check_image
 from bvit_jax.data.prepare.tars import Member, list_members, open_tar, read_member
+from bvit_jax.data.prepare.tfds_internals import CMYK_IMAGES, PNG_IMAGES, ImageNetBuilder
 from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError, nearest
 
@@ -28,7 +28,7 @@ COUNTS = {"train": 1_281_167, "validation": 50_000}
 SIZES = {TRAIN_TAR: 147_897_477_120, VAL_TAR: 6_744_924_160}
 MD5 = {TRAIN_TAR: "1d675b47d978889d74fa0da5fadfb00e", VAL_TAR: "29b22e2961454d5413ddabcf34fc5622"}
 
-TO_RGB = frozenset([*official.CMYK_IMAGES, *official.PNG_IMAGES])
+TO_RGB = frozenset([*CMYK_IMAGES, *PNG_IMAGES])
 VAL_NAME = "ILSVRC2012_val_{:08d}.JPEG"  # numbered from 1
 VAL_PART = 1000  # images
 HASH_CHUNK = 1 << 24
@@ -40,14 +40,14 @@ def imagenet_source(
     """Checks the two tars and returns them as the source of ``imagenet2012``.
 
     Args:
-      tars: directory of the two files.
+      tars: the directory of the two files.
       data_dir: the TFDS directory to prepare in.
-      counts: number of images of ``train`` and ``validation``; None for the official ones, with which
-        the sizes of the files are checked too.
-      verify_md5: also reads both files once and compares their MD5 sums with the official ones.
+      counts: number of images of ``train`` and ``validation``; None for the official ones, where the
+        sizes of the files are checked too.
+      verify_md5: whether to read both files first and compare their MD5 sums with the official ones.
 
     Raises:
-      UserError: a tar is missing, has another size or sum, is cut off or holds other files.
+      UserError: a tar is missing, has the wrong size or sum, is truncated or holds the wrong files.
     """
     if counts is None:
         for name, size in SIZES.items():
@@ -85,12 +85,12 @@ def imagenet_source(
 
 
 def tfds_info(data_dir: Path) -> tfds.core.DatasetInfo:
-    """Returns the description that TFDS gives of ``imagenet2012``."""
-    return official.Builder(data_dir=data_dir, file_format=ARRAY_RECORD).info
+    """Returns TFDS's description of ``imagenet2012``."""
+    return ImageNetBuilder(data_dir=data_dir, file_format=ARRAY_RECORD).info
 
 
 def validation_labels() -> dict[str, str]:
-    """Returns the synset of every validation image by the name of its file."""
+    """Returns the synset of every validation image, by file name."""
     path = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
     lines = path.read_text().split()
     return {VAL_NAME.format(number): label for number, label in enumerate(lines, 1)}
@@ -112,7 +112,7 @@ def _synset_tars(path: Path, synsets: Sequence[str]) -> list[Member]:
     for name in names:
         if name not in known:
             raise UserError(
-                f"{path} holds {name}, which is none of the 1,000 synsets of ImageNet"
+                f"{path} holds {name}, which is not one of the 1,000 synsets of ImageNet"
                 f"{nearest(name, known) if len(name) == len('n01440764.tar') else ''}; get it again"
             )
         if names.count(name) > 1:
@@ -133,9 +133,9 @@ def _synset_examples(path: Path, tar: Member) -> Iterator[tuple[str, Example]]:
         for member in list_members(file, f"{path}: {tar.name}", tar.offset, tar.offset + tar.size):
             name = f"{path}: {tar.name}: {member.name}"
             if not re.fullmatch(rf"{synset}_\d+\.JPEG", member.name):
-                raise UserError(f"{name} is the name of no image of {synset}, {synset}_<number>.JPEG")
+                raise UserError(f"{name} is not named like an image of {synset}, {synset}_<number>.JPEG")
             if member.name in seen:
-                raise UserError(f"{name} is there twice; get that tar again")
+                raise UserError(f"{name} appears twice; get that tar again")
             seen.add(member.name)
             encoded = _image(read_member(file, member), member.name, name)
             yield member.name, {"image": encoded, "label": synset, "file_name": member.name}
@@ -149,8 +149,8 @@ def _val_images(path: Path, count: int) -> list[Member]:
     for what, wrong in [("lacks", expected - names), ("should not hold", names - expected)]:
         if wrong:
             raise UserError(
-                f"{path} {what} {len(wrong):,} files, such as {min(wrong)}; expected the {count:,} images "
-                f"{min(expected)} to {max(expected)}"
+                f"{path} {what} {len(wrong):,} file(s), such as {min(wrong)}; expected the {count:,} images"
+                f" {min(expected)} to {max(expected)}"
             )
     if len(members) > count:
         raise UserError(f"{path} holds some of its images twice; get it again")
@@ -188,8 +188,8 @@ def _check_size(path: Path, expected: int) -> None:
     if size != expected:
         raise UserError(
             f"{path} has {size:,} bytes; expected {expected:,}: "
-            + ("the download is not complete" if size < expected else "it is another file")
-            + "; get it again, or give --expect if it is not the official one"
+            + ("the download is incomplete" if size < expected else "it is a different file")
+            + "; get it again, or pass --expect if it is not the official one"
         )
 
 

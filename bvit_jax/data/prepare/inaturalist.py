@@ -1,7 +1,7 @@
 """iNaturalist 2018 and 2019 in the layout that DeiT and BinaryViT read.
 
 A directory with ``train<year>.json``, ``val<year>.json``, ``categories.json`` and the images. Labels are
-the values of one rank (``kingdom`` to ``name``), numbered as they first come in the training annotations.
+the values of one rank (``kingdom`` to ``name``), in the order of the training annotations.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ from bvit_jax.errors import UserError, nearest
 YEARS = (2018, 2019)
 VERSION = "1.0.0"
 RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-SPLITS = {"train": "train", "validation": "val"}  # TFDS's names, and those in the files'
+SPLITS = {"train": "train", "validation": "val"}  # names in TFDS and in the file names
 PART = 1000  # images
 
 
 def inaturalist_source(folder: Path, year: int, data_dir: Path, category: str = "name") -> Source:
     """Returns the images of one year as the source of ``inaturalist<year>``, or ``..._<category>``.
 
-    An image's class is the number of its directory, as in the reference: ``<tree>/<group>/<class>/<file>``
-    in the annotations, ``<tree>/<class>/<file>`` or the same on the disk.
+    An image's class is the number of its directory, as in BinaryViT (PyTorch): the annotations name it
+    ``<tree>/<group>/<class>/<file>``; on disk it is there or in ``<tree>/<class>/<file>``.
 
     Args:
       folder: the directory with the annotation files.
@@ -45,7 +45,7 @@ def inaturalist_source(folder: Path, year: int, data_dir: Path, category: str = 
       category: the rank whose values are the labels.
 
     Raises:
-      UserError: a file is missing or is not what it should be.
+      UserError: a file is missing or malformed.
     """
     if category not in RANKS:
         raise UserError(f"--category is {category!r}{nearest(category, RANKS)}")
@@ -63,15 +63,10 @@ def inaturalist_source(folder: Path, year: int, data_dir: Path, category: str = 
         images = []
         num_bytes = 0
         for entry in _list(annotations[split], "images", path):
-            name = _field(entry, "file_name", path)
-            number, image = _locate(folder, name, path)
+            name, number, image, size = _located(folder, entry, path)
             rank = _rank(categories, number, category, path)
             if rank not in labels:
                 raise UserError(f"{path}: {name} has the {category} {rank!r}, which {train} does not have")
-            try:
-                size = image.stat().st_size
-            except OSError as error:
-                raise UserError(f"cannot read {image}, which {path} lists: {error.strerror}") from error
             images.append((name, image, labels[rank]))
             num_bytes += size
             digest.update(repr((name, rank, size)).encode())
@@ -102,14 +97,19 @@ def _examples(images: Sequence[tuple[str, Path, int]]) -> Iterator[tuple[str, Ex
         yield name, {"image": encoded, "label": label, "file_name": name}
 
 
-def _locate(folder: Path, name: Any, path: Path) -> tuple[int, Path]:
-    """Returns the class and the file of an image."""
+def _located(folder: Path, entry: Any, path: Path) -> tuple[str, int, Path, int]:
+    """Returns the name, class, file and bytes of an image that ``path`` lists."""
+    name = _field(entry, "file_name", path)
     parts = str(name).split("/")
     if len(parts) != 4 or not parts[2].isdecimal() or ".." in parts:
         raise UserError(f"{path} lists {name!r}; expected <tree>/<group>/<number of the class>/<file>")
     tree, _, number, file = parts
     flat = folder / tree / number / file
-    return int(number), flat if flat.exists() else folder / str(name)
+    image = flat if flat.exists() else folder / str(name)
+    try:
+        return name, int(number), image, image.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot read {image}, which {path} lists: {error.strerror}") from error
 
 
 def _rank(categories: list[Any], number: Any, category: str, path: Path) -> str:

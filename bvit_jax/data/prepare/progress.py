@@ -1,4 +1,4 @@
-"""How far a preparation is: a bar on a terminal, now and then a line in the log elsewhere."""
+"""Progress of a preparation: a bar on a terminal, elsewhere a line in the log every 30 seconds."""
 
 import logging
 import sys
@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressBar:
-    """Counts to ``total``; a context manager, so that an error is not written into the bar.
+    """Counts to ``total``; as a context manager it is closed before an error is printed.
 
     Args:
-      title: what is being done, one or two words.
-      total: the number of steps.
-      done: steps done by an earlier run.
+      title: what is being done, in a word or two.
+      total: number of steps.
+      done: number of steps done by an earlier run.
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
@@ -42,7 +42,7 @@ class ProgressBar:
         return self
 
     def advance(self, steps: int = 1) -> None:
-        """Counts ``steps`` more."""
+        """Adds ``steps``."""
         self._done += steps
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)

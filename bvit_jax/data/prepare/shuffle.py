@@ -1,9 +1,9 @@
-"""From examples in any order to shards in the order of TFDS, in bounded memory, interruptible.
+"""Sorts examples into the shards of TFDS, in bounded memory; can be interrupted at any time.
 
-TFDS orders the records of a split by the MD5 hash of split name and key. First every record goes to the
-end of one of some files, each for a range of hashes; then these buckets become shards, one by one, and
-are deleted. What both steps have finished is noted in a small file that is replaced atomically, and
-whatever lies behind the noted ends is cut off when a later run continues.
+TFDS orders the records of a split by the MD5 hash of split name and key. The first step appends each
+record to one of several bucket files, each for a range of hashes; the second turns the buckets into
+shards one by one, and deletes them. The progress of both is saved in a small file that is replaced
+atomically; a later run truncates the buckets to the sizes saved there, and continues.
 """
 
 import logging
@@ -18,22 +18,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-from tensorflow_datasets.core import hashing
-from tensorflow_datasets.core.example_serializer import ExampleSerializer
-from tensorflow_datasets.core.utils import shard_utils
+import tensorflow_datasets as tfds
 
 from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.data.prepare.source import Example, Key, Part, Source, SplitSource
+from bvit_jax.data.prepare.tfds_internals import Hasher, ShardConfig, get_shard_boundaries
 from bvit_jax.data.prepare.writer import Staging, cannot_write, is_prepared, open_staging
 from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError
 
-COMMIT_SECONDS = 10.0  # of work that an interruption may cost
+COMMIT_SECONDS = 10.0  # the work that an interruption may cost
 BUCKET_BYTES = 1 << 30
-MAX_BUCKETS = 200  # all are open at once, and many systems allow 256 files
+MAX_BUCKETS = 200  # all are open at once; many systems allow 256 files
 HASH_BITS = 128
 
-# Where a record lies: its hash in two halves, its place, its checksum, the part that it came from.
+# A record in the buckets: its hash in two halves, its position and checksum, and its part.
 ENTRY = np.dtype(
     [
         ("high", "<u8"),
@@ -51,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _State:
-    """What is finished of a split: parts in the buckets, and then shards."""
+    """The progress of a split: parts that are in the buckets, then shards."""
 
     buckets: list[int]  # bytes in each
     parts: int = 0
@@ -65,14 +64,13 @@ def prepare(
 ) -> Path:
     """Writes ``source`` as an ArrayRecord data set, equal to what TFDS writes for the same keys.
 
-    Returns the directory of the data set, which appears only when it is whole. Call it again after
-    an interruption: what is finished is not done again. The order, the bytes of every file and the
-    number of shards do not depend on interruptions.
+    Returns the directory of the data set, which appears when it is complete. Call it again after an
+    interruption: finished work is not repeated, and every file comes out the same, byte for byte.
 
     Args:
       source: the examples, and where the data set goes.
-      commit_seconds: how often finished parts are noted.
-      bucket_bytes: wanted size of the intermediate files.
+      commit_seconds: interval at which progress is saved.
+      bucket_bytes: approximate size of a bucket.
 
     Raises:
       UserError: a part cannot be read, the counts are not as expected, two examples have the same
@@ -98,8 +96,8 @@ def prepare(
 
 def _fill_buckets(stage: Staging, split: SplitSource, state: _State, commit_seconds: float) -> None:
     if state.parts < len(split.parts):
-        serializer = ExampleSerializer(stage.info.features.get_serialized_info())
-        hasher = hashing.Hasher(split.name)
+        serializer = tfds.core.ExampleSerializer(stage.info.features.get_serialized_info())
+        hasher = Hasher(split.name)
         committed = time.monotonic()
         with (
             _Buckets(stage.path, split.name, state) as buckets,
@@ -108,7 +106,7 @@ def _fill_buckets(stage: Staging, split: SplitSource, state: _State, commit_seco
             for number in range(state.parts, len(split.parts)):
                 part = split.parts[number]
                 for key, example in _examples(part):
-                    # Sorted fields: protobuf's own order of a map is another one in each process.
+                    # Sorted fields: protobuf's own order of a map differs between processes.
                     values = stage.info.features.encode_example(example)
                     record = serializer.get_tf_example(values).SerializeToString(deterministic=True)
                     buckets.add(hasher.hash_key(key), number, record)
@@ -121,19 +119,19 @@ def _fill_buckets(stage: Staging, split: SplitSource, state: _State, commit_seco
     if state.examples != split.num_examples:
         raise UserError(
             f"split {split.name} has {state.examples:,} examples; expected {split.num_examples:,}: files "
-            f"are missing or too many; get them again and delete {stage.path}"
+            f"are missing or unexpected; get them again and delete {stage.path}"
         )
 
 
 def _examples(part: Part) -> Iterator[tuple[Key, Example]]:
     try:
         yield from part.examples()
-    except OSError as error:  # else it would look like one of the files that are written
+    except OSError as error:  # otherwise it would be reported as an error in writing
         raise UserError(f"cannot read {part.name}: {error.strerror or one_line(error)}") from error
 
 
 class _Buckets:
-    """The open bucket files of a split; what is behind the noted ends is cut off at the beginning."""
+    """The open bucket files of a split, truncated to what an earlier run has saved."""
 
     def __init__(self, directory: Path, split: str, state: _State) -> None:
         self._paths = [_bucket_path(directory, split, i) for i in range(len(state.buckets))]
@@ -167,7 +165,7 @@ class _Buckets:
         self._num_bytes += size
 
     def commit(self) -> None:
-        """Brings everything to the disk, and notes it in the state, which the caller then saves."""
+        """Flushes everything to disk and updates the state, which the caller then saves."""
         _write(self._index, np.array(self._entries, ENTRY).tobytes())
         changed = {entry[2] for entry in self._entries}
         for file in [self._index, *(self._files[bucket] for bucket in changed)]:
@@ -186,8 +184,8 @@ def _write_shards(stage: Staging, split: SplitSource, state: _State) -> list[int
     index = np.fromfile(_index_path(stage.path, split.name), ENTRY, count=state.examples)
     index = index[np.lexsort((index["low"], index["high"]))]
     _check_unique(index, split)
-    num_shards = shard_utils.ShardConfig().get_number_shards(state.num_bytes, len(index))
-    ends = [0, *shard_utils.get_shard_boundaries(len(index), num_shards)]
+    num_shards = ShardConfig().get_number_shards(state.num_bytes, len(index))
+    ends = [0, *get_shard_boundaries(len(index), num_shards)]
     with (
         ProgressBar(f"writing {split.name}", len(index), ends[state.shards]) as bar,
         _BucketReader(stage.path, split) as reader,
@@ -198,7 +196,7 @@ def _write_shards(stage: Staging, split: SplitSource, state: _State) -> list[int
             stage.write_shard(path, (reader.read(entry) for entry in entries))
             state.shards = shard + 1
             stage.write_json(_state_file(split), asdict(state))
-            # Deleted as soon as possible, so that the records do not take their room twice.
+            # Deleted as soon as possible, so that the records do not take twice the space.
             following = index["bucket"][ends[shard + 1] :]
             reader.delete_before(int(following[0]) if len(following) else len(state.buckets))
             bar.advance(len(entries))
@@ -206,7 +204,7 @@ def _write_shards(stage: Staging, split: SplitSource, state: _State) -> list[int
 
 
 class _BucketReader:
-    """Reads records back, in the order of the buckets, and verifies their checksums."""
+    """Reads records from the buckets, in their order, and verifies their checksums."""
 
     def __init__(self, directory: Path, split: SplitSource) -> None:
         self._directory, self._split = directory, split
@@ -249,7 +247,7 @@ def _check_unique(index: np.ndarray, split: SplitSource) -> None:
         first, second = (split.parts[index["part"][same[0] + i]].name for i in (0, 1))
         raise UserError(
             f"split {split.name}: an example of {first} and one of {second} have the same name, and "
-            f"{len(same) - 1} more pairs; expected every name once"
+            f"{len(same) - 1} more pairs; expected unique names"
         )
 
 
@@ -257,15 +255,18 @@ def _check_unique(index: np.ndarray, split: SplitSource) -> None:
 
 
 def _check_space(stage: Staging, source: Source) -> None:
-    """Raises `UserError` now rather than after hours; what an earlier run left counts."""
+    """Raises `UserError` now rather than after hours if the disk is too small.
+
+    What an earlier run has written counts as free.
+    """
     one_bucket = max(split.num_bytes // _num_buckets(split, BUCKET_BYTES) for split in source.splits)
     needed = sum(split.num_bytes for split in source.splits) + one_bucket
-    there = sum(path.stat().st_size for path in stage.path.rglob("*") if path.is_file())
+    written = sum(path.stat().st_size for path in stage.path.rglob("*") if path.is_file())
     free = shutil.disk_usage(stage.path).free
-    if free < needed - there:
+    if free < needed - written:
         raise cannot_write(
             stage.path,
-            f"about {(needed - there) / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free",
+            f"about {(needed - written) / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free",
         )
 
 
@@ -301,13 +302,15 @@ def _bucket_path(directory: Path, split: str, bucket: int) -> Path:
 
 
 def _open_at(path: Path, end: int) -> BinaryIO:
-    """Opens a file for writing at ``end`` and cuts off the rest; without a buffer, which after a full
-    disk could be neither written nor thrown away."""
+    """Opens a file for writing at ``end`` and cuts off the rest.
+
+    Without a buffer, since on a full disk a buffer can be neither written nor discarded.
+    """
     file = path.open("r+b" if path.exists() else "w+b", buffering=0)
     if file.seek(0, 2) < end:
         file.close()
         raise UserError(
-            f"{path} is shorter than an earlier run left it; check the disk, delete {path.parent} and run "
+            f"{path} is shorter than an earlier run has saved; check the disk, delete {path.parent} and run "
             "the same command again"
         )
     file.truncate(end)
@@ -317,5 +320,5 @@ def _open_at(path: Path, end: int) -> BinaryIO:
 
 def _write(file: BinaryIO, data: bytes) -> None:
     view = memoryview(data)
-    while view:  # a write without a buffer may stop in the middle
+    while view:  # an unbuffered write may be partial
         view = view[file.write(view) :]

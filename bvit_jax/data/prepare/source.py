@@ -1,4 +1,4 @@
-"""What a data set to be prepared looks like to the writer: splits made of parts, parts of examples."""
+"""How a data set to be prepared is described to the writer, and checks of the files it is read from."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -8,7 +8,6 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from PIL import Image
-from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError
@@ -20,10 +19,10 @@ ARRAY_RECORD = "array_record"
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a split that is read in one go: after an interruption, finished parts stay finished.
+    """A piece of a split that is read in one go; after an interruption, finished parts are not read again.
 
-    ``examples()`` yields the key of each example, unique in its split, and the values of its
-    features; it may be called again and then yields the same. ``name`` is for messages.
+    ``examples()`` yields the key of each example, unique in its split, and the values of its features.
+    Called again, it yields the same. ``name`` appears in messages.
     """
 
     name: str
@@ -32,7 +31,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SplitSource:
-    """One split: its parts, how many examples they must yield together, and about how many bytes."""
+    """One split: its parts, how many examples they yield together, and roughly how many bytes."""
 
     name: str
     num_examples: int
@@ -44,8 +43,8 @@ class SplitSource:
 class Source:
     """A data set to be prepared.
 
-    ``info.data_dir`` is where it will appear. ``fingerprint`` changes when the files that are read do:
-    what was prepared from other files is never continued.
+    ``info.data_dir`` is where it will appear. ``fingerprint`` changes with the files that are read, so that
+    a preparation begun from other files is not continued.
     """
 
     info: tfds.core.DatasetInfo
@@ -61,8 +60,8 @@ def dataset_info(
     description: str,
     homepage: str | None = None,
 ) -> tfds.core.DatasetInfo:
-    """Describes the data set ``name`` below ``data_dir``, without a TFDS builder of that name."""
-    identity = DatasetIdentity(
+    """Returns the description of the data set ``name`` below ``data_dir``; no TFDS builder is needed."""
+    identity = tfds.core.DatasetIdentity(
         name=name,
         version=tfds.core.Version(version),
         data_dir=str(data_dir / name / version),
@@ -80,10 +79,10 @@ def dataset_info(
 
 
 def check_image(encoded: bytes, name: str, formats: tuple[str, ...] | None = None) -> None:
-    """Raises `UserError` naming ``name`` if the header is not that of an image (of one of ``formats``)."""
+    """Raises a `UserError` about ``name`` unless it begins like an image file (of one of ``formats``)."""
     try:
         with Image.open(io.BytesIO(encoded), formats=formats):
-            pass  # the pixels are not decoded: that would take days for ImageNet
+            pass  # decoding the pixels of ImageNet would take days
     except Exception as error:  # Pillow has a dozen types for damaged files
         reason = "" if "cannot identify" in str(error) else f" ({one_line(error)})"
         expected = " or ".join(formats) if formats else "an image"

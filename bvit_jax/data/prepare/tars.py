@@ -1,4 +1,4 @@
-"""Reads uncompressed tar files, also one inside another, by the places of their members."""
+"""Reads uncompressed tar files, also nested ones, by the offsets of their members."""
 
 import tarfile
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside a tar: its name, and where its bytes lie in the file that holds the (outer) tar."""
+    """A file inside a tar: its name, and offset and size of its bytes in the (outer) tar file."""
 
     name: str
     offset: int
@@ -22,16 +22,16 @@ class Member:
 
 
 def list_members(file: BinaryIO, name: str, start: int = 0, end: int | None = None) -> Iterator[Member]:
-    """Yields the files of the tar between ``start`` and ``end`` (the end of ``file``), reading headers only.
+    """Yields the files of a tar, reading headers only.
 
     Args:
-      file: open for reading; it may be read elsewhere between two members.
+      file: open for reading; the caller may move its position between two members.
       name: of the tar, for messages.
       start: byte of ``file`` at which the tar begins.
-      end: byte of ``file`` at which it ends.
+      end: byte of ``file`` at which it ends; None for the end of ``file``.
 
     Raises:
-      UserError: it is no tar, is damaged or ends too early, or holds something else than files.
+      UserError: it is no tar, is damaged or truncated, or holds anything but files and directories.
     """
     end = file.seek(0, 2) if end is None else end
     file.seek(start)
@@ -45,11 +45,11 @@ def list_members(file: BinaryIO, name: str, start: int = 0, end: int | None = No
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    raise UserError(f"{name} holds {member.name}, which is no file; get it again")
+                    raise UserError(f"{name} holds {member.name}, which is not a regular file; get it again")
                 yield Member(str(PurePosixPath(member.name)), member.offset_data, member.size)
     except tarfile.TarError as error:
         raise UserError(f"{name} is damaged or cut off: {one_line(error)}; get it again") from error
-    # tarfile takes a damaged header for the end: the end is a block of zeros.
+    # tarfile takes a damaged header for the end of the tar; a real end is a block of zeros.
     file.seek(last)
     if file.read(BLOCK) != bytes(BLOCK) or last + BLOCK > end:
         raise UserError(f"{name} is damaged or cut off at byte {last - start:,}; get it again")

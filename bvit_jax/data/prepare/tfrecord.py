@@ -1,7 +1,7 @@
-"""A data set that TFDS prepared as TFRecord files, copied to ArrayRecord: same records, same order.
+"""Copies a data set that TFDS prepared as TFRecord files to ArrayRecord: same records, same order.
 
-A TFRecord file is a sequence of: the length, its checksum, the bytes, their checksum; the checksums are
-masked CRC-32C. Every one is verified.
+A TFRecord file is a sequence of records, each with its length, the checksum of the length, its bytes and
+their checksum (masked CRC-32C). Every checksum is verified.
 """
 
 import struct
@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
-from bvit_jax.data.prepare.crc32c import crc32c, masked
 from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.data.prepare.source import ARRAY_RECORD
 from bvit_jax.data.prepare.writer import is_prepared, open_staging
@@ -22,6 +21,7 @@ from bvit_jax.errors import UserError
 TFRECORD = "tfrecord"
 LENGTH = struct.Struct("<QI")
 CHECKSUM = struct.Struct("<I")
+MASK_DELTA = 0xA282EAD8
 BUFFER = 1 << 20
 
 
@@ -30,16 +30,16 @@ def convert(
 ) -> Path:
     """Copies the TFRecord data set in ``directory`` shard by shard, and returns where the copy is.
 
-    Call it again after an interruption: finished shards are not copied again.
+    Call it again after an interruption: finished shards are kept.
 
     Args:
       directory: the one with ``dataset_info.json``, such as ``tensorflow_datasets/mnist/3.0.1``.
-      data_dir: the TFDS directory to prepare in, another than that of ``directory``.
-      name: that the data set must have; None for any.
-      counts: number of records that each split must have; None for what its description says.
+      data_dir: the TFDS directory to prepare in, which must not be that of ``directory``.
+      name: expected name of the data set; None accepts any.
+      counts: expected number of records of each split; None accepts what its description says.
 
     Raises:
-      UserError: it is no such data set, a record is damaged, or the copy cannot be written.
+      UserError: ``directory`` holds no such data set, a record is damaged, or the copy cannot be written.
     """
     info = _open(directory)
     if name not in (None, info.name):
@@ -52,7 +52,7 @@ def convert(
     info = _relocated(info, data_dir)
     target = Path(info.data_dir)
     if target.absolute() == directory.absolute():
-        raise UserError(f"{target} is what is to be copied; choose another --data_dir")
+        raise UserError(f"{target} is the data set to be copied; choose another --data_dir")
     if is_prepared(target, found):
         return target
     with open_staging(info, fingerprint=repr(_stamp(splits))) as stage:
@@ -62,7 +62,7 @@ def convert(
             with ProgressBar(f"copying {split}", sum(lengths)) as bar:
                 for shard, (source, length) in enumerate(zip(split_info.filepaths, lengths)):
                     path = stage.shard_path(split, shard, len(lengths))
-                    if not path.exists():  # it has its name only when it is whole
+                    if not path.exists():  # a shard gets its name when it is complete
                         stage.write_shard(path, read_records(Path(source), length))
                     bar.advance(length)
             finished[split] = (lengths, int(split_info.num_bytes))
@@ -92,8 +92,14 @@ def read_records(path: Path, count: int) -> Iterator[bytes]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def masked_crc32c(data: bytes) -> int:
+    """Returns the CRC-32C of ``data`` as TFRecord files store it."""
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + MASK_DELTA) & 0xFFFFFFFF
+
+
 def _verify(data: bytes, checksum: int, path: Path, number: int) -> None:
-    if masked(crc32c(data)) != checksum:
+    if masked_crc32c(data) != checksum:
         raise UserError(f"{path} is damaged: wrong checksum in record {number}; get that file again")
 
 
@@ -115,11 +121,11 @@ def _open(directory: Path) -> tfds.core.DatasetInfo:
 
 
 def _relocated(info: tfds.core.DatasetInfo, data_dir: Path) -> tfds.core.DatasetInfo:
-    """Returns the same description for a place below ``data_dir``, in ArrayRecord."""
+    """Returns the same description of a data set in ``data_dir``, in ArrayRecord format."""
     config = [info.config_name] if info.config_name else []
     proto = info.as_proto
     copy = tfds.core.DatasetInfo(
-        builder=DatasetIdentity.from_proto(
+        builder=tfds.core.DatasetIdentity.from_proto(
             proto, str(data_dir.joinpath(info.name, *config, str(info.version)))
         ),
         features=info.features,

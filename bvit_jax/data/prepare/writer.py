@@ -1,8 +1,8 @@
-"""Where a data set grows out of sight until it is whole.
+"""The staging directory, in which a data set is written until it is complete.
 
-Everything is written to ``<data_dir>/<name>/incomplete.bvit_<version>``, a name that no reader takes for
-a data set. Its ``dataset`` holds finished shards; when the last one and the description are there, it is
-renamed to ``<data_dir>/<name>/<version>``, which is atomic. A later run finds what an earlier one left.
+It is ``<data_dir>/<name>/incomplete.bvit_<version>``, a name that no reader takes for a data set. Its
+``dataset`` holds finished shards; once all shards and the description are there, it is renamed to
+``<data_dir>/<name>/<version>``, which is atomic. A later run continues from what an earlier one left.
 """
 
 import contextlib
@@ -18,20 +18,19 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from tensorflow_datasets.core import naming
 
 from bvit_jax.data.prepare.source import ARRAY_RECORD
 from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError
 
-WRITER_OPTIONS = "group_size:1"  # as TFDS writes: every record can be read on its own
+WRITER_OPTIONS = "group_size:1"  # as in TFDS: every record can be read on its own
 PLAN = "plan.json"
 
 logger = logging.getLogger(__name__)
 
 
 class Staging:
-    """The directory in which this process, and no other, prepares the data set of ``info``."""
+    """The staging directory of the data set ``info``, used by one process at a time."""
 
     def __init__(self, info: tfds.core.DatasetInfo) -> None:
         self.info = info
@@ -40,7 +39,7 @@ class Staging:
         self._dataset = self.path / "dataset"
 
     def read_json(self, name: str) -> Any:
-        """Returns the content of a file of this directory, None if there is none."""
+        """Returns the content of a JSON file of this directory, None if it does not exist."""
         path = self.path / name
         try:
             return json.loads(path.read_bytes())
@@ -50,18 +49,18 @@ class Staging:
             raise UserError(f"cannot read {path}: {one_line(error)}; {_start_again(self.path)}") from error
 
     def write_json(self, name: str, value: Any) -> None:
-        """Replaces a file of this directory: after a crash it holds the old value or the new one."""
+        """Replaces a JSON file of this directory; after a crash it holds the old or the new value."""
         temporary = self.path / f"{name}.tmp"
         temporary.write_text(json.dumps(value))
         replace(temporary, self.path / name)
 
     def shard_path(self, split: str, shard: int, num_shards: int) -> Path:
-        """Returns where a finished shard lies."""
+        """Returns the path of a finished shard."""
         template = self._template(split)
         return Path(template.sharded_filepath(shard_index=shard, num_shards=num_shards))
 
     def write_shard(self, path: Path, records: Iterable[bytes]) -> None:
-        """Writes one ArrayRecord file, under its name only when it is whole and on the disk."""
+        """Writes one ArrayRecord file, which gets its name once it is complete and on disk."""
         self._dataset.mkdir(exist_ok=True)
         temporary = self.path / "shard.tmp"
         temporary.unlink(missing_ok=True)
@@ -71,7 +70,7 @@ class Staging:
                 writer.write(record)
                 count += 1
         finally:
-            error = _close(writer)  # the writer tells here, not earlier, if the disk is full
+            error = _close(writer)  # a full disk is reported here, not earlier
         if error is None and _num_records(temporary) != count:
             error = f"{count} records were written and the file does not hold them"
         if error is not None:
@@ -79,13 +78,13 @@ class Staging:
         replace(temporary, path)
 
     def finish(self, splits: Mapping[str, tuple[list[int], int]]) -> None:
-        """Makes the data set appear.
+        """Writes the description, checks all shards and moves the data set to its final place.
 
         Args:
-          splits: of each split, the number of records of each shard and the bytes of all records.
+          splits: for each split, the number of records of each shard and the bytes of all records.
 
         Raises:
-          UserError: a shard is not what it should be.
+          UserError: a shard is missing or damaged.
         """
         infos = [
             tfds.core.SplitInfo(
@@ -107,8 +106,8 @@ class Staging:
         replace(self._dataset, self.target)
         shutil.rmtree(self.path)
 
-    def _template(self, split: str) -> naming.ShardedFileTemplate:
-        return naming.ShardedFileTemplate(
+    def _template(self, split: str) -> tfds.core.ShardedFileTemplate:
+        return tfds.core.ShardedFileTemplate(
             data_dir=self._dataset,
             dataset_name=self.info.name,
             filetype_suffix=ARRAY_RECORD,
@@ -118,15 +117,15 @@ class Staging:
 
 @contextlib.contextmanager
 def open_staging(info: tfds.core.DatasetInfo, fingerprint: str) -> Iterator[Staging]:
-    """Yields the directory for preparing ``info``, new or as an interrupted run left it.
+    """Yields the staging directory of ``info``, new or as an interrupted run left it.
 
     Args:
-      info: of the data set; ``info.data_dir`` must not exist.
-      fingerprint: of the source, see `Source`.
+      info: description of the data set; ``info.data_dir`` must not exist.
+      fingerprint: that of the `Source`.
 
     Raises:
-      UserError: an interrupted run had another source, another process is at work, or the directory
-        cannot be written; also in place of any OSError inside the ``with``.
+      UserError: an interrupted run had another source, another process is preparing the data set, or
+        the directory cannot be written; also in place of any OSError inside the ``with``.
     """
     stage = Staging(info)
     try:
@@ -140,15 +139,15 @@ def open_staging(info: tfds.core.DatasetInfo, fingerprint: str) -> Iterator[Stag
 
 
 def staging_path(target: Path) -> Path:
-    """Returns where the data set that will appear at ``target`` is prepared."""
+    """Returns the staging directory of the data set that will appear at ``target``."""
     return target.parent / f"incomplete.bvit_{target.name}"  # TFDS ignores incomplete.*
 
 
 def is_prepared(target: Path, counts: Mapping[str, int]) -> bool:
-    """Returns whether the data set is there already, and removes what a crash at the end left over.
+    """Returns whether the data set exists, and removes what a crash after its last step left behind.
 
     Raises:
-      UserError: something else is in its place.
+      UserError: a different or damaged data set is in its place.
     """
     if not target.exists():
         return False
@@ -156,23 +155,23 @@ def is_prepared(target: Path, counts: Mapping[str, int]) -> bool:
     if problem:
         raise UserError(f"{target} exists and {problem}; delete it or choose another --data_dir")
     shutil.rmtree(staging_path(target), ignore_errors=True)
-    logger.info("%s was prepared earlier", target)
+    logger.info("%s is already prepared", target)
     return True
 
 
 def replace(old: Path, new: Path) -> None:
-    """Renames a file or directory so that a crash, even of the machine, cannot leave a broken one."""
+    """Renames a file or directory; even a crash of the machine leaves no partial one."""
     _sync(old)
     old.replace(new)
     _sync(new.parent)
 
 
 def cannot_write(path: Path, reason: str) -> UserError:
-    """Returns the error of a preparation that can be continued."""
+    """Returns the error for a preparation that can be continued."""
     if os.strerror(errno.ENOSPC) in reason:
         reason = os.strerror(errno.ENOSPC)
     return UserError(
-        f"cannot write {path}: {reason}; mend that and run the same command again: it continues "
+        f"cannot write {path}: {reason}; fix that and run the same command again: it continues "
         "where it stopped"
     )
 
@@ -181,7 +180,7 @@ def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another process prepares {path}; wait for it") from None
+        raise UserError(f"another process is preparing {path}; wait for it") from None
 
 
 def _check_plan(stage: Staging, fingerprint: str) -> None:
@@ -196,11 +195,11 @@ def _check_plan(stage: Staging, fingerprint: str) -> None:
 
 
 def _start_again(path: Path) -> str:
-    return f"delete {path} and run the same command again to start anew"
+    return f"delete {path} and run the same command again to start over"
 
 
 def _problem(directory: Path, counts: Mapping[str, int]) -> str | None:
-    """Returns what is wrong with a finished data set; every shard is opened."""
+    """Returns what is wrong with a finished data set, None if nothing is; opens every shard."""
     try:
         builder = tfds.builder_from_directory(directory)
         if builder.info.file_format.value != ARRAY_RECORD:
