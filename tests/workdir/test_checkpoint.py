@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from bvit_jax.errors import UserError
-from bvit_jax.workdir import checkpoint
+from bvit_jax.workdir import checkpoint, checksums
 from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
 
 METADATA = {"mean": 0.1 + 0.2, "window": {"loss": [1e-300, 3]}, "best": None, "name": "ü"}
@@ -324,7 +324,7 @@ def test_what_cannot_be_read_at_the_moment_is_not_damaged(checkpoints, monkeypat
     def fails(path):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_sha256", fails)
+    monkeypatch.setattr(checksums, "_sha256", fails)
     with pytest.raises(UserError, match=r"cannot read checkpoint .*2: .*: Input/output error; try again"):
         checkpoints().restore(abstract(make_state()))
     assert steps_of(tmp_path) == ["1", "2"]
@@ -338,7 +338,7 @@ def test_what_cannot_be_deleted_does_not_end_the_run(checkpoints, monkeypatch, c
     def fails(path):
         raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
-    monkeypatch.setattr(checkpoint, "_delete", fails)
+    monkeypatch.setattr(checkpoint, "delete", fails)
     run.save(2, make_state(2), {})
     run.wait()
     assert "cannot delete checkpoint 1: Directory not empty" in caplog.text
@@ -439,7 +439,6 @@ import resource, signal, sys
 from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
-from bvit_jax.workdir import checkpoint
 from bvit_jax.workdir.checkpoint import Checkpoints
 from bvit_jax.errors import UserError
 
@@ -471,7 +470,6 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from bvit_jax.workdir import checkpoint
 from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
 
 def mesh(*shape):
@@ -515,7 +513,6 @@ SAVE_FOREVER = """
 import itertools, sys
 from pathlib import Path
 import jax.numpy as jnp
-from bvit_jax.workdir import checkpoint
 from bvit_jax.workdir.checkpoint import Checkpoints
 
 run = Checkpoints(Path(sys.argv[1]), 1)
