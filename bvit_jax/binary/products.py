@@ -6,8 +6,8 @@ of every accelerator. So the forward products here take bfloat16 codes even when
 or float64, and scales are applied afterwards. The gradients are real numbers: their products are computed in
 the compute dtype.
 
-Each product has a forward function apart from the public one, because a rematerialisation policy does not see
-names inside a `jax.custom_vjp`.
+What a product computes is in the forward rule of its `jax.custom_vjp`: a rematerialisation policy sees names
+there, and does not see those in the function itself.
 """
 
 from functools import partial
@@ -74,10 +74,12 @@ def binary_product(x: Array, move: Array, kernel: Array, rule: WeightRule, confi
     Returns:
       (..., out) in the accumulator of ``config.dtype``.
     """
-    return _binary_product(x, move, kernel, rule, config)
+    return _binary_product_forward(x, move, kernel, rule, config)[0]
 
 
-def _binary_product(x: Array, move: Array, kernel: Array, rule: WeightRule, config: ProductConfig) -> Array:
+def _binary_product_forward(
+    x: Array, move: Array, kernel: Array, rule: WeightRule, config: ProductConfig
+) -> tuple[Array, tuple[Array, Array, Array]]:
     shifted = x.astype(accumulator_dtype(config.dtype)) + move
     operand = config.signs(shifted) if config.binary_input else shifted.astype(config.dtype)
     weights = rule.quantize(kernel)
@@ -85,13 +87,7 @@ def _binary_product(x: Array, move: Array, kernel: Array, rule: WeightRule, conf
     y = jnp.matmul(operand, codes, preferred_element_type=accumulator_dtype(operand.dtype))
     if config.integer_products:
         y = checkpoint_name(y.astype(integer_dtype(codes.shape[0])) if config.binary_input else y, PRODUCT)
-    return y.astype(accumulator_dtype(config.dtype)) * weights.scale
-
-
-def _binary_product_forward(
-    x: Array, move: Array, kernel: Array, rule: WeightRule, config: ProductConfig
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _binary_product(x, move, kernel, rule, config), (x, move, kernel)
+    return y.astype(accumulator_dtype(config.dtype)) * weights.scale, (x, move, kernel)
 
 
 def _binary_product_backward(
@@ -130,15 +126,15 @@ def binary_scores(q: Array, k: Array, config: ProductConfig) -> Array:
     Returns:
       (batch, heads, queries, keys), integers, in the accumulator of ``config.dtype``.
     """
-    return _binary_scores(q, k, config)
+    return _binary_scores_forward(q, k, config)[0]
 
 
-def _binary_scores(q: Array, k: Array, config: ProductConfig) -> Array:
+def _binary_scores_forward(q: Array, k: Array, config: ProductConfig) -> tuple[Array, tuple[Array, Array]]:
     signs = config.signs(q), config.signs(k)
     scores = jnp.einsum("bqhd,bkhd->bhqk", *signs, preferred_element_type=jnp.float32)
     if config.integer_products:
         scores = checkpoint_name(scores.astype(integer_dtype(q.shape[-1])), PRODUCT)
-    return scores.astype(accumulator_dtype(config.dtype))
+    return scores.astype(accumulator_dtype(config.dtype)), (q, k)
 
 
 def _binary_scores_backward(
@@ -153,7 +149,7 @@ def _binary_scores_backward(
     return _through_sign(to_q, q, config.estimator), _through_sign(to_k, k, config.estimator)
 
 
-binary_scores.defvjp(lambda q, k, config: (_binary_scores(q, k, config), (q, k)), _binary_scores_backward)
+binary_scores.defvjp(_binary_scores_forward, _binary_scores_backward)
 
 
 def _through_sign(gradient: Array, x: Array, estimator: Estimator) -> Array:
@@ -179,10 +175,12 @@ def binary_context(codes: Array, v: Array, config: ProductConfig) -> Array:
     Returns:
       (batch, queries, heads, size), integers, in the accumulator of ``config.dtype``.
     """
-    return _binary_context(codes, v, config)
+    return _binary_context_forward(codes, v, config)[0]
 
 
-def _binary_context(codes: Array, v: Array, config: ProductConfig) -> Array:
+def _binary_context_forward(
+    codes: Array, v: Array, config: ProductConfig
+) -> tuple[Array, tuple[Array, Array]]:
     context = jnp.einsum(
         "bhqk,bkhd->bqhd", codes.astype(CODE_DTYPE), config.signs(v), preferred_element_type=jnp.float32
     )
@@ -190,7 +188,7 @@ def _binary_context(codes: Array, v: Array, config: ProductConfig) -> Array:
         # Heads side by side: a TPU would pad each of them.
         saved = context.astype(integer_dtype(v.shape[1])).reshape(*context.shape[:2], -1)
         context = checkpoint_name(saved, PRODUCT).reshape(context.shape)
-    return context.astype(accumulator_dtype(config.dtype))
+    return context.astype(accumulator_dtype(config.dtype)), (codes, v)
 
 
 def _binary_context_backward(
@@ -205,9 +203,7 @@ def _binary_context_backward(
     return to_codes.astype(codes.dtype), _through_sign(to_v, v, config.estimator)
 
 
-binary_context.defvjp(
-    lambda codes, v, config: (_binary_context(codes, v, config), (codes, v)), _binary_context_backward
-)
+binary_context.defvjp(_binary_context_forward, _binary_context_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -106,40 +106,39 @@ def run_blocks(
       execution: how.
       first_batch: whether the blocks set values from this batch, which they can only do one after the other.
     """
+    options = {"train": train}
     if first_batch:
-        return _loop(module, blocks, x, train, capture, "none", first_batch=True)
-    if not execution.scan_blocks or module.is_initializing():
-        return _loop(module, blocks, x, train, capture, execution.remat)
-    period = _period(blocks)
-    count = len(blocks) // period
-    if count < 2:
-        return _loop(module, blocks, x, train, capture, execution.remat)
-    first = _scan(module, blocks[: period * count], period, x, train, capture, execution.remat)
-    rest = _loop(module, blocks[period * count :], first.tokens, train, capture, execution.remat)
-    return StageOutput(rest.tokens, first.hidden + rest.hidden, first.attentions + rest.attentions)
-
-
-def _loop(
-    module: nn.Module,
-    blocks: Sequence[Any],
-    x: Array,
-    train: bool,
-    capture: bool,
-    remat: Remat,
-    **options: bool,
-) -> StageOutput:
-    def call(block: Any, x: Array) -> tuple[Array, Attention | None]:
-        x, attention = block(x, train=train, **options)
-        return x, attention if capture else None
-
-    run = call if remat == "none" else nn.remat(call, policy=POLICIES[remat])
+        execution, options = PLAIN, {"train": train, "first_batch": True}
+    scanned = 0 if module.is_initializing() or not execution.scan_blocks else _repeated(blocks)
     output = StageOutput(x, [], [])
-    for block in blocks:
-        x, attention = run(block.clone(parent=module), x)
-        if attention is not None:
+    if scanned:
+        output = _scan(module, blocks[:scanned], x, train, capture, execution.remat)
+    x = output.tokens
+    for block in blocks[scanned:]:
+        block = block.clone(parent=module)
+        if execution.remat == "none":
+            x, attention = block(x, **options)
+        else:
+            x, attention = _recomputed(block, x, options, capture, execution.remat)
+        if capture:
             output.hidden.append(x)
             output.attentions.append(attention)
     return StageOutput(x, output.hidden, output.attentions)
+
+
+def _recomputed(block: Any, x: Array, options: dict[str, bool], capture: bool, remat: Remat) -> Any:
+    def call(block: Any, x: Array) -> tuple[Array, Attention | None]:
+        x, attention = block(x, **options)
+        return x, attention if capture else None  # what is returned is also saved
+
+    return nn.remat(call, policy=POLICIES[remat])(block, x)
+
+
+def _repeated(blocks: Sequence[Any]) -> int:
+    """Returns how many of the blocks, from the first on, a scan runs; 0 if nothing repeats."""
+    period = _period(blocks)
+    count = len(blocks) // period
+    return period * count if count > 1 else 0
 
 
 def _period(blocks: Sequence[Any]) -> int:
@@ -150,14 +149,9 @@ def _period(blocks: Sequence[Any]) -> int:
 
 
 def _scan(
-    module: nn.Module,
-    blocks: Sequence[Any],
-    period: int,
-    x: Array,
-    train: bool,
-    capture: bool,
-    remat: Remat,
+    module: nn.Module, blocks: Sequence[Any], x: Array, train: bool, capture: bool, remat: Remat
 ) -> StageOutput:
+    period = _period(blocks)
     drops = train and any(block.drop_path for block in blocks)
     updates = ["batch_stats"] if module.is_mutable_collection("batch_stats") else False
     key = module.make_rng("dropout") if train and module.has_rng("dropout") else None
