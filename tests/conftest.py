@@ -1,5 +1,6 @@
 """What all tests share: eight CPU devices, quick compilation, float64 on request, the golden files."""
 
+import gc
 import os
 import tempfile
 
@@ -23,6 +24,8 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_disable_most_optimizations", True)
+# Tracing makes millions of objects, through which the collector goes again and again.
+gc.set_threshold(100_000, 50, 100)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -42,11 +45,6 @@ def compile_as_users_do(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with _settings(jax_disable_most_optimizations=False, jax_enable_compilation_cache=False):
         yield
-
-
-@pytest.fixture
-def compile_quickly() -> None:
-    """Every test does."""
 
 
 @contextmanager

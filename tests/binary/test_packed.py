@@ -32,7 +32,7 @@ TINY = models.model_config(
 )
 
 
-pytestmark = pytest.mark.usefixtures("x64", "compile_quickly")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def values(*shape: int, seed: int = 0, zeros: bool = False) -> Array:

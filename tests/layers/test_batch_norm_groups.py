@@ -132,7 +132,6 @@ def collectives(group, with_statistics):
     return re.findall(r"= .* (all-reduce|all-gather|all-to-all|collective-permute)\(", compiled.as_text())
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_normalising_within_a_device_needs_no_communication():
     assert not collectives(4, with_statistics=False)
     assert set(collectives(4, with_statistics=True)) == {"all-reduce"}

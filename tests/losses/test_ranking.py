@@ -261,7 +261,7 @@ def run(name, ranking_term, *, accumulate_steps=1, devices=1, weight=0.5, **exec
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("x64", "compile_quickly")
+@pytest.mark.usefixtures("x64")
 def test_the_loss_is_the_sum_of_its_terms():
     plain, _ = run("deit", None)
     ranked, _ = run("deit", Ranking(3.0, layers=(1, 3)))
@@ -278,7 +278,7 @@ def test_the_loss_is_the_sum_of_its_terms():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("x64", "compile_quickly")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["deit", "swin"])
 def test_remat_scans_and_devices_change_nothing(name):
     plain, _ = run(name, Ranking(1.0))
@@ -289,7 +289,7 @@ def test_remat_scans_and_devices_change_nothing(name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("x64", "compile_quickly")
+@pytest.mark.usefixtures("x64")
 def test_microbatches_are_ranked_by_themselves():
     (metrics, _), _ = run("deit", Ranking(1.0), accumulate_steps=2, devices=2)
     (once, _), _ = run("deit", Ranking(1.0))

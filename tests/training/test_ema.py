@@ -79,7 +79,6 @@ def test_the_average_decides_which_checkpoint_is_best():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_quickly")
 def test_a_run_keeps_evaluates_and_resumes_it(tmp_path):
     config = tiny.get_config()
     config.data.data_dir = str(tmp_path / "data")

@@ -248,7 +248,6 @@ def test_a_sharded_state_starts_from_them(data_dir: Path, teacher: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_quickly")
 def test_a_run_starts_from_its_teacher_and_continues_without_the_file(
     data_dir: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,7 +153,6 @@ def test_distillation_mixed_with_labels_in_bfloat16(data_dir: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_quickly")
 def test_the_whole_recipe_trains_and_continues(data_dir: Path, tmp_path: Path) -> None:
     settings = {
         "data__auto_augment": "rand-m9-mstd0.5-inc1",
