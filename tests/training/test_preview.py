@@ -4,7 +4,6 @@ from functools import partial
 
 import jax
 import numpy as np
-import pytest
 
 from bvit_jax.augment.augmentation import Augmentation
 from bvit_jax.augment.erasing import Erasing
