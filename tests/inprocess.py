@@ -28,9 +28,9 @@ EVENTS: dict[str, tuple[Any, str]] = {
     "log": (RunLog, "step"),
     "write": (MetricWriter, "write"),
     "save": (Checkpoints, "save"),
-    "checksums": (checkpoint, "_write_checksums"),
+    "checksums": (checkpoint, "write_checksums"),
     "evaluation": (loop, "evaluate_state"),
-    "record": (checkpoint, "_replace_metadata"),
+    "record": (checkpoint, "write_replacement"),
 }
 
 

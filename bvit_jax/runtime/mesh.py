@@ -6,6 +6,7 @@ every device, or spread over ``fsdp`` if it has more than one device; everything
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -111,7 +112,9 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns the global arrays of a batch of which this process holds its `local_rows`."""
     sharding = batch_sharded(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    put = partial(jax.make_array_from_process_local_data, sharding)
+    with jax.transfer_guard("allow"):  # with several processes jax takes this for an implicit transfer
+        return {name: put(array) for name, array in batch.items()}
 
 
 def with_sharding(tree: Any, shardings: Any) -> Any:

@@ -148,8 +148,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(workload, "forget_setup", lambda: None)
     before = set(sys.modules)
     yield
-    for name in set(sys.modules) - before:  # of the checkout, and stand-ins for what it imports
-        if name.split(".")[0] in ("models", "timm", "transformers"):
+    for name in set(sys.modules) - before:  # of the checkout, and stand-ins, which have no file
+        module = sys.modules[name]
+        stands_in = name.split(".")[0] in ("timm", "transformers") and module.__spec__ is None
+        if name == "models" or stands_in:
             del sys.modules[name]
 
 
