@@ -184,14 +184,14 @@ def test_weights_that_do_not_fit_are_refused_with_the_settings(
 
 def test_it_tells_what_becomes_of_the_arrays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = teacher_of()
-    weights.save(source, tmp_path / "source.pth")
+    weights.save(source, tmp_path / "a.safetensors")
     config = from_teacher.get_config()
-    config.init.path = str(tmp_path / "source.pth")
+    config.init.path = str(tmp_path / "a.safetensors")
     with caplog.at_level(logging.INFO, "bvit_jax"):
         loaded = initial.load(config, abstract_of(config.model))
     (line,) = [record.getMessage() for record in caplog.records]
     assert re.search(
-        r"starting from .*source.pth: 21 arrays with [34],\d{3} values are taken, such as params/norm/scale;"
+        r"from .*a.safetensors: 21 arrays with [34],\d{3} values are taken, such as params/norm/scale;"
         r" \d+ keep their own start, such as params/block0/value_act/zero_point;"
         r" 6 of the file are left out, such as params/block0/value/bias$",
         line,
