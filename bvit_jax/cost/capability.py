@@ -36,7 +36,7 @@ PUBLISHED_DEIT_S = 155_568  # the formula
 PRINTED_DEIT_S = 153_216  # without the terms of attention
 
 _OPEN = (
-    "pooling branches beside the blocks: no term, the published numbers have none",
+    "pooling branches next to the blocks: no term, the published numbers have none",
     "LayerScale: no term, by rule 5",
 )
 

@@ -42,7 +42,7 @@ _PRODUCTS = ("dot_general", "conv_general_dilated")
 _ELEMENTWISE_NAMES = """
 abs acos add add_any and asin atan2 cbrt ceil clamp cos digamma div eq erf erf_inv erfc exp exp2
 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter
-not or pow rem round rsqrt select_n sign sin sqrt square sub tan tanh xor
+not or polynomial pow rem round rsqrt select_n sign sin sqrt square sub tan tanh xor
 """
 _ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 _REDUCTION_NAMES = """

@@ -264,8 +264,8 @@ def look(model: Pretrained, images: np.ndarray) -> Seen:
 
     @jax.jit
     def compute(variables: Any, images: jax.Array) -> Any:
-        output, told = _applied(module, variables, normalize(images))
-        balance = flatten_dict(told)
+        output, sown_values = _applied(module, variables, normalize(images))
+        balance = flatten_dict(sown_values)
         for *layer, _, part in balance:  # in the order of computation, which jax would sort
             layers.append("/".join([*layer, part] if part else layer))
         first = [
@@ -279,8 +279,8 @@ def look(model: Pretrained, images: np.ndarray) -> Seen:
 
 
 def _applied(module: nn.Module, variables: Any, inputs: jax.Array) -> tuple[ModelOutput, Any]:
-    output, told = module.apply(variables, inputs, capture=True, mutable=[sown.BALANCE])
-    return output, told.get(sown.BALANCE, {})
+    output, sown_values = module.apply(variables, inputs, capture=True, mutable=[sown.BALANCE])
+    return output, sown_values.get(sown.BALANCE, {})
 
 
 def whole_attention(attention: np.ndarray, block: Block) -> np.ndarray:

@@ -35,5 +35,5 @@ def wait_for_all_in_thread(name: str, timeout_seconds: int) -> None:
 
 
 def preemption_reached(tick: int) -> bool:
-    """Returns whether all processes are to stop at this tick, since one of them was told to."""
+    """Returns whether all processes are to stop at this tick, because one of them was asked to."""
     return multihost_utils.reached_preemption_sync_point(tick)

@@ -149,6 +149,7 @@ def test_what_is_packed_in_training(settings: dict, tokens: int) -> None:
     assert ("popcnt" in train.lower(variables, x).as_text()) == (not settings and tokens == 36)
 
 
+@pytest.mark.slow
 def test_model_equals_the_plain_one() -> None:
     """In a scan over its blocks with rematerialisation, as on one CPU."""
     images = values(2, 16, 16, 3)

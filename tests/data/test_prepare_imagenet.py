@@ -456,6 +456,7 @@ def test_no_bucket_of_a_cloud(mini: Path, capsys: Any) -> None:
     assert "expected a local directory" in line
 
 
+@pytest.mark.slow
 def test_commands_as_documented(tmp_path: Path) -> None:
     """Both commands in processes of their own, with a TensorFlow that must not be touched."""
     (tmp_path / "tensorflow.py").write_text("raise AssertionError('imported TensorFlow')")

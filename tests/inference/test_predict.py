@@ -81,6 +81,7 @@ def test_what_is_printed(digit_files, capsys):
     assert lines[7].endswith(" %  3")
 
 
+@pytest.mark.slow
 def test_a_photograph_from_a_converted_checkpoint(tmp_path, photograph, capsys):
     """Of all ImageNet's classes, in the command's own process, as a user runs it."""
     config = models.model_config("deit", width=64, depth=1, num_heads=1, mlp_dim=64)

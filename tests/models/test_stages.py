@@ -69,6 +69,7 @@ def plain_step(name):
     return training_step(name, {})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("act_bits", [1, 32])
 @pytest.mark.parametrize("weight_bits", [1, 2])

@@ -57,6 +57,7 @@ def content_of(workdir: Path) -> str:
     return json.dumps([[str(f.relative_to(workdir)), f.read_text()] for f in files])
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_an_evaluation_has_lost_nothing(
     whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -82,6 +82,7 @@ def test_the_settings_reach_the_run():
 # --- bfloat16 ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_keeps_everything_in_float32_and_learns():
     shape = {"width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 8, "image_size": 8, "patch_size": 4}
     config = models.model_config("react_deit", num_classes=4, drop_path=0.1, **shape)

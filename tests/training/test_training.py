@@ -182,6 +182,7 @@ def test_the_whole_recipe_trains_and_continues(data_dir: Path, tmp_path: Path) -
 # --- data --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_damaged_images_are_counted_and_the_count_survives(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +231,7 @@ def two_headed(data_dir: Path, weight: float) -> config_lib.ConfigDict:
     return config
 
 
+@pytest.mark.slow
 def test_a_distillation_head_learns_from_the_teacher_and_the_class_head_from_labels(data_dir: Path) -> None:
     run = build(two_headed(data_dir, 0.5), 1437)
     state = run.programs.create.run(jax.random.key(0), {})
@@ -324,6 +326,7 @@ def test_one_and_eight_devices_agree(dtype: type, data_dir: Path) -> None:
             np.testing.assert_allclose(one, eight, rtol=0, atol=1e-5 * scale)
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_are_those_of_the_global_batch(data_dir: Path) -> None:
     config = tiny_config(data_dir)
     run = build(config, num_examples=160)
