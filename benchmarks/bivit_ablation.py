@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bvit_jax.runtime.interruption import Interruption
 from bvit_jax.training.loop import train_and_evaluate
 from configs import bivit_digits
 
@@ -37,7 +38,8 @@ def run_row(row: str, seed: int, directory: Path, epochs: int, weight: float) ->
     config.eval_every_epochs = epochs
     config.health = False
     config.checkpoint.every_steps = 10**9  # at the end only
-    figures = train_and_evaluate(config, directory / f"{row.replace(' ', '')}_{seed}")
+    workdir = directory / f"{row.replace(' ', '')}_{seed}"
+    figures = train_and_evaluate(config, workdir, interruption=Interruption(sigterm=True))
     return {name: figures[name] for name in KEPT}
 
 

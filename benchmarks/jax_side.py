@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import multiprocessing
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,8 +39,9 @@ from bvit_jax.models.choice import images_at_once, one_cpu
 from bvit_jax.models.settings import KINDS
 from bvit_jax.optim import make_optimizer
 from bvit_jax.plan.hlo import hbm_bytes
+from bvit_jax.runtime import process
 from bvit_jax.runtime.allocator import keep_freed_memory
-from bvit_jax.runtime.compilation import lower, release_memory
+from bvit_jax.runtime.compilation import lower
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from bvit_jax.training.steps.batch import Inputs
 from bvit_jax.training.steps.evaluate import EvalSettings
@@ -151,7 +153,7 @@ class JaxSide:
         """Returns the seconds of lowering, loading and running a step, None if it had to be compiled."""
         self._hits, began = 0, time.perf_counter()
         self._compiled[kind] = lower(self._jitted[kind], *self._arguments(kind)).compile()
-        release_memory()  # as a training run does
+        process.release_memory()  # as a training run does
         self.step(kind)
         seconds = time.perf_counter() - began
         return seconds if self._hits else None
@@ -178,6 +180,8 @@ class JaxSide:
 def start(plan: Plan, context: None) -> JaxSide:
     """Builds the JAX side; see `workload.Worker`."""
     del context
+    if multiprocessing.parent_process() is not None:
+        process.take()  # its own, in which compiling is as in a training run
     return JaxSide(plan)
 
 

@@ -26,6 +26,7 @@ from bvit_jax import config as config_lib
 from bvit_jax.errors import UserError
 from bvit_jax.plan import topology
 from bvit_jax.plan.dry_run import dry_run
+from bvit_jax.runtime import process
 from bvit_jax.runtime.arguments import positive
 
 TOLERANCE = 0.05  # of memory and time
@@ -35,7 +36,7 @@ Figures = Mapping[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
-    topology.prepare()
+    process.stay_on_cpu()
     try:
         found = measure(arguments)
     except UserError as error:
@@ -72,8 +73,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
 
 
 def _measure_one(arguments: argparse.Namespace, name: str) -> Figures:
+    process.take()
+    process.stay_on_cpu()
     _start_logging()
-    topology.prepare()
     config = load_config(arguments.config)
     for text in arguments.set:
         config.update_from_flattened_dict(dict([parse_override(text)]))
@@ -190,4 +192,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    process.take()
     sys.exit(main())

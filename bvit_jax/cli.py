@@ -8,6 +8,7 @@ traceback.
 
 import functools
 import importlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from absl import flags
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.runtime import compilation, distributed, process
 from bvit_jax.runtime.arguments import config_of, parse_flags, parse_with_config
-from bvit_jax.runtime.interruption import SIGNAL, Interrupted
+from bvit_jax.runtime.interruption import Interrupted, Interruption
 
 USAGE = 2  # exit status for a command line that is wrong, as argparse has it
 
@@ -106,7 +107,7 @@ def _status(action: Callable[[], int]) -> int:
     except SystemExit as end:  # argparse's, and that of SIGTERM where the process is ours
         return end.code if isinstance(end.code, int) else 0 if end.code is None else USAGE
     except Interrupted as interrupted:
-        return _line(str(interrupted), 128 + SIGNAL)
+        return _line(str(interrupted), 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         return _line("interrupted; run the same command again to continue", 130)
     except BrokenPipeError:  # the reader of the output has seen enough
@@ -163,7 +164,9 @@ def _train(arguments: list[str]) -> None:
     from bvit_jax.training.evaluation import to_json
     from bvit_jax.training.loop import train_and_evaluate
 
-    _print_result(to_json(train_and_evaluate(config, workdir, debug_nans=values.debug_nans)))
+    interruption = Interruption(sigterm=process.is_ours())
+    figures = train_and_evaluate(config, workdir, debug_nans=values.debug_nans, interruption=interruption)
+    _print_result(to_json(figures))
 
 
 def _plan(arguments: list[str]) -> None:
@@ -177,11 +180,9 @@ def _plan(arguments: list[str]) -> None:
 
 
 def _print_plan(values: flags.FlagValues) -> None:
-    from bvit_jax.plan import topology
-
     config = config_of(values)
     if values.topology:
-        topology.prepare()  # the chips of this machine, if any, are left alone
+        process.stay_on_cpu()  # the chips of this machine, if any, are left alone
     else:
         _start_jax(values)
     from bvit_jax.plan.dry_run import dry_run, table

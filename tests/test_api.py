@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import bvit_jax
+from tests.processes import environment
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "bvit_jax" / "assets" / "deit_digits"
@@ -135,3 +136,11 @@ def test_the_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.Mo
     names: dict[str, Any] = {"bvit_jax": bvit_jax, "__name__": "__main__"}
     for number, example in enumerate(examples, 1):
         exec(compile(example, f"{document.name}, example {number}", "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_library_leaves_the_process_as_it_is(tmp_path: Path) -> None:
+    """Handlers of signals, hooks, variables, the collector, logs and JAX's settings are the caller's."""
+    command = [sys.executable, "-m", "tests.library_use", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment())
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -260,10 +260,20 @@ def _batches(dataset: Any, local_size: int, config: ConfigDict, split: Split) ->
     # Each process takes every n-th element, so the elements must be whole batches.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     dataset = dataset.batch(local_size, drop_remainder=True).to_iter_dataset(options)
-    if not flags.FLAGS.is_parsed():  # not in one of our commands, and Grain reads its own flags
-        flags.FLAGS.mark_as_parsed()
+    _let_grain_read_its_flags()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return _within_budget(_until_closed(dataset), split, config.max_bad_images)
+
+
+def _let_grain_read_its_flags() -> None:
+    """Marks the flags that Grain itself defines as given, with their defaults.
+
+    It reads one of them when it starts processes, which absl refuses in a program that has not parsed its
+    flags. Flags of others stay as they are.
+    """
+    for name in flags.FLAGS:
+        if name.startswith("grain_"):
+            flags.FLAGS[name].present = True
 
 
 def _parallelism(config: ConfigDict) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from bvit_jax.errors import UserError, nearest
+from bvit_jax.runtime import process
 from bvit_jax.runtime.chips import GIB, Chip, chip_named
 
 # In place of asking the metadata server of a TPU machine; and the log of libtpu is not the user's.
@@ -61,15 +62,11 @@ class Topology:
     devices: Sequence[jax.Device]
 
 
-def prepare() -> None:
-    """Keeps JAX on the CPU and libtpu from looking for chips; call it before JAX is used."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    jax.config.update("jax_platforms", "cpu")
-
-
 def open_topology(name: str) -> Topology:
     """Returns the topology of a name such as "v5e:4x4".
+
+    In a process of ours, call `process.stay_on_cpu` before JAX is used: nothing runs on a chip here. libtpu
+    reads `ENVIRONMENT` when it is loaded; elsewhere these variables are taken back afterwards.
 
     Raises:
       UserError: the name has the wrong form, there is no such chip or shape, or libtpu is missing or
@@ -81,7 +78,6 @@ def open_topology(name: str) -> Topology:
             f"--topology={name} needs the TPU compiler, the package libtpu, which runs without a TPU;"
             ' install it with: pip install "jax[tpu]"'
         )
-    prepare()
     from jax.experimental import topologies
 
     options = dict(FAMILIES[kind].options)
@@ -89,7 +85,8 @@ def open_topology(name: str) -> Topology:
         options["chips_per_host_bounds"] = (1,) * 3
     text = "x".join(map(str, shape))
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{text}", **options)
+        with process.environment(ENVIRONMENT):
+            found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{text}", **options)
     except (RuntimeError, ValueError, OSError) as error:
         raise _user_error(name, kind, error) from error
     chip = chip_named(kind)

@@ -1,5 +1,6 @@
 """How the C library's allocator treats the memory that XLA asks for on a CPU."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -37,6 +38,16 @@ def keep_freed_memory() -> bool:
         return False
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     return True
+
+
+def release() -> None:
+    """Returns freed memory to the system if the C library can: compiling leaves gigabytes behind.
+
+    The free blocks are scattered: the arrays of a step would not fit into them, but the system can reuse
+    the pages.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _only_cpus() -> bool:

@@ -1,54 +1,23 @@
-"""Compiles programs before their first call, and keeps them in a cache."""
+"""Compiles programs before their first call."""
 
-import ctypes
-import gc
-import hashlib
 import logging
-import os
-import re
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import jax
-
 from bvit_jax.errors import UserError
+from bvit_jax.runtime import process
 
 POLL_SECONDS = 0.2
-CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 logger = logging.getLogger(__name__)
 
 
-def use_cache() -> None:
-    """Keeps compiled programs in the user's cache directory, unless the environment names another.
-
-    ``JAX_COMPILATION_CACHE_DIR`` moves it, and switches it off where it is empty. Programs for CPUs
-    hold instructions of the CPU they were compiled on, so that each kind has a directory of its own.
-    """
-    if CACHE_VARIABLE in os.environ:
-        if not os.environ[CACHE_VARIABLE]:
-            jax.config.update("jax_enable_compilation_cache", False)
-        return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "bvit_jax" / _kind_of_cpu()))
-
-
 def lower(jitted: Any, *arguments: Any) -> Any:
-    """Returns ``jitted.lower(*arguments)``, traced without garbage collection.
-
-    Tracing creates millions of objects that live until it ends, and the collector scans them over and over,
-    a third of the time. The collector's state is restored afterwards.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    """Returns ``jitted.lower(*arguments)``, in a process of ours traced without garbage collection."""
+    with process.without_collection():
         return jitted.lower(*arguments)
-    finally:
-        if collects:
-            gc.enable()
 
 
 def compile_ahead(name: str, lowered: Any, stop: Callable[[], bool]) -> Any | None:
@@ -84,21 +53,9 @@ def compile_ahead(name: str, lowered: Any, stop: Callable[[], bool]) -> Any | No
     (result,) = results
     if isinstance(result, Exception):
         raise as_user_error(name, result) from result
-    release_memory()
+    process.release_memory()
     logger.info("compiled %s in %.1f s", name, time.perf_counter() - start)
     return result
-
-
-def release_memory() -> None:
-    """Returns freed memory to the system if the C library can: compiling leaves gigabytes behind.
-
-    The free blocks are scattered: the arrays of a step would not fit into them, but the system can reuse
-    the pages.
-    """
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library
-        return
 
 
 def as_user_error(name: str, error: Exception) -> Exception:
@@ -110,12 +67,3 @@ def as_user_error(name: str, error: Exception) -> Exception:
         f"{name} does not fit into the memory of a device: {reason}; lower config.batch_size, or set"
         " config.accumulate_steps, config.remat or config.health=False"
     )
-
-
-def _kind_of_cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "any"
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return hashlib.sha256((flags[1] if flags else "").encode()).hexdigest()[:8]

@@ -6,8 +6,6 @@ import logging
 import os
 import re
 import socket
-import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,11 @@ import jax
 import numpy as np
 
 from bvit_jax.errors import UserError
+from bvit_jax.runtime import process
 from bvit_jax.workdir.collectives import of_all_processes
 
 DEFAULT_TIMEOUT = 300  # seconds
-# At its own limit JAX ends the process without saying what to check: ours comes first.
+# At its own limit JAX ends the process without saying what to check: where we may, we do so first.
 _MARGIN = 3600
 # What jax and Gloo say where another process is gone.
 _LOST = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|[Cc]onnection|heartbeat|peer")
@@ -54,7 +53,7 @@ def start(cluster: Cluster, wanted: bool | None = None) -> None:
     Without ``wanted``, it does so where the cluster is given by hand and on TPUs, whose hosts know
     each other. Clusters that need not be given by hand: Cloud TPU, Slurm, Open MPI, Kubernetes jobs.
     Each process announces itself to the log once all have come. If they do not all come in time, the
-    process ends with one line and exit status 1.
+    process ends with one line and exit status 1; where it is not ours, JAX's own limit does the same.
 
     Raises:
       UserError: the settings do not fit together, or no cluster was found.
@@ -64,17 +63,15 @@ def start(cluster: Cluster, wanted: bool | None = None) -> None:
             raise UserError("--nodistributed excludes --coordinator, --num_processes and --process_id")
         return
     _check(cluster)
-    watch = threading.Timer(cluster.timeout, _give_up, (cluster,))
-    watch.daemon = True
-    watch.start()
     try:
-        jax.distributed.initialize(
-            cluster.coordinator or None,
-            cluster.num_processes,
-            cluster.process_id,
-            initialization_timeout=cluster.timeout + _MARGIN,
-            cluster_detection_method="deactivate" if cluster.explicit() else None,
-        )
+        with process.time_limit(cluster.timeout, _nobody_came(cluster)):
+            jax.distributed.initialize(
+                cluster.coordinator or None,
+                cluster.num_processes,
+                cluster.process_id,
+                initialization_timeout=cluster.timeout + (_MARGIN if process.is_ours() else 0),
+                cluster_detection_method="deactivate" if cluster.explicit() else None,
+            )
     except ValueError as error:
         raise UserError(
             f"no cluster was found ({error}); give --coordinator=HOST:PORT, --num_processes and"
@@ -82,8 +79,6 @@ def start(cluster: Cluster, wanted: bool | None = None) -> None:
         ) from error
     except RuntimeError as error:  # such as a port that is taken
         raise UserError(f"cannot start process {_name(cluster)}: {' '.join(str(error).split())}") from error
-    finally:
-        watch.cancel()
     logger.info("process %d of %d on %s", jax.process_index(), jax.process_count(), socket.gethostname())
 
 
@@ -156,13 +151,11 @@ def _name(cluster: Cluster) -> str:
     return f"{cluster.process_id} of {cluster.num_processes}"
 
 
-def _give_up(cluster: Cluster) -> None:
+def _nobody_came(cluster: Cluster) -> str:
     where = f" at --coordinator={cluster.coordinator}" if cluster.coordinator else ""
-    sys.stderr.write(
-        f"error: process {_name(cluster)} has waited {cluster.timeout} seconds{where} for the others; check"
+    return (
+        f"process {_name(cluster)} has waited {cluster.timeout} seconds{where} for the others; check"
         " that every host runs the same command, that --num_processes is their number, that each has a"
         " --process_id of its own from 0, and that --coordinator is the address of process 0 and its port"
-        " is open; --startup_timeout waits longer\n"
+        " is open; --startup_timeout waits longer"
     )
-    sys.stderr.flush()
-    os._exit(1)  # the main thread cannot be interrupted where it waits

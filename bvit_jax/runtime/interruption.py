@@ -1,38 +1,38 @@
 """SIGTERM, the notice of a preemption, and how all processes of a run agree to stop."""
 
-import signal
-import threading
-from types import FrameType
-from typing import Any
+from collections.abc import Callable
 
 import jax
 
+from bvit_jax.runtime import process
 from bvit_jax.workdir.collectives import preemption_reached
-
-SIGNAL = signal.SIGTERM
 
 
 class Interrupted(Exception):
     """The run was asked to stop, and stopped after ``step``, which is saved."""
 
     def __init__(self, step: int = 0) -> None:
-        super().__init__(f"stopped by {SIGNAL.name} at step {step}; run the same command again to continue")
+        super().__init__(f"stopped by SIGTERM at step {step}; run the same command again to continue")
 
 
 class Interruption:
-    """Watches for SIGTERM from its creation until `close`.
+    """Says when a run is to stop.
 
-    With several processes, JAX's preemption service passes a notice to one of them on to all.
+    With several processes, JAX has a handler of SIGTERM of its own from `jax.distributed.initialize` on, and
+    passes a notice to one of them on to all.
+
+    Args:
+      sigterm: whether to take SIGTERM until `close`, in the main thread of a run of one process. The command
+        does; in a program of one's own, SIGTERM stays what it is unless this asks for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, sigterm: bool = False) -> None:
         self._noticed = False
         self._ticks = 0
-        self._previous: Any = None
         self._alone = jax.process_count() == 1
-        # With several processes jax has a handler of its own, which must stay.
-        if self._alone and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(SIGNAL, self._notice)
+        self._restore: Callable[[], object] | None = None
+        if sigterm and self._alone:
+            self._restore = process.take_sigterm(self._notice)
 
     @property
     def noticed(self) -> bool:
@@ -49,8 +49,8 @@ class Interruption:
 
     def close(self) -> None:
         """Restores the signal handler from before."""
-        if self._previous is not None:
-            signal.signal(SIGNAL, self._previous)
+        if self._restore is not None:
+            self._restore()
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
+    def _notice(self) -> None:
         self._noticed = True

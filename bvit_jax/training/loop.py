@@ -55,14 +55,15 @@ def train_and_evaluate(
       workdir: of the run, the same directory for all processes.
       debug_nans: stop at the first operation that makes a NaN, and name it; slower.
       run: what `build` made of the same configuration, to use what is compiled again; by default it is built.
-      interruption: says when to stop; by default SIGTERM does.
+      interruption: says when to stop; by default nothing does in a run of one process, whose SIGTERM stays
+        the caller's. ``Interruption(sigterm=True)`` saves and stops at SIGTERM, as the command does.
 
     Returns:
       The figures of the last evaluation and the best top-1, with their steps.
 
     Raises:
       UserError: a setting, a file or a directory is wrong, or the loss is no longer finite.
-      Interrupted: SIGTERM came; the state is saved.
+      Interrupted: ``interruption`` said so; the state is saved.
     """
     with ExitStack() as stack:
         # --- build -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import logging
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,6 @@ from bvit_jax.errors import UserError
 from bvit_jax.plan import dry_run as dry_run_lib
 from bvit_jax.plan.dry_run import dry_run
 from bvit_jax.plan.topology import (
-    ENVIRONMENT,
     DoesNotFit,
     compile_step,
     needed_and_available,
@@ -32,13 +32,6 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason='the TPU compiler is not installed: pip install "jax[tpu]"',
 )
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets what the program would, so that it is taken back after the test."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +146,9 @@ def config_of(name: str, batch_size: int) -> ConfigDict:
     [("v5e:1x1", 1, "TPU v5 lite"), ("v4:2x2x2", 8, "TPU v4"), ("v5p:2x2x1", 4, "TPU v5")],
 )
 def test_a_chip_is_one_device(name: str, chips: int, kind: str) -> None:
+    variables = dict(os.environ)
     topology = open_topology(name)
+    assert dict(os.environ) == variables
     assert len(topology.devices) == chips
     assert kind in topology.chip.device_kinds
     assert {device.device_kind for device in topology.devices} == {kind}

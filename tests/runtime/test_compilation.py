@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from bvit_jax.errors import UserError
-from bvit_jax.runtime import compilation, distributed
-from bvit_jax.runtime.compilation import compile_ahead, lower, use_cache
+from bvit_jax.runtime import distributed, process
+from bvit_jax.runtime.compilation import compile_ahead, lower
 
 
 def test_it_returns_what_compile_returns() -> None:
@@ -52,7 +52,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What would be set, in place of setting it for all tests that follow."""
     changed: dict[str, Any] = {}
     monkeypatch.setattr(jax.config, "update", changed.__setitem__)
-    monkeypatch.delenv(compilation.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv(process.CACHE_VARIABLE, raising=False)
     return changed
 
 
@@ -60,15 +60,17 @@ def test_the_cache_is_the_user_s(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    use_cache()
+    process._use_cache()
     (directory,) = settings.values()
     assert Path(directory).parent == tmp_path / "bvit_jax"
     monkeypatch.setattr(Path, "read_text", lambda path: "flags : fpu\n")
-    use_cache()
+    process._use_cache()
     assert settings["jax_compilation_cache_dir"] != directory  # another CPU
 
 
-def test_lowers_without_garbage_collection() -> None:
+def test_in_a_process_of_ours_it_lowers_without_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_ours", True)
+
     def traced(x: jax.Array) -> jax.Array:
         assert not gc.isenabled()
         return x + 1
@@ -83,11 +85,11 @@ def test_lowers_without_garbage_collection() -> None:
 def test_the_environment_moves_the_cache_or_switches_it_off(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(compilation.CACHE_VARIABLE, "/elsewhere")
-    use_cache()
+    monkeypatch.setenv(process.CACHE_VARIABLE, "/elsewhere")
+    process._use_cache()
     assert settings == {}
-    monkeypatch.setenv(compilation.CACHE_VARIABLE, "")
-    use_cache()
+    monkeypatch.setenv(process.CACHE_VARIABLE, "")
+    process._use_cache()
     assert settings == {"jax_enable_compilation_cache": False}
 
 
