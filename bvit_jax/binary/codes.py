@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 from jax import Array
 
 
@@ -22,3 +23,8 @@ class Codes(NamedTuple):
     def dequantize(self) -> Array:
         """Returns the real tensor, in the shape of the values."""
         return self.values * self.scale
+
+    def dropped(self, rate: float, key: Array) -> "Codes":
+        """Returns the codes after dropout: some values are 0, and the scale makes up for them."""
+        kept = jax.random.bernoulli(key, 1 - rate, self.values.shape)
+        return Codes(self.values * kept, self.scale / (1 - rate))

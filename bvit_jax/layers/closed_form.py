@@ -112,7 +112,6 @@ def _batch_norm_backward(epsilon: float, residuals: tuple, gradients: tuple) -> 
 batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_batch_norm(
     x: Array, scale: Array, bias: Array, epsilon: float, groups: int, shift: Array | None = None
 ) -> tuple[Array, Array, Array]:
@@ -122,42 +121,6 @@ def grouped_batch_norm(
       The normalised input, and mean and variance of each group, (groups, C); no gradient passes through the
       latter two.
     """
-    return _grouped_batch_norm(x, scale, bias, epsilon, groups, shift)
-
-
-def _grouped_batch_norm(
-    x: Array, scale: Array, bias: Array, epsilon: float, groups: int, shift: Array | None
-) -> tuple[Array, Array, Array]:
-    split = _in_groups(x, groups)
-    mean, var = moments(split, (1,), shift)
-    y = (split - mean[:, None]) * (scale * lax.rsqrt(var + epsilon))[:, None] + bias
+    parts = x.reshape(groups, -1, x.shape[-1])
+    y, mean, var = jax.vmap(lambda part: batch_norm(part, scale, bias, epsilon, shift))(parts)
     return y.reshape(x.shape), mean, var
-
-
-def _in_groups(x: Array, groups: int) -> Array:
-    return x.reshape(groups, -1, x.shape[-1])
-
-
-def _grouped_batch_norm_forward(
-    x: Array, scale: Array, bias: Array, epsilon: float, groups: int, shift: Array | None
-) -> tuple[tuple, tuple]:
-    y, mean, var = _grouped_batch_norm(x, scale, bias, epsilon, groups, shift)
-    return (y, mean, var), (x, scale, mean, var)
-
-
-def _grouped_batch_norm_backward(
-    epsilon: float, groups: int, residuals: tuple, gradients: tuple
-) -> tuple[Array | None, ...]:
-    x, scale, mean, var = residuals
-    gradient = _in_groups(gradients[0], groups)
-    inverse = lax.rsqrt(var + epsilon)
-    normalized = (_in_groups(x, groups) - mean[:, None]) * inverse[:, None]
-    to_bias = jnp.sum(gradient, axis=1)
-    to_scale = jnp.sum(gradient * normalized, axis=1)
-    count = gradient.shape[1]
-    centred = gradient - to_bias[:, None] / count - normalized * (to_scale[:, None] / count)
-    to_x = (scale * inverse)[:, None] * centred
-    return to_x.reshape(x.shape), jnp.sum(to_scale, axis=0), jnp.sum(to_bias, axis=0), None
-
-
-grouped_batch_norm.defvjp(_grouped_batch_norm_forward, _grouped_batch_norm_backward)

@@ -54,10 +54,7 @@ class BinaryDense(nn.Module):
         fan_in = x.shape[-1]
         move = self.param("move", nn.initializers.zeros, (fan_in,))
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), (fan_in, self.features))
-        _watch_input(self, x, move)
-        if self.weight_bits > 1:
-            return _multibit_product(self, x, move, kernel)
-        return products.binary_product(x, move, kernel, self.rule, _product_config(self))
+        return _quantized_product(self, x, move, kernel)
 
 
 class UncentredDense(nn.Module):
@@ -120,25 +117,19 @@ class BinaryPatchConv(nn.Module):
         move = self.param("move", nn.initializers.zeros, (1, 1, 1, channels))
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), shape)
         move = jnp.tile(move.reshape(channels), size * size)
-        x = extract_patches(x, size)
-        _watch_input(self, x, move)
-        if self.weight_bits > 1:
-            return _multibit_product(self, x, move, kernel)
-        return products.binary_product(x, move, kernel, self.rule, _product_config(self))
+        return _quantized_product(self, extract_patches(x, size), move, kernel)
 
 
-def _watch_input(layer: BinaryDense | BinaryPatchConv, x: Array, move: Array) -> None:
-    if layer.act_bits == 1 and sown.watched(layer):
+def _quantized_product(layer: BinaryDense | BinaryPatchConv, x: Array, move: Array, kernel: Array) -> Array:
+    """Returns the product of (..., in), shifted by (in,), with a kernel of ``in`` values per output."""
+    binary_input = layer.act_bits == 1
+    if binary_input and sown.watched(layer):
         sown.watch_sign(layer, x.astype(accumulator_dtype(layer.dtype)) + move, layer.estimator)
-
-
-def _product_config(layer: BinaryDense | BinaryPatchConv) -> ProductConfig:
-    return ProductConfig(layer.dtype, layer.estimator, layer.act_bits == 1, layer.integer_products)
-
-
-def _multibit_product(layer: BinaryDense | BinaryPatchConv, x: Array, move: Array, kernel: Array) -> Array:
+    if layer.weight_bits == 1:
+        config = ProductConfig(layer.dtype, layer.estimator, binary_input, layer.integer_products)
+        return products.binary_product(x, move, kernel, layer.rule, config)
     x = x.astype(accumulator_dtype(layer.dtype)) + move
-    x = (straight_through(layer.estimator)(x) if layer.act_bits == 1 else x).astype(layer.dtype)
+    x = (straight_through(layer.estimator)(x) if binary_input else x).astype(layer.dtype)
     kernel = quantize_weight(kernel, layer.weight_bits, layer.clip_val)
     y = products.real_product(x, kernel.reshape(x.shape[-1], layer.features))
     return checkpoint_name(y, products.PRODUCT) if layer.integer_products else y

@@ -56,6 +56,7 @@ def training_loss(
     distillation_weight: float,
     label_smoothing: float,
     teacher_targets: TeacherTargets = "soft",
+    targets: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns the batch mean of the loss, and its terms without their weights.
 
@@ -65,11 +66,12 @@ def training_loss(
 
     Args:
       head_logits: [B, C] of each head.
-      labels: integers [B], or targets [B, C] that are smoothed already, as mixing images makes them.
+      labels: integers [B].
       teacher_logits: [B, C], or None for training on labels.
       distillation_weight: w, from 0 to 1.
       label_smoothing: see `label_targets`.
       teacher_targets: "soft" for the teacher's probabilities, "hard" for its preferred class.
+      targets: [B, C], smoothed already, in place of ``labels``: what mixing images makes of them.
 
     Returns:
       A scalar, float32 or wider, and those of ``{"distillation_loss", "label_loss"}`` that are computed.
@@ -81,8 +83,8 @@ def training_loss(
         terms["distillation_loss"] = jnp.mean(distillation(head_logits[-1], teacher_logits))
     if weight < 1:
         logits = _at_least_float32(head_logits[0])
-        soft = labels.ndim == 2
-        targets = labels if soft else label_targets(labels, logits.shape[-1], label_smoothing, logits.dtype)
+        if targets is None:
+            targets = label_targets(labels, logits.shape[-1], label_smoothing, logits.dtype)
         terms["label_loss"] = jnp.mean(cross_entropy(logits, targets))
     if len(terms) == 1:
         return next(iter(terms.values())), terms

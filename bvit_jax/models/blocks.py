@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, get_args
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -185,14 +184,12 @@ class BinaryAttention(nn.Module):
         product = ProductConfig(c.dtype, c.sign, integer_products=c.execution.integer_products)
         probs = softmax(products.binary_scores(q, k, product) / math.sqrt(q.shape[-1]))
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
-        codes, scale = used = quantize_probs(probs, scale)
-        sown.watch_heads(self, codes)
+        used = quantize_probs(probs, scale)
+        sown.watch_heads(self, used.values)
+        kept = used
         if train and c.attention_dropout > 0:
-            kept = 1 - c.attention_dropout
-            # The codes stay in {0, 1}, and their product exact; the scale is corrected instead.
-            codes = codes * jax.random.bernoulli(self.make_rng("dropout"), kept, codes.shape)
-            scale = scale / kept  # not in place: outside of jit it may be the caller's own array
-        context = products.binary_context(codes, v, product) * scale
+            kept = used.dropped(c.attention_dropout, self.make_rng("dropout"))
+        context = products.binary_context(kept.values, v, product) * kept.scale
         return context, Attention(probs, used.dequantize())
 
     def _attend_real(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:

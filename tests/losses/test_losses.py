@@ -103,10 +103,11 @@ def test_soft_labels_are_not_smoothed_again(weight):
     targets = 0.3 * targets + 0.7 * targets[::-1]
     loss, terms = classification.training_loss(
         (jnp.array(logits),),
-        jnp.array(targets),
+        jnp.array(labels),
         jnp.array(teacher),
         distillation_weight=weight,
         label_smoothing=0.1,
+        targets=jnp.array(targets),
     )
     x = torch.from_numpy(logits)
     label = torch.nn.functional.cross_entropy(x, torch.from_numpy(targets))

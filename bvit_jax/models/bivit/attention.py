@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -50,9 +49,7 @@ class QuantizedAttention:
         sown.watch_heads(block, used.values)
         kept = used
         if train and c.attention_dropout > 0:
-            rate = 1 - c.attention_dropout
-            mask = jax.random.bernoulli(block.make_rng("dropout"), rate, used.values.shape)
-            kept = Codes(used.values * mask, used.scale / rate)
+            kept = used.dropped(c.attention_dropout, block.make_rng("dropout"))
         context = _product(c, kept, values, "bhqk,bkhd->bqhd")
         return context, Attention(probs, used.dequantize())
 

@@ -159,18 +159,19 @@ def total_loss(
 ) -> tuple[Array, Metrics]:
     """Returns the loss of the outputs of student and teacher, and its terms."""
     labels, weight = examples.labels, objective.distillation_weight
-    targets = labels
+    targets = None
     if examples.lam is not None:
         classes, smoothing = output.logits.shape[-1], objective.label_smoothing
         targets = mix_targets(labels, examples.lam, classes, smoothing, examples.partners)
     uses_logits = taught is not None and (weight > 0 or objective.ranking is None)
     value, terms = training_loss(
         output.head_logits,
-        targets,
+        labels,
         taught.logits if taught is not None and uses_logits else None,
         teacher_targets=objective.teacher_targets,
         distillation_weight=weight,
         label_smoothing=objective.label_smoothing,
+        targets=targets,
     )
     ranking = objective.ranking
     if ranking is not None and taught is not None:
