@@ -70,6 +70,9 @@ class Reduce(Protocol):
         """Returns (batch, tokens, features) in the compute dtype."""
 
 
+Dense = Callable[[Any, int, Array, str], Array]
+
+
 @dataclass(frozen=True)
 class Layers:
     """What a block is made of; each makes its modules and parameters inside the module that calls it.
@@ -83,7 +86,7 @@ class Layers:
       reduce: the linear layer between Swin's stages.
     """
 
-    dense: Callable[[Any, int, Array, str], Array]
+    dense: Dense
     attend: Attend
     activate: Callable[[Array], Array]
     reduce: Reduce

@@ -12,7 +12,7 @@ from jax import Array
 
 from bvit_jax.errors import UserError
 from bvit_jax.models.bivit.first_values import COLLECTIONS
-from bvit_jax.models.bivit.release import SWIN_LAYERS
+from bvit_jax.models.bivit.release import SWIN_FAMILY
 from bvit_jax.models.swin import PatchMerging
 from bvit_jax.models.transformer import TransformerConfig
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
@@ -35,7 +35,7 @@ def check(golden: GoldenFile) -> Iterator[Row]:
         raise UserError(f"its input is {x.shape}; expected {height}×{width} tokens, even numbers")
     grid = jnp.asarray(x.reshape(-1, height, width, x.shape[-1]))
     config = TransformerConfig(norm_epsilon=timm.SWIN_NORM_EPSILON, dtype=np.float64)
-    module = PatchMerging(2 * x.shape[-1], config, SWIN_LAYERS)
+    module = PatchMerging(2 * x.shape[-1], config, SWIN_FAMILY.fields["layers"])
     abstract = jax.eval_shape(module.init, jax.random.key(0), grid)
     variables: Any = from_state_dict(golden.group("state"), abstract, np.float64, BIVIT_SWIN)
 

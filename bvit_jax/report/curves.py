@@ -175,16 +175,19 @@ def isolated(values: Sequence[float]) -> list[int]:
 # --- PNG ---------------------------------------------------------------------------------------
 
 
-def load_pyplot() -> Any:
-    """Returns matplotlib's pyplot, drawing to files; raises `UserError` if it is not installed."""
+def new_figure(size: tuple[float, float] = (1, 1)) -> Any:
+    """Returns an empty figure of matplotlib, in inches; raises `UserError` if it is not installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("matplotlib is not installed; pip install 'bvit_jax[report]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    return Figure(size, layout="constrained")
 
-    return pyplot
+
+def subplots(rows: int, columns: int, *, figsize: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """Returns a new figure, and its diagrams as an array [rows, columns]; ``options`` are matplotlib's."""
+    figure = new_figure(figsize)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def plain(text: str) -> str:
@@ -199,11 +202,12 @@ def save_picture(runs: Sequence[Run], output: Path) -> None:
     Raises:
       UserError: matplotlib is not installed, or the file cannot be written.
     """
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 6.6), sharex=True, layout="constrained")
+    figure, axes = subplots(2, 2, figsize=(11, 6.6), sharex=True)
+    from matplotlib.lines import Line2D
+
     for axis, panel in zip(axes.flat, panels(runs), strict=True):
         _draw_panel(axis, panel, curves(panel, runs))
-    handles = [pyplot.Line2D([], [], color=f"C{i % CYCLE}", label=plain(r.label)) for i, r in enumerate(runs)]
+    handles = [Line2D([], [], color=f"C{i % CYCLE}", label=plain(r.label)) for i, r in enumerate(runs)]
     columns = max(1, 110 // (6 + max(len(run.label) for run in runs)))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=11)
     try:
@@ -212,8 +216,6 @@ def save_picture(runs: Sequence[Run], output: Path) -> None:
             figure.savefig(output, dpi=120)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {output}: {error}; name a .png file") from error
-    finally:
-        pyplot.close(figure)
 
 
 def _draw_panel(axis: Any, panel: Panel, drawn: Sequence[Curve]) -> None:

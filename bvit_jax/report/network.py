@@ -20,7 +20,7 @@ from bvit_jax.inference.images import model_input, prepared
 from bvit_jax.models import same_layers
 from bvit_jax.report import network_figures as figures
 from bvit_jax.report import network_pictures as draw
-from bvit_jax.report.curves import Lines, load_pyplot, read_metrics
+from bvit_jax.report.curves import Lines, new_figure, read_metrics
 from bvit_jax.report.network_figures import Block, LatentWeights, Seen
 from bvit_jax.report.network_page import Picture, index_html
 from bvit_jax.weights.naming import path_name
@@ -57,16 +57,13 @@ def save_report(
       UserError: weights are not finite, matplotlib is not installed, or a file cannot be written.
     """
     _check_finite(model, origin)
-    pyplot = load_pyplot()
     seen = figures.look(model, np.stack([sample.pixels for sample in samples]))
     pictures = describe(model, samples, seen, lines)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             if picture.draw is not None:
-                figure = picture.draw(pyplot)
-                figure.savefig(directory / f"{picture.name}.png", dpi=DPI)
-                pyplot.close(figure)
+                picture.draw().savefig(directory / f"{picture.name}.png", dpi=DPI)
         page = directory / "index.html"
         page.write_text(index_html(model, pictures, origin), encoding="utf-8", errors="replace")
     except OSError as error:
@@ -112,7 +109,7 @@ def _describe_samples(model: Pretrained, samples: Sequence[Sample], seen: Seen) 
         "The inputs, preprocessed as the checkpoint says, and after the arrow the likeliest class"
         " with its probability.",
         "images",
-        lambda pyplot: draw.samples(pyplot, [sample.pixels for sample in samples], titles),
+        lambda: draw.samples([sample.pixels for sample in samples], titles),
     )
 
 
@@ -130,7 +127,7 @@ def _describe_filters(model: Pretrained, params: Any, samples: Sequence[Sample])
             " shapes nothing else: it is drawn next to them and sorts both."
         )
     kernel = params["embedding"]["patches"]["kernel"]
-    return Picture("First-layer filters", text, "filters", lambda pyplot: draw.filters(pyplot, kernel, grey))
+    return Picture("First-layer filters", text, "filters", lambda: draw.filters(kernel, grey))
 
 
 def _describe_weights(model: Pretrained, weights: Sequence[LatentWeights]) -> list[Picture]:
@@ -149,7 +146,7 @@ def _describe_weights(model: Pretrained, weights: Sequence[LatentWeights]) -> li
             + " Patch merging, where each output has a window of its own, is not here."
             * release,
             "weights",
-            lambda pyplot: draw.histograms(pyplot, weights),
+            lambda: draw.histograms(weights),
         ),
         Picture(
             "How far latent weights are from the edge of the window",
@@ -157,7 +154,7 @@ def _describe_weights(model: Pretrained, weights: Sequence[LatentWeights]) -> li
             " the middle half, the dot is the median and the cross the largest. Beyond 1, the red line, there"
             " is no gradient; near 0 a small step flips the sign. On the right the share inside.",
             "weight_magnitudes",
-            lambda pyplot: draw.magnitudes(pyplot, weights),
+            lambda: draw.magnitudes(weights),
         ),
     ]
 
@@ -181,7 +178,7 @@ def _describe_flips(weights: Sequence[LatentWeights], lines: Lines | None) -> Pi
         " steps earlier. Top: the mean over the layers, and the range from the smallest to the"
         " largest. Grey: no sign flipped, or no value.",
         "flips",
-        lambda pyplot: draw.flips(pyplot, steps, layers, rates),
+        lambda: draw.flips(steps, layers, rates),
     )
 
 
@@ -198,7 +195,7 @@ def _describe_balance(model: Pretrained, seen: Seen, count: int) -> Picture:
         " of channels whose sign is always the same here, so that they distinguish no tokens. A sign that"
         " is 0 does not count as +1.",
         "balance",
-        lambda pyplot: draw.balance(pyplot, seen.balance),
+        lambda: draw.balance(seen.balance),
     )
 
 
@@ -218,7 +215,7 @@ def _describe_attention(sample: Sample, blocks: Sequence[Block], seen: Seen) -> 
         + " Below each block: the share of the binarised attention that is not 0."
         * binary,
         "attention",
-        lambda pyplot: draw.attention(pyplot, sample.pixels, blocks, seen, binary),
+        lambda: draw.attention(sample.pixels, blocks, seen, binary),
     )
 
 
@@ -234,7 +231,7 @@ def _describe_branches(params: Any, blocks: Sequence[Block]) -> Picture:
         " the main branches, where the model has them. Bottom: the median of each pooling branch, and the"
         " range from the 5th to the 95th percentile. Pooling branches start at 0, main ones at 0.1.",
         "branches",
-        lambda pyplot: draw.branches(pyplot, scales),
+        lambda: draw.branches(scales),
     )
 
 
@@ -246,7 +243,7 @@ def _describe_positions(model: Pretrained, params: Any, blocks: Sequence[Block])
             " position relative to the query, which is in the middle: in the first and the last block of each"
             f" stage, the first {draw.MAX_TILES} heads at most.",
             "positions",
-            lambda pyplot: draw.biases(pyplot, params, blocks),
+            lambda: draw.biases(params, blocks),
         )
     embeddings = figures.position_embeddings(params, model.config)
     return Picture(
@@ -254,7 +251,7 @@ def _describe_positions(model: Pretrained, params: Any, blocks: Sequence[Block])
         "Cosine similarity of the embedding of one position with all. Each tile is the whole grid of a"
         " stage, compared with one position, and lies where that position is in the image.",
         "positions",
-        lambda pyplot: draw.positions(pyplot, embeddings),
+        lambda: draw.positions(embeddings),
     )
 
 
@@ -289,7 +286,7 @@ def _digits(model: Pretrained) -> list[Sample]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command ``network``."""
-    load_pyplot()
+    new_figure()  # before the work, where matplotlib is missing
     paths = arguments.image or []
     missing = [path for path in paths if not path.is_file()]
     if missing:

@@ -21,13 +21,13 @@ class Picture:
       title: that of the section.
       text: what the picture shows, or why there is none.
       name: that of the file without its suffix, empty without a picture.
-      draw: returns the matplotlib figure, given pyplot.
+      draw: returns the matplotlib figure.
     """
 
     title: str
     text: str
     name: str = ""
-    draw: Callable[[Any], Any] | None = None
+    draw: Callable[[], Any] | None = None
 
 
 def index_html(model: Pretrained, pictures: Sequence[Picture], origin: str) -> str:

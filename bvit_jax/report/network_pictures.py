@@ -1,7 +1,4 @@
-"""Drawings of what `bvit_jax.report.network_figures` computes, as matplotlib figures.
-
-Each function takes pyplot first, so that matplotlib is needed only where something is drawn.
-"""
+"""Drawings of what `bvit_jax.report.network_figures` computes, as matplotlib figures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bvit_jax.report import network_figures as figures
-from bvit_jax.report.curves import plain
+from bvit_jax.report.curves import new_figure, plain, subplots
 from bvit_jax.report.network_figures import Block, LatentWeights, Seen
 
 MAX_TILES = 8  # positions along a side, or heads in a row
@@ -19,13 +16,13 @@ GAP = np.array([0.75, 0.86, 0.97])  # colour between tiles
 INSIDE, OUTSIDE = "#1f77b4", "#d62728"
 
 
-def samples(pyplot: Any, images: Sequence[np.ndarray], titles: Sequence[str]) -> Any:
+def samples(images: Sequence[np.ndarray], titles: Sequence[str]) -> Any:
     """Draws images under their titles."""
     columns = min(len(images), MAX_ROW)
     rows = -(-len(images) // columns)
     size, letters = (1.7, 20) if len(images) > 1 else (4.0, 45)
     shape = (columns * size, rows * (size + 0.5))
-    figure, axes = pyplot.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained")
+    figure, axes = subplots(rows, columns, figsize=shape)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles):
@@ -35,7 +32,7 @@ def samples(pyplot: Any, images: Sequence[np.ndarray], titles: Sequence[str]) ->
     return figure
 
 
-def filters(pyplot: Any, kernel: np.ndarray, grey: bool) -> Any:
+def filters(kernel: np.ndarray, grey: bool) -> Any:
     """Draws the filters of a patch embedding, (size, size, 3, filters).
 
     With ``grey`` they are sorted by their response to grey images, which is drawn next to them.
@@ -45,7 +42,7 @@ def filters(pyplot: Any, kernel: np.ndarray, grey: bool) -> Any:
     shown = {"in colour": kernel, "mean of the colours": mean} if grey else {"in colour": kernel}
     columns = min(32, max(8, round(np.sqrt(len(order) * (1 if grey else 2)))))
     shape = (10, 10 / len(shown) * -(-len(order) // columns) / columns + 0.5)
-    figure, axes = pyplot.subplots(1, len(shown), figsize=shape, squeeze=False, layout="constrained")
+    figure, axes = subplots(1, len(shown), figsize=shape)
     for axis, (name, kernels) in zip(axes[0], shown.items(), strict=True):
         limit = np.quantile(np.abs(kernels), 0.995) or 1.0
         tiles = np.moveaxis(kernels, -1, 0)[order]
@@ -67,16 +64,16 @@ def _tiled(tiles: np.ndarray, columns: int) -> np.ndarray:
     return sheet
 
 
-def histograms(pyplot: Any, weights: Sequence[LatentWeights]) -> Any:
+def histograms(weights: Sequence[LatentWeights]) -> Any:
     """Draws a histogram of the latent weights of each layer, one row per block."""
     groups: dict[str, list[LatentWeights]] = {}
     for layer in weights:
         groups.setdefault(layer.layer.partition("/")[0], []).append(layer)
     columns = max(map(len, groups.values()))
     limit = 1.1 * max(np.quantile(np.abs(layer.values), 0.999) for layer in weights) or 1.0
-    figure, axes = pyplot.subplots(
-        len(groups), columns, figsize=(max(1.6 * columns, 4), 1.25 * len(groups) + 0.4), squeeze=False,
-        sharex=True, layout="constrained",
+    figure, axes = subplots(
+        len(groups), columns, figsize=(max(1.6 * columns, 4), 1.25 * len(groups) + 0.4),
+        sharex=True,
     )  # fmt: skip
     edges = np.linspace(-limit, limit, 62)
     for row, (group, layers) in zip(axes, groups.items(), strict=True):
@@ -97,9 +94,9 @@ def histograms(pyplot: Any, weights: Sequence[LatentWeights]) -> Any:
     return figure
 
 
-def magnitudes(pyplot: Any, weights: Sequence[LatentWeights]) -> Any:
+def magnitudes(weights: Sequence[LatentWeights]) -> Any:
     """Draws the percentiles of the magnitudes of each layer's latent weights."""
-    figure, axis = _layer_axis(pyplot, [layer.layer for layer in weights])
+    figure, axis = _layer_axis([layer.layer for layer in weights])
     for y, layer in enumerate(weights):
         magnitudes = np.abs(layer.values)
         low, first, median, third, high = np.quantile(magnitudes, [0.01, 0.25, 0.5, 0.75, 0.99])
@@ -114,12 +111,11 @@ def magnitudes(pyplot: Any, weights: Sequence[LatentWeights]) -> Any:
     return figure
 
 
-def flips(pyplot: Any, steps: Sequence[int], layers: Sequence[str], rates: np.ndarray) -> Any:
+def flips(steps: Sequence[int], layers: Sequence[str], rates: np.ndarray) -> Any:
     """Draws the share of flipped signs, (layers, steps), as a heat map below its mean."""
     height = ROW * len(layers)
-    figure, (top, axis) = pyplot.subplots(
-        2, 1, figsize=(10, height + 3.2), height_ratios=[1.8, height + 0.2], sharex=True, layout="constrained"
-    )
+    figure, axes = subplots(2, 1, figsize=(10, height + 3.2), height_ratios=[1.8, height + 0.2], sharex=True)
+    top, axis = axes.flat
     places = np.arange(len(steps))
     known = np.isfinite(rates).any(axis=0)
     inside = rates[:, known]
@@ -154,9 +150,9 @@ def flips(pyplot: Any, steps: Sequence[int], layers: Sequence[str], rates: np.nd
     return figure
 
 
-def balance(pyplot: Any, balance: dict[str, np.ndarray]) -> Any:
+def balance(balance: dict[str, np.ndarray]) -> Any:
     """Draws the mean and the spread of the share of +1 in each layer."""
-    figure, axis = _layer_axis(pyplot, list(balance))
+    figure, axis = _layer_axis(list(balance))
     for y, shares in enumerate(balance.values()):
         low, high = np.quantile(shares, [0.05, 0.95])
         axis.plot([100 * low, 100 * high], [y, y], color=INSIDE, linewidth=3, alpha=0.55)
@@ -173,24 +169,23 @@ def constant_share(shares: np.ndarray) -> float:
     return float(np.mean((shares == 0) | (shares == 1)))
 
 
-def attention(pyplot: Any, image: np.ndarray, blocks: Sequence[Block], seen: Seen, binary: bool) -> Any:
+def attention(image: np.ndarray, blocks: Sequence[Block], seen: Seen, binary: bool) -> Any:
     """Draws attention over an image, one row for the first and the last block of each stage."""
     chosen = figures.ends_of_stages(blocks)
     rows = [attention_row(block, seen, binary) for block in chosen]
     columns = 1 + len(rows[0])
-    figure, axes = pyplot.subplots(
-        len(rows), columns, figsize=(2.1 * columns + 0.8, 1.95 * len(rows) + 0.4), squeeze=False,
-        layout="constrained",
+    figure, axes = subplots(
+        len(rows), columns, figsize=(2.1 * columns + 0.8, 1.95 * len(rows) + 0.4),
     )  # fmt: skip
     for line, block, row in zip(axes, chosen, rows, strict=True):
         _background(line[0], image)
-        _mark(pyplot, line[0], block, len(image))
+        _mark(line[0], block, len(image))
         text = _block_text(block, seen, binary)
         line[0].set_ylabel(text, fontsize=9, rotation=0, ha="right", va="center", labelpad=8)
         for axis, (title, values) in zip(line[1:], row.items(), strict=True):
             _overlay(figure, axis, image, values)
             if title.startswith("central"):
-                _mark(pyplot, axis, block, len(image))
+                _mark(axis, block, len(image))
             if block is chosen[0]:
                 axis.set_title(title, fontsize=10)
     return figure
@@ -235,13 +230,15 @@ def _overlay(figure: Any, axis: Any, image: np.ndarray, values: np.ndarray) -> N
     bar.update_ticks()
 
 
-def _mark(pyplot: Any, axis: Any, block: Block, size: int) -> None:
+def _mark(axis: Any, block: Block, size: int) -> None:
     cell = size / block.side
     corner = (block.side // 2 * cell, block.side // 2 * cell)
-    axis.add_patch(pyplot.Rectangle(corner, cell, cell, fill=False, edgecolor="cyan", linewidth=1.5))
+    from matplotlib.patches import Rectangle
+
+    axis.add_patch(Rectangle(corner, cell, cell, fill=False, edgecolor="cyan", linewidth=1.5))
 
 
-def branches(pyplot: Any, scales: dict[str, list[np.ndarray | None]]) -> Any:
+def branches(scales: dict[str, list[np.ndarray | None]]) -> Any:
     """Draws the factors of the branches: mean magnitudes, and the spread of the pooling branches."""
     pooling = [name for name in scales if name.startswith("pool_")]
     count = len(scales[pooling[0]])
@@ -251,7 +248,7 @@ def branches(pyplot: Any, scales: dict[str, list[np.ndarray | None]]) -> Any:
     width = max(9.0, 0.55 * count + 2.5)
     columns = min(4, len(pooling))
     rows = -(-len(pooling) // columns)
-    figure = pyplot.figure(figsize=(width, 0.4 * len(scales) + 1.0 + 2.3 * rows), layout="constrained")
+    figure = new_figure((width, 0.4 * len(scales) + 1.0 + 2.3 * rows))
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[0.4 * len(scales) + 0.6, *[2.2] * rows])
     axis = figure.add_subplot(grid[0, :])
     image = axis.imshow(magnitudes, aspect="auto", cmap="viridis", vmin=0)
@@ -277,13 +274,11 @@ def branches(pyplot: Any, scales: dict[str, list[np.ndarray | None]]) -> Any:
     return figure
 
 
-def positions(pyplot: Any, embeddings: Sequence[np.ndarray]) -> Any:
+def positions(embeddings: Sequence[np.ndarray]) -> Any:
     """Draws the cosine similarity of positions, one square of tiles per stage."""
     columns = min(2, len(embeddings))
     rows = -(-len(embeddings) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.7 * columns + 0.9, 4.8 * rows), squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(rows, columns, figsize=(4.7 * columns + 0.9, 4.8 * rows))
     for axis in axes.flat[len(embeddings) :]:
         axis.axis("off")
     for stage, (axis, grid) in enumerate(zip(axes.flat, embeddings)):
@@ -313,13 +308,12 @@ def _sheet(tiles: np.ndarray, gap: int) -> np.ndarray:
     return sheet
 
 
-def biases(pyplot: Any, params: Any, blocks: Sequence[Block]) -> Any:
+def biases(params: Any, blocks: Sequence[Block]) -> Any:
     """Draws the relative position biases of a Swin, one row per block and one column per head."""
     rows = [(block, figures.position_biases(params, block)) for block in figures.ends_of_stages(blocks)]
     columns = min(MAX_TILES, max(len(biases) for _, biases in rows))
-    figure, axes = pyplot.subplots(
-        len(rows), columns, figsize=(1.35 * columns + 2.2, 1.45 * len(rows) + 0.3), squeeze=False,
-        layout="constrained",
+    figure, axes = subplots(
+        len(rows), columns, figsize=(1.35 * columns + 2.2, 1.45 * len(rows) + 0.3),
     )  # fmt: skip
     for line, (block, biases) in zip(axes, rows, strict=True):
         limit = np.abs(biases).max() or 1.0
@@ -345,9 +339,10 @@ def biases(pyplot: Any, params: Any, blocks: Sequence[Block]) -> Any:
     return figure
 
 
-def _layer_axis(pyplot: Any, layers: Sequence[str]) -> Any:
+def _layer_axis(layers: Sequence[str]) -> Any:
     """Returns a figure with a line for each layer, the first on top."""
-    figure, axis = pyplot.subplots(figsize=(10, ROW * len(layers) + 0.9), layout="constrained")
+    figure, axes = subplots(1, 1, figsize=(10, ROW * len(layers) + 0.9))
+    axis = axes.item()
     axis.set_yticks(range(len(layers)), [long_layer(layer) for layer in layers], fontsize=8)
     axis.set_ylim(len(layers) - 0.4, -0.6)
     axis.grid(alpha=0.3)

@@ -73,14 +73,6 @@ def speed(
       ``images_per_second_per_chip`` and, if known, ``flops_utilization``, from 0 to 1.
     """
     found = {"images_per_second_per_chip": batch_size / seconds_per_step / devices}
-    utilization = flops_utilization(flops, seconds_per_step, devices, peak)
-    return found if utilization is None else {**found, "flops_utilization": utilization}
-
-
-def flops_utilization(
-    flops: float | None, seconds_per_step: float, devices: int, peak: float | None
-) -> float | None:
-    """Returns the share of the chips' peak that the model's operations take, see `speed`."""
-    if flops is None or peak is None:
-        return None
-    return flops / (seconds_per_step * devices * peak)
+    if flops is not None and peak is not None:
+        found["flops_utilization"] = flops / (seconds_per_step * devices * peak)
+    return found

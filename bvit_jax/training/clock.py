@@ -1,6 +1,8 @@
 """Speed and time left of a run."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Clock:
@@ -33,23 +35,11 @@ class Clock:
             "data_wait": share,
         }
 
-    def paused(self) -> "Pause":
-        """Returns a context whose duration does not count."""
-        return Pause(self)
-
-    def skip(self, seconds: float) -> None:
-        """Takes a duration out of the current lap."""
-        self._start += seconds
-
-
-class Pause:
-    """A context whose duration does not count."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self._clock.skip(time.perf_counter() - self._start)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Takes the duration of the context out of the current lap."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from bvit_jax.runtime import usage
 from bvit_jax.runtime.chips import chip_of
 from bvit_jax.runtime.compilation import lower
 from bvit_jax.training import contact_sheet
-from bvit_jax.training.clock import Clock, Pause
+from bvit_jax.training.clock import Clock
 from bvit_jax.training.record import Record
 from bvit_jax.training.setup import Run
 from bvit_jax.training.steps import health
@@ -100,7 +101,7 @@ class RunLog:
         if self._is_main:
             self._writer.add_images(step, "batch", contact_sheet.draw(seen, class_names))
 
-    def paused(self) -> Pause:
+    def paused(self) -> AbstractContextManager[None]:
         """Returns a context whose duration does not count in the speed of training."""
         return self._clock.paused()
 

@@ -17,7 +17,7 @@ from bvit_jax.report import network as network_report
 from bvit_jax.report import network_figures
 from bvit_jax.report import network_pictures as draw
 from bvit_jax.report.__main__ import main
-from bvit_jax.report.curves import load_pyplot
+from bvit_jax.report.curves import subplots
 from bvit_jax.report.network import Sample, describe
 from bvit_jax.weights.preprocessing import deit_preprocessing
 from bvit_jax.weights.pretrained import Pretrained
@@ -108,13 +108,6 @@ def sections(name: str, lines=None) -> dict[str, network_report.Picture]:
     return {p.title: p for p in describe(model, samples_of(model), seen_by(name), lines)}
 
 
-@pytest.fixture
-def pyplot():
-    pyplot = load_pyplot()
-    yield pyplot
-    pyplot.close("all")
-
-
 def error_of(capsys, *arguments) -> str:
     assert main(["network", *map(str, arguments)]) == 1
     err = capsys.readouterr().err
@@ -144,7 +137,7 @@ def test_every_model_is_tried():
 
 
 @pytest.mark.parametrize("name", MISSING)
-def test_all_sections_are_there_drawn_or_not(name, pyplot):
+def test_all_sections_are_there_drawn_or_not(name):
     found = sections(name)
     binary = "How far latent weights are from the edge of the window" in found
     positions = "Relative position biases" if "swin" in name else "Position embeddings"
@@ -156,21 +149,20 @@ def test_all_sections_are_there_drawn_or_not(name, pyplot):
     for picture in found.values():
         assert picture.text.endswith(".")
         if picture.draw is not None:
-            assert picture.draw(pyplot).axes
-            pyplot.close("all")
+            assert picture.draw().axes
 
 
 # --- what is drawn is what was computed --------------------------------------------------------
 
 
-def test_shares_inside_the_window(pyplot):
+def test_shares_inside_the_window():
     values = np.concatenate([np.full(3, 1.5), np.linspace(-0.9, 0.9, 9)]).astype(np.float32)
     weights = [
         network_figures.LatentWeights("block0/query/dense", values, 0.75),
         network_figures.LatentWeights("block0/key", values / 100, 1.0),
         network_figures.LatentWeights("other", values / 2, 0.9999),
     ]
-    figure = draw.histograms(pyplot, weights)
+    figure = draw.histograms(weights)
     shown = [axis for axis in figure.axes if axis.get_title()]
     assert [axis.get_title() for axis in shown] == ["query  75 %", "key  100 %", "other  >99.9 %"]
     heights, edges, _ = shown[0].patches[-1].get_data()
@@ -178,25 +170,25 @@ def test_shares_inside_the_window(pyplot):
     np.testing.assert_allclose(heights, counts / counts.max())
     assert counts.sum() == len(values)
     assert {line.get_xdata()[0] for line in shown[0].lines} == {-1, 1}  # the edges of the window
-    figure = draw.magnitudes(pyplot, weights)
+    figure = draw.magnitudes(weights)
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["75 %", "100 %", ">99.9 %", "inside"]
     medians = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
     np.testing.assert_allclose(medians, [np.median(np.abs(w.values)) for w in weights])
 
 
-def test_sign_balance_is_drawn(pyplot):
+def test_sign_balance_is_drawn():
     balance = {"a/dense": np.array([0.0, 0.5, 1.0, 0.25]), "b": np.full(4, 0.5)}
-    axis = draw.balance(pyplot, balance).axes[0]
+    axis = draw.balance(balance).axes[0]
     dots = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
     assert dots == [43.75, 50]
     assert [text.get_text() for text in axis.texts] == ["50 %", "0 %", "constant"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"]
 
 
-def test_flip_rates_are_drawn(pyplot):
+def test_flip_rates_are_drawn():
     steps, layers, rates = network_figures.flip_rates(LINES)
-    top, heat, _ = draw.flips(pyplot, steps, layers, rates).axes
+    top, heat, _ = draw.flips(steps, layers, rates).axes
     np.testing.assert_allclose(top.lines[0].get_ydata(), [5, 2.5, 10 / 6])
     drawn = heat.images[0].get_array()
     np.testing.assert_allclose(drawn[0], [10, 5, 10 / 3])
@@ -205,19 +197,19 @@ def test_flip_rates_are_drawn(pyplot):
 
 
 @pytest.mark.parametrize("rates", [[[0.0, 0.0]], [[0.5, 0.5]], [[np.nan, 0.5], [np.nan, 0.0]]])
-def test_flip_rates_of_few_values(pyplot, rates, tmp_path):
+def test_flip_rates_of_few_values(rates, tmp_path):
     rates = np.array(rates)
-    figure = draw.flips(pyplot, [5, 9], [f"layer{i}" for i in range(len(rates))], rates)
+    figure = draw.flips([5, 9], [f"layer{i}" for i in range(len(rates))], rates)
     figure.savefig(tmp_path / "flips.png")
 
 
 @pytest.mark.parametrize("name", ["binaryvit", "deit_token", "bivit_swin"])
-def test_attention_is_drawn(name, pyplot):
+def test_attention_is_drawn(name):
     model, seen = model_of(name), seen_by(name)
     blocks = network_figures.blocks_of(model.config)
     binary = name != "deit_token"
     image = samples_of(model)[0].pixels
-    figure = draw.attention(pyplot, image, blocks, seen, binary)
+    figure = draw.attention(image, blocks, seen, binary)
     maps = [axis for axis in figure.axes if len(axis.images) == 2]
     ends = network_figures.ends_of_stages(blocks)
     row = len(maps) // len(ends)
@@ -231,29 +223,30 @@ def test_attention_is_drawn(name, pyplot):
 
 
 @pytest.mark.parametrize(("value", "limits"), [(0, (0, 1)), (0.25, (0, 0.25)), (-0.5, (-0.5, 0))])
-def test_attention_that_is_the_same_everywhere(pyplot, value, limits):
+def test_attention_that_is_the_same_everywhere(value, limits):
     """A dead attention is drawn as nothing, an average as all."""
-    figure, axis = pyplot.subplots()
+    figure, axes = subplots(1, 1, figsize=(4, 4))
+    axis = axes.item()
     draw._overlay(figure, axis, np.zeros((8, 8, 3), np.uint8), np.full((4, 4), value))
     assert axis.images[1].get_clim() == limits
 
 
-def test_filters_are_drawn(pyplot):
+def test_filters_are_drawn():
     kernel = np.zeros((4, 4, 3, 9), np.float32)
     kernel[:2, :, 0, 3] = 1  # red above, no filter is finer
-    axis = draw.filters(pyplot, kernel, grey=False).axes[0]
+    axis = draw.filters(kernel, grey=False).axes[0]
     sheet = np.asarray(axis.images[0].get_array())
     y, x = 5, 0  # the last of nine, in rows of eight
     np.testing.assert_array_equal(sheet[y, x], [1, 0.5, 0.5])
     np.testing.assert_array_equal(sheet[y + 3, x], [0.5, 0.5, 0.5])
-    assert len(draw.filters(pyplot, kernel, grey=True).axes) == 2
+    assert len(draw.filters(kernel, grey=True).axes) == 2
 
 
-def test_branches_are_drawn(pyplot):
+def test_branches_are_drawn():
     model = model_of("binaryvit")
     params = model.variables["params"]
     scales = network_figures.branch_scales(params, network_figures.blocks_of(model.config))
-    figure = draw.branches(pyplot, scales)
+    figure = draw.branches(scales)
     drawn = np.asarray(figure.axes[0].images[0].get_array())
     for i, name in enumerate(scales):
         expected = [np.abs(params[f"block{b}"][name]["alpha"]).mean() for b in range(3)]
@@ -346,7 +339,7 @@ def test_weights_that_are_not_finite(tmp_path, capsys):
     assert "are not finite, first params/head/bias" in message
 
 
-def test_a_run_without_health(run, tmp_path, pyplot):
+def test_a_run_without_health(run, tmp_path):
     for lines in ([{"step": 1, "loss": 1.0}], [{"step": 1, "health": {"flipped": {"a": None}}}]):
         assert "do not have them" in sections("binaryvit", lines)["Sign flips over training"].text
     assert sections("binaryvit", LINES)["Sign flips over training"].name == "flips"

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from bvit_jax.data.prepare.source import Example, Part, Source, SplitSource, dataset_info
+from bvit_jax.data.prepare.source import Example, Part, Source, SplitSource, dataset_info, stamp
 from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError
 
@@ -77,9 +77,7 @@ def cifar100_source(archive: Path, data_dir: Path, counts: Mapping[str, int] | N
         description="CIFAR-100: 32x32 colour images of 100 classes in 20 groups.",
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
     )
-    status = archive.stat()
-    stamp = (str(archive.absolute()), status.st_size, status.st_mtime_ns, counts)
-    return Source(info, tuple(splits), fingerprint=repr(stamp))
+    return Source(info, tuple(splits), fingerprint=repr((*stamp(archive), counts)))
 
 
 def _read_archive(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:

@@ -9,16 +9,15 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import tensorflow_datasets as tfds
-
 from bvit_jax.data.prepare.source import (
     Example,
+    Key,
     Part,
     Source,
     SplitSource,
-    check_image,
     dataset_info,
-    read_file,
+    file_examples,
+    file_features,
 )
 from bvit_jax.data.splits import NAME
 from bvit_jax.errors import UserError
@@ -65,11 +64,7 @@ def imagefolder_source(name: str, folder: Path, data_dir: Path) -> Source:
         data_dir,
         name,
         VERSION,
-        {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.ClassLabel(names=list(listing[first])),
-            "file_name": tfds.features.Text(),
-        },
+        file_features(listing[first]),
         description=f"Images from a directory, prepared by bvit_jax: {', '.join(listing)}.",
     )
     digest = hashlib.sha256(repr((str(folder.absolute()), listing)).encode())
@@ -100,13 +95,8 @@ def _split(directory: Path, classes: dict[str, list[tuple[str, int]]]) -> SplitS
     )
 
 
-def _examples(directory: Path, label: str, names: Sequence[str]) -> Iterator[tuple[str, Example]]:
-    for name in names:
-        path = directory / label / name
-        encoded = read_file(path)
-        check_image(encoded, str(path))
-        key = f"{label}/{name}"
-        yield key, {"image": encoded, "label": label, "file_name": key}
+def _examples(directory: Path, label: str, names: Sequence[str]) -> Iterator[tuple[Key, Example]]:
+    return file_examples((f"{label}/{name}", directory / label / name, label) for name in names)
 
 
 def _directories(path: Path) -> list[str]:

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from bvit_jax.data.prepare.progress import ProgressBar
-from bvit_jax.data.prepare.source import ARRAY_RECORD, Example, Part, Source, SplitSource, check_image
+from bvit_jax.data.prepare.source import ARRAY_RECORD, Example, Part, Source, SplitSource, check_image, stamp
 from bvit_jax.data.prepare.tars import Member, list_members, open_tar, read_member
 from bvit_jax.data.prepare.tfds_internals import CMYK_IMAGES, PNG_IMAGES, ImageNetBuilder
 from bvit_jax.data.splits import one_line
@@ -81,7 +81,7 @@ def imagenet_source(
             ),
         ),
     )
-    return Source(info, splits, fingerprint=repr((counts, _stamp(train_tar), _stamp(val_tar))))
+    return Source(info, splits, fingerprint=repr((counts, stamp(train_tar), stamp(val_tar))))
 
 
 def tfds_info(data_dir: Path) -> tfds.core.DatasetInfo:
@@ -175,11 +175,6 @@ def _image(encoded: bytes, file_name: str, name: str) -> bytes:
         return to_rgb_jpeg(encoded)
     except Exception as error:  # Pillow has a dozen types for damaged files
         raise UserError(f"{name} is damaged: {one_line(error)}; get that file again") from error
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    status = path.stat()
-    return str(path.absolute()), status.st_size, status.st_mtime_ns
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -6,20 +6,17 @@ the values of one rank (``kingdom`` to ``name``), in the order of the training a
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-
 from bvit_jax.data.prepare.source import (
-    Example,
     Part,
     Source,
     SplitSource,
-    check_image,
     dataset_info,
+    file_examples,
+    file_features,
     read_file,
 )
 from bvit_jax.data.splits import one_line
@@ -71,7 +68,7 @@ def inaturalist_source(folder: Path, year: int, data_dir: Path, category: str = 
             num_bytes += size
             digest.update(repr((name, rank, size)).encode())
         parts = [
-            Part(f"{path}, images {i} and following", partial(_examples, images[i : i + PART]))
+            Part(f"{path}, images {i} and following", partial(file_examples, images[i : i + PART]))
             for i in range(0, len(images), PART)
         ]
         splits.append(SplitSource(split, len(images), num_bytes, tuple(parts)))
@@ -79,22 +76,11 @@ def inaturalist_source(folder: Path, year: int, data_dir: Path, category: str = 
         data_dir,
         f"inaturalist{year}" + ("" if category == "name" else f"_{category}"),
         VERSION,
-        {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.ClassLabel(names=list(labels)),
-            "file_name": tfds.features.Text(),
-        },
+        file_features(labels),
         description=f"iNaturalist {year}, labelled by {category}.",
         homepage=f"https://github.com/visipedia/inat_comp/tree/master/{year}",
     )
     return Source(info, tuple(splits), fingerprint=digest.hexdigest())
-
-
-def _examples(images: Sequence[tuple[str, Path, int]]) -> Iterator[tuple[str, Example]]:
-    for name, path, label in images:
-        encoded = read_file(path)
-        check_image(encoded, str(path))
-        yield name, {"image": encoded, "label": label, "file_name": name}
 
 
 def _located(folder: Path, entry: Any, path: Path) -> tuple[str, int, Path, int]:

@@ -1,7 +1,7 @@
 """How a data set to be prepared is described to the writer, and checks of the files it is read from."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,33 @@ def check_image(encoded: bytes, name: str, formats: tuple[str, ...] | None = Non
             f"{name} is damaged{reason}: expected {expected} and found {len(encoded)} bytes that begin "
             f"with {encoded[:8]!r}; get that file again"
         ) from error
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Returns what changes with a file: its path, size and time of change."""
+    status = path.stat()
+    return str(path.absolute()), status.st_size, status.st_mtime_ns
+
+
+def file_features(class_names: Iterable[str]) -> dict[str, Any]:
+    """Returns the features of a data set of image files: ``image``, ``label`` and ``file_name``."""
+    return {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=list(class_names)),
+        "file_name": tfds.features.Text(),
+    }
+
+
+def file_examples(files: Iterable[tuple[str, Path, int | str]]) -> Iterator[tuple[Key, Example]]:
+    """Yields the examples of image files, whose names, paths and labels are given; the name is the key.
+
+    Raises:
+      UserError: a file cannot be read, or is no image.
+    """
+    for name, path, label in files:
+        encoded = read_file(path)
+        check_image(encoded, str(path))
+        yield name, {"image": encoded, "label": label, "file_name": name}
 
 
 def read_file(path: Path) -> bytes:

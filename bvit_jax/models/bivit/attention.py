@@ -12,8 +12,19 @@ from bvit_jax.binary import products, zero_point
 from bvit_jax.binary.codes import Codes
 from bvit_jax.layers import sown
 from bvit_jax.layers.norm import LayerNorm
+from bvit_jax.models.deit import DeiT
 from bvit_jax.models.head import Attention
-from bvit_jax.models.transformer import Attend, TransformerBlock, TransformerConfig, gelu
+from bvit_jax.models.settings import Family
+from bvit_jax.models.swin import Swin
+from bvit_jax.models.transformer import (
+    Attend,
+    Dense,
+    Layers,
+    Reduce,
+    TransformerBlock,
+    TransformerConfig,
+    gelu,
+)
 
 HEAD_NORM_EPSILON = 1e-5
 
@@ -73,6 +84,19 @@ def with_head_norms(attend: Attend) -> Attend:
         return attend(block, q, k, v, train=train, first_batch=first_batch)
 
     return normalized
+
+
+def families(
+    dense: Dense, attend: Attend, reduce: Reduce, deit: TransformerConfig, swin: TransformerConfig
+) -> tuple[Family, Family]:
+    """Returns the families of a binary DeiT and Swin, whose layers and blocks are given."""
+    of_deit = Layers(dense, with_head_norms(attend), clipped_gelu, reduce)
+    of_swin = Layers(dense, attend, clipped_gelu, reduce)
+    distilled = {"distillation_token": True, "distillation_head": True}
+    return (
+        Family(DeiT, deit, {"layers": of_deit, **distilled}, backbone="deit"),
+        Family(Swin, swin, {"layers": of_swin}, backbone="swin"),
+    )
 
 
 def clipped_gelu(x: Array) -> Array:

@@ -28,13 +28,11 @@ from bvit_jax.layers import sown
 from bvit_jax.layers.dense import BitDense
 from bvit_jax.layers.init import kernel_init
 from bvit_jax.models import transformer
-from bvit_jax.models.bivit.attention import QuantizedAttention, clipped_gelu, with_head_norms
+from bvit_jax.models.bivit.attention import QuantizedAttention, families
 from bvit_jax.models.bivit.first_values import learned_values
-from bvit_jax.models.deit import DeiT
 from bvit_jax.models.head import Attention
-from bvit_jax.models.settings import Family, require_choice, require_known
-from bvit_jax.models.swin import Swin
-from bvit_jax.models.transformer import Layers, TransformerBlock, TransformerConfig
+from bvit_jax.models.settings import require_choice, require_known
+from bvit_jax.models.transformer import TransformerBlock, TransformerConfig
 
 # Of the scale of attention probabilities, in units of their mean.
 FIRST_SCALE = 2.0
@@ -170,18 +168,10 @@ def _attend(
     return transformer.attend(block, q, k, v, train=train)
 
 
-SWIN_LAYERS = Layers(_dense, _attend, clipped_gelu, _reduce)
-DEIT_LAYERS = Layers(_dense, with_head_norms(_attend), clipped_gelu, _reduce)
-
-DEIT_FAMILY = Family(
-    DeiT,
-    BiViTConfig(),
-    {"layers": DEIT_LAYERS, "distillation_token": True, "distillation_head": True},
-    backbone="deit",
-)
-SWIN_FAMILY = Family(
-    Swin,
-    BiViTConfig(norm_epsilon=1e-5, weight_init="trunc_normal"),
-    {"layers": SWIN_LAYERS},
-    backbone="swin",
+DEIT_FAMILY, SWIN_FAMILY = families(
+    _dense,
+    _attend,
+    _reduce,
+    deit=BiViTConfig(),
+    swin=BiViTConfig(norm_epsilon=1e-5, weight_init="trunc_normal"),
 )

@@ -22,12 +22,9 @@ from bvit_jax.binary.codes import Codes
 from bvit_jax.layers import sown
 from bvit_jax.layers.dense import UncentredDense
 from bvit_jax.layers.init import kernel_init
-from bvit_jax.models.bivit.attention import QuantizedAttention, clipped_gelu, with_head_norms
+from bvit_jax.models.bivit.attention import QuantizedAttention, families
 from bvit_jax.models.bivit.first_values import SEEN, learned_values, unless
-from bvit_jax.models.deit import DeiT
-from bvit_jax.models.settings import Family
-from bvit_jax.models.swin import Swin
-from bvit_jax.models.transformer import Layers, TransformerConfig
+from bvit_jax.models.transformer import TransformerConfig
 
 
 class ZeroPointQuantizer(nn.Module):
@@ -105,18 +102,10 @@ def _quantize_probs(config: TransformerConfig, probs: Array, name: str, first_ba
 
 _attend = QuantizedAttention(_quantize_heads, _quantize_probs)
 
-SWIN_LAYERS = Layers(_dense, _attend, clipped_gelu, _reduce)
-DEIT_LAYERS = Layers(_dense, with_head_norms(_attend), clipped_gelu, _reduce)
-
-DEIT_FAMILY = Family(
-    DeiT,
-    TransformerConfig(),
-    {"layers": DEIT_LAYERS, "distillation_token": True, "distillation_head": True},
-    backbone="deit",
-)
-SWIN_FAMILY = Family(
-    Swin,
-    TransformerConfig(norm_epsilon=1e-5, weight_init="trunc_normal"),
-    {"layers": SWIN_LAYERS},
-    backbone="swin",
+DEIT_FAMILY, SWIN_FAMILY = families(
+    _dense,
+    _attend,
+    _reduce,
+    deit=TransformerConfig(),
+    swin=TransformerConfig(norm_epsilon=1e-5, weight_init="trunc_normal"),
 )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bvit_jax.errors import UserError
+from bvit_jax.models import same_layers
 from bvit_jax.models.swin import MERGE, stage_window
 from bvit_jax.models.windows import relative_positions, shift_mask
 from bvit_jax.weights.naming import Naming
@@ -38,10 +39,6 @@ class Interpretation:
     assumed: tuple[str, ...] = ()
 
 
-def _accept(config: Config, raw: RawCheckpoint) -> None:
-    """Checks nothing."""
-
-
 @dataclass(frozen=True)
 class Format:
     """One family of PyTorch files.
@@ -54,10 +51,9 @@ class Format:
       recognise: whether files have this format.
       interpret: from files to a model.
       describe: from (configuration, class names, preprocessing) to the ``config.json``.
-      constants: from a configuration and the names of a state dict to the arrays that do not affect the
-        function, with the values they must have; counters and arrays that the naming calls unused may
-        have any value.
-      writes_constants: whether PyTorch's modules own them today, so that a new file needs them.
+      writes_constants: whether PyTorch's modules own the `constants` today, so that a new file needs them.
+      own_constants: from a configuration and the arrays of a state dict to its `constants`, without those of
+        a Swin's windows.
       check_raw: raises `UserError` if the final configuration contradicts the files.
       processor: from the preprocessing to a ``preprocessor_config.json``; None if the format has none.
     """
@@ -69,10 +65,21 @@ class Format:
     recognise: Callable[[RawCheckpoint], bool]
     interpret: Callable[[RawCheckpoint], Interpretation]
     describe: Callable[[Config, tuple[str, ...], Preprocessing], dict[str, Any]]
-    constants: Callable[[Config, Mapping[str, np.ndarray]], Arrays]
-    writes_constants: bool
-    check_raw: Callable[[Config, RawCheckpoint], None] = _accept
+    writes_constants: bool = False
+    own_constants: Callable[[Config, Mapping[str, np.ndarray]], Arrays] = lambda config, state: {}
+    check_raw: Callable[[Config, RawCheckpoint], None] = lambda config, raw: None
     processor: Callable[[Preprocessing], dict[str, Any]] | None = None
+
+    def constants(self, config: Config, state: Mapping[str, np.ndarray]) -> Arrays:
+        """Returns the arrays that do not affect the function, with the values they must have.
+
+        Counters, and arrays that the naming calls unused, may have any value.
+
+        Args:
+          config: of the model.
+          state: its state dict.
+        """
+        return self.own_constants(config, state) | _window_constants(config, self.naming(config))
 
 
 def square_side(tokens: int, origin: str) -> int:
@@ -92,12 +99,9 @@ def check_epsilon(who: str, epsilon: float, config: Mapping[str, Any]) -> None:
         )
 
 
-def window_constants(config: Config, naming: Naming) -> Arrays:
-    """Returns the constants among the arrays of PyTorch's Swin modules: relative positions and masks.
-
-    Empty for models other than Swin.
-    """
-    if config["name"] != "swin":
+def _window_constants(config: Config, naming: Naming) -> Arrays:
+    """Returns the constants of PyTorch's Swin modules: relative positions and masks; empty for others."""
+    if not same_layers(config["name"], "swin"):
         return {}
     arrays: Arrays = {}
     side = config["image_size"] // config["patch_size"]

@@ -21,7 +21,6 @@ from bvit_jax.weights.formats.base import (
     Format,
     Interpretation,
     check_epsilon,
-    window_constants,
 )
 from bvit_jax.weights.naming import BIVIT_DEIT, BIVIT_SWIN, Naming
 from bvit_jax.weights.preprocessing import Preprocessing
@@ -67,21 +66,17 @@ def interpret(raw: RawCheckpoint) -> Interpretation:
 
 def describe(config: Config, class_names: tuple[str, ...], p: Preprocessing) -> dict[str, Any]:
     """Returns a ``config.json`` like that of the backbone; the code itself has none."""
-    values = timm.describe(_backbone(config), class_names, p)
+    backbone = {**config, "name": family(config["name"]).backbone}
+    values = timm.describe(backbone, class_names, p)
     return values | {"architecture": f"{values['architecture']}_bivit"}
 
 
 def constants(config: Config, names: Mapping[str, np.ndarray]) -> Arrays:
-    """Returns the unused biases as zeros, though they may have any value, and a Swin's windows."""
+    """Returns the unused biases as zeros, though they may have any value."""
     found = naming(config)
     layers = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
     biases = {f"{layer}.bias": len(names[f"{layer}.weight"]) for layer in layers}
-    unused = {name: np.zeros(size, np.float32) for name, size in biases.items() if found.is_unused(name)}
-    return unused | window_constants(_backbone(config), found)
-
-
-def _backbone(config: Config) -> dict[str, Any]:
-    return {key: config[key] for key in config} | {"name": family(config["name"]).backbone}
+    return {name: np.zeros(size, np.float32) for name, size in biases.items() if found.is_unused(name)}
 
 
 FORMAT = Format(
@@ -92,6 +87,6 @@ FORMAT = Format(
     recognise=recognise,
     interpret=interpret,
     describe=describe,
-    constants=constants,
     writes_constants=True,
+    own_constants=constants,
 )

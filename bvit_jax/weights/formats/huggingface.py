@@ -6,17 +6,13 @@ Source: ``models/{vit,deit,swin}`` of github.com/huggingface/transformers.
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from bvit_jax.errors import UserError
 from bvit_jax.weights.formats.base import (
     ASSUMED_PREPROCESSING,
-    Arrays,
     Config,
     Format,
     Interpretation,
     check_epsilon,
-    window_constants,
 )
 from bvit_jax.weights.formats.reference import MODEL_TYPES, labels_of
 from bvit_jax.weights.naming import (
@@ -184,12 +180,6 @@ def check(config: Config) -> None:
         check_epsilon("transformers' Swin", SWIN_NORM_EPSILON, config)
 
 
-def constants(config: Config, names: Mapping[str, np.ndarray]) -> Arrays:
-    """Returns the constants in Swin files of older versions of transformers."""
-    del names
-    return window_constants(config, naming(config))
-
-
 def _preprocessing(raw: RawCheckpoint, image_size: int) -> Preprocessing:
     if not raw.processor:
         return deit_preprocessing(image_size)
@@ -248,7 +238,5 @@ FORMAT = Format(
     recognise=recognise,
     interpret=interpret,
     describe=describe,
-    constants=constants,
-    writes_constants=False,
     processor=describe_processor,
 )

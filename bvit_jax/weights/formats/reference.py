@@ -244,7 +244,7 @@ FORMAT = Format(
     recognise=recognise,
     interpret=interpret,
     describe=describe,
-    constants=constants,
     writes_constants=True,
+    own_constants=constants,
     check_raw=check_bits,
 )

@@ -11,19 +11,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
 from bvit_jax.weights.formats.base import (
     ASSUMED_PREPROCESSING,
-    Arrays,
     Config,
     Format,
     Interpretation,
     check_epsilon,
     square_side,
-    window_constants,
 )
 from bvit_jax.weights.naming import MICROSOFT_SWIN, TIMM_DEIT, TIMM_SWIN, Naming
 from bvit_jax.weights.preprocessing import Preprocessing, deit_preprocessing
@@ -154,12 +150,6 @@ def describe(config: Config, class_names: tuple[str, ...], p: Preprocessing) -> 
     return values | {"model_args": sizes}
 
 
-def constants(config: Config, names: Mapping[str, np.ndarray]) -> Arrays:
-    """Returns the constants of a Swin that older modules of timm hold."""
-    del names
-    return window_constants(config, naming(config))
-
-
 def _is_swin(raw: RawCheckpoint) -> bool:
     return "layers.0.blocks.0.attn.qkv.weight" in raw.state
 
@@ -249,8 +239,6 @@ FORMAT = Format(
     recognise=recognise,
     interpret=interpret,
     describe=describe,
-    constants=constants,
-    writes_constants=False,
 )
 MICROSOFT_FORMAT = Format(
     name=MICROSOFT,
@@ -260,6 +248,5 @@ MICROSOFT_FORMAT = Format(
     recognise=recognise_microsoft,
     interpret=interpret,
     describe=describe,
-    constants=lambda config, names: window_constants(config, MICROSOFT_SWIN),
     writes_constants=True,
 )
