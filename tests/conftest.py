@@ -4,12 +4,12 @@ import gc
 import os
 import tempfile
 
+from tests.quick import xla_flags
+
 # Before jax is imported, which reads each of these once. Workers and the processes that tests start inherit
 # them, and with them what any of them has compiled.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 if "BVIT_JAX_TESTS_COMPILED" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="bvit_jax_compiled_")  # removed when this process ends
     os.environ["BVIT_JAX_TESTS_COMPILED"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name

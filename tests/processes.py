@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -17,6 +16,7 @@ from bvit_jax import models, optim
 from bvit_jax.runtime.mesh import make_mesh
 from bvit_jax.training.steps.state import abstract_state
 from bvit_jax.workdir.checkpoint import Checkpoints
+from tests.quick import xla_flags
 
 ROOT = Path(__file__).parent.parent
 TIMES = (
@@ -29,7 +29,6 @@ TIMES = (
     "memory_peak_gb",
 )
 TIMEOUT = 240  # seconds, of a process that takes ten when nothing else runs
-COMPILED = tempfile.TemporaryDirectory(prefix="bvit_jax_compiled_")  # removed when this process ends
 
 
 def command(script: str, *flags: str) -> list[str]:
@@ -47,12 +46,13 @@ def training_flags(workdir: Path, data_dir: Path, variant: str = "") -> list[str
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Some CPU devices, whatever this process simulates, and what earlier processes compiled."""
+    """Some CPU devices, whatever this process simulates, and quick compilation."""
     return {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT / "tests" / "without_torch"),
+        "XLA_FLAGS": xla_flags(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
