@@ -1,7 +1,6 @@
 """A rehearsal of ImageNet: tars made, prepared, trained on with both recipes, killed and resumed."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -62,18 +61,11 @@ def test_the_recipe_of_deit_continues_bit_for_bit(teacher: Path, data_dir: Path,
     assert config["data"]["repeats"] == 3
 
 
-def test_distillation_without_augmentation_continues_bit_for_bit(
-    teacher: Path, data_dir: Path, tmp_path: Path
-) -> None:
+def test_its_teacher_is_converted_and_distilled(teacher: Path, data_dir: Path, tmp_path: Path) -> None:
     assert cli.main(["convert", str(teacher), str(tmp_path / "teacher")]) == 0
     path = f"--config.teacher.path={tmp_path / 'teacher'}"
-    whole = flags_of("", tmp_path / "whole", data_dir, path)
-    result = run("train.py", *whole)
+    result = run("train.py", *flags_of("", tmp_path / "run", data_dir, path, "--config.epochs=1"))
     assert result.returncode == 0, result.stderr
-    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    shutil.rmtree(tmp_path / "broken" / "checkpoints" / "20")
-    assert run("train.py", *flags_of("", tmp_path / "broken", data_dir, path)).returncode == 0
-    assert_same_runs(tmp_path / "broken", tmp_path / "whole")
-    lines = [line for line in metrics_of(tmp_path / "whole") if "loss" in line]
+    lines = [line for line in metrics_of(tmp_path / "run") if "loss" in line]
     assert all(line["bad_images"] == 0 for line in lines)
-    assert lines[-1]["epoch"] == 2
+    assert lines[-1]["epoch"] == 1
