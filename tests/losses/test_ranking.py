@@ -204,19 +204,21 @@ def test_probabilities_are_those_before_binarisation(name):
         (config, variables, True),
         (teacher_config, teacher_variables, False),
     ):
-        output = create_model(settings).apply(values, images, capture=True)
+        output = jax.jit(functools.partial(create_model(settings).apply, capture=True))(values, images)
         assert len(output.probabilities) == len(output.attentions) == 4
         for probs, used in zip(output.probabilities, output.attentions):
             np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
             assert bool(jnp.all(probs == used)) is not binary
-    plain = create_model(config).apply(variables, images)
+    plain = jax.eval_shape(create_model(config).apply, variables, images)
     assert plain.probabilities == ()
 
 
 def test_masked_keys_of_shifted_windows_have_no_order():
     _, (config, variables) = sides("swin")
     images = NORMALIZE(images_and_labels(2)["image"])
-    teacher = create_model(config).apply(variables, images, capture=True).probabilities
+    teacher = jax.jit(functools.partial(create_model(config).apply, capture=True))(
+        variables, images
+    ).probabilities
     assert jnp.mean(teacher[1] < ranking.FLOOR) > 0.2  # the block is shifted
     student = jnp.where(teacher[1] < ranking.FLOOR, 0, teacher[1])
     raised = student.at[..., ::2].add(jnp.where(student[..., ::2] == 0, 1e-3, 0))
@@ -248,7 +250,7 @@ def run(name, ranking_term, *, accumulate_steps=1, devices=1, weight=0.5, **exec
         accumulate_steps=accumulate_steps,
         mesh=mesh,
     )
-    state = create_state(jax.random.key(0), student, optimizer(), config.image_size)
+    state = jax.jit(lambda key: create_state(key, student, optimizer(), config.image_size))(KEY)
     state = wide(state.replace(**variables))
     arguments = jax.device_put((state, wide(teacher_variables), KEY), replicated(mesh))
     compiled = (

@@ -90,7 +90,7 @@ def test_training_in_bfloat16_keeps_everything_in_float32_and_learns():
     settings = {"accumulate_steps": 2, "ema_decay": 0.9, "label_smoothing": 0.0}
     adam = optimizer(rules=(("head/.*", 2.0, 1.0),))
     step = jax.jit(make_train_step(model, adam, NORMALIZE, **settings))
-    state = create_state(jax.random.key(0), model, adam, 8, ema=True)
+    state = jax.jit(lambda key: create_state(key, model, adam, 8, ema=True))(jax.random.key(0))
     rng = np.random.default_rng(0)
     labels = np.arange(16, dtype=np.int32) % 4
     images = 60 * labels[:, None, None, None] + rng.integers(0, 60, (16, 8, 8, 3))
