@@ -5,7 +5,7 @@ A policy is a string such as ``rand-m9-mstd0.5-inc1``, in timm's notation (``tim
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,44 +67,17 @@ class Policy:
     prob: float = 0.5
 
 
-# The operations
+def _affine(coefficients: Callable[[Image.Image, float], tuple[float, ...]]) -> Apply:
+    def apply(image: Image.Image, strength: float, canvas: Canvas) -> Image.Image:
+        matrix = coefficients(image, strength)
+        method = Image.Transform.AFFINE
+        return image.transform(image.size, method, matrix, resample=canvas.resample, fillcolor=canvas.fill)
 
-
-def _affine(image: Image.Image, coefficients: tuple[float, ...], canvas: Canvas) -> Image.Image:
-    method = Image.Transform.AFFINE
-    return image.transform(image.size, method, coefficients, resample=canvas.resample, fillcolor=canvas.fill)
-
-
-def _shear_x(image: Image.Image, factor: float, canvas: Canvas) -> Image.Image:
-    return _affine(image, (1, factor, 0, 0, 1, 0), canvas)
-
-
-def _shear_y(image: Image.Image, factor: float, canvas: Canvas) -> Image.Image:
-    return _affine(image, (1, 0, 0, factor, 1, 0), canvas)
-
-
-def _translate_x(image: Image.Image, share: float, canvas: Canvas) -> Image.Image:
-    return _affine(image, (1, 0, share * image.width, 0, 1, 0), canvas)
-
-
-def _translate_y(image: Image.Image, share: float, canvas: Canvas) -> Image.Image:
-    return _affine(image, (1, 0, 0, 0, 1, share * image.height), canvas)
+    return apply
 
 
 def _rotate(image: Image.Image, degrees: float, canvas: Canvas) -> Image.Image:
     return image.rotate(degrees, resample=canvas.resample, fillcolor=canvas.fill)
-
-
-def _auto_contrast(image: Image.Image, strength: float, canvas: Canvas) -> Image.Image:
-    return ImageOps.autocontrast(image)
-
-
-def _equalize(image: Image.Image, strength: float, canvas: Canvas) -> Image.Image:
-    return ImageOps.equalize(image)
-
-
-def _invert(image: Image.Image, strength: float, canvas: Canvas) -> Image.Image:
-    return ImageOps.invert(image)
 
 
 def _posterize(image: Image.Image, bits: float, canvas: Canvas) -> Image.Image:
@@ -122,30 +95,19 @@ def _solarize_add(image: Image.Image, add: float, canvas: Canvas) -> Image.Image
     return image.point(table * 3)
 
 
-def _enhance(enhancer: Any) -> Apply:
-    def apply(image: Image.Image, factor: float, canvas: Canvas) -> Image.Image:
-        return enhancer(image).enhance(factor)
-
-    return apply
+def _without_strength(change: Callable[[Image.Image], Image.Image]) -> Operation:
+    return Operation(lambda image, strength, canvas: change(image), lambda level: 0.0)
 
 
-# From a level (0 to 1, negative for signed operations) to a strength
+def _enhance(enhancer: Any) -> Operation:
+    # From 0.1 to 1.9, where 1 changes nothing.
+    return Operation(
+        lambda image, factor, _: enhancer(image).enhance(factor), lambda level: level * 1.8 + 0.1
+    )
 
 
-def _no_strength(level: float) -> float:
-    return 0.0
-
-
-def _times(range_: float) -> Callable[[float], float]:
-    return lambda level: level * range_
-
-
-def _factor(level: float) -> float:
-    return level * 1.8 + 0.1  # 0.1 to 1.9, where 1 changes nothing
-
-
-def _factor_around_one(level: float) -> float:
-    return max(0.1, 1.0 + level * 0.9)
+def _enhance_around_one(enhancer: Any) -> Operation:
+    return replace(_enhance(enhancer), strength=lambda level: max(0.1, 1.0 + level * 0.9), signed=True)
 
 
 def _bits(level: float) -> float:
@@ -157,27 +119,31 @@ def _threshold(level: float) -> float:
 
 
 OPERATIONS: dict[str, Operation] = {
-    "AutoContrast": Operation(_auto_contrast, _no_strength),
-    "Equalize": Operation(_equalize, _no_strength),
-    "Invert": Operation(_invert, _no_strength),
-    "Rotate": Operation(_rotate, _times(30.0), signed=True),
+    "AutoContrast": _without_strength(ImageOps.autocontrast),
+    "Equalize": _without_strength(ImageOps.equalize),
+    "Invert": _without_strength(ImageOps.invert),
+    "Rotate": Operation(_rotate, lambda level: 30.0 * level, signed=True),
     "Posterize": Operation(_posterize, _bits),
     "PosterizeIncreasing": Operation(_posterize, lambda level: 4 - _bits(level)),
     "Solarize": Operation(_solarize, _threshold),
     "SolarizeIncreasing": Operation(_solarize, lambda level: 256 - _threshold(level)),
     "SolarizeAdd": Operation(_solarize_add, lambda level: min(128, int(level * 110))),
-    "Color": Operation(_enhance(ImageEnhance.Color), _factor),
-    "ColorIncreasing": Operation(_enhance(ImageEnhance.Color), _factor_around_one, signed=True),
-    "Contrast": Operation(_enhance(ImageEnhance.Contrast), _factor),
-    "ContrastIncreasing": Operation(_enhance(ImageEnhance.Contrast), _factor_around_one, signed=True),
-    "Brightness": Operation(_enhance(ImageEnhance.Brightness), _factor),
-    "BrightnessIncreasing": Operation(_enhance(ImageEnhance.Brightness), _factor_around_one, signed=True),
-    "Sharpness": Operation(_enhance(ImageEnhance.Sharpness), _factor),
-    "SharpnessIncreasing": Operation(_enhance(ImageEnhance.Sharpness), _factor_around_one, signed=True),
-    "ShearX": Operation(_shear_x, _times(0.3), signed=True),
-    "ShearY": Operation(_shear_y, _times(0.3), signed=True),
-    "TranslateXRel": Operation(_translate_x, _times(0.45), signed=True),
-    "TranslateYRel": Operation(_translate_y, _times(0.45), signed=True),
+    "Color": _enhance(ImageEnhance.Color),
+    "ColorIncreasing": _enhance_around_one(ImageEnhance.Color),
+    "Contrast": _enhance(ImageEnhance.Contrast),
+    "ContrastIncreasing": _enhance_around_one(ImageEnhance.Contrast),
+    "Brightness": _enhance(ImageEnhance.Brightness),
+    "BrightnessIncreasing": _enhance_around_one(ImageEnhance.Brightness),
+    "Sharpness": _enhance(ImageEnhance.Sharpness),
+    "SharpnessIncreasing": _enhance_around_one(ImageEnhance.Sharpness),
+    "ShearX": Operation(_affine(lambda _, x: (1, x, 0, 0, 1, 0)), lambda level: 0.3 * level, signed=True),
+    "ShearY": Operation(_affine(lambda _, x: (1, 0, 0, x, 1, 0)), lambda level: 0.3 * level, signed=True),
+    "TranslateXRel": Operation(
+        _affine(lambda image, x: (1, 0, x * image.width, 0, 1, 0)), lambda level: 0.45 * level, signed=True
+    ),
+    "TranslateYRel": Operation(
+        _affine(lambda image, x: (1, 0, 0, 0, 1, x * image.height)), lambda level: 0.45 * level, signed=True
+    ),
 }
 
 # Without inc, and with inc1, for which a larger magnitude always changes the image more.

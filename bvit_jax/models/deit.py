@@ -37,11 +37,7 @@ class DeiT(nn.Module):
     @nn.nowrap
     def validate(self) -> None:
         """Raises `UserError` if the settings do not fit together."""
-        settings.require_positive(self, "width", "depth", "num_heads", "mlp_dim")
-        settings.require_grid(self.image_size, self.patch_size)
-        settings.require_heads(self.width, self.num_heads)
-        settings.require_rates(self, "drop_path")
-        settings.require_classes(self.num_classes)
+        settings.require_one_stage(self)
         settings.require(
             self.distillation_token or not self.distillation_head,
             "distillation_head",

@@ -105,6 +105,15 @@ def require_rates(settings: Any, *keys: str) -> None:
         require(0 <= value < 1, key, value, "expected a rate from 0 to below 1")
 
 
+def require_one_stage(settings: Any) -> None:
+    """Requires the sizes of a model of one stage to be positive and to divide."""
+    require_positive(settings, "width", "depth", "num_heads", "mlp_dim")
+    require_grid(settings.image_size, settings.patch_size)
+    require_heads(settings.width, settings.num_heads)
+    require_rates(settings, "drop_path")
+    require_classes(settings.num_classes)
+
+
 def require_stages(settings: Any, first: str, *others: str) -> int:
     """Requires attributes of ``settings`` to have one positive value per stage; returns how many stages."""
     stages = len(getattr(settings, first))

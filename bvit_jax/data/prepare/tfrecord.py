@@ -13,7 +13,7 @@ import google_crc32c
 import tensorflow_datasets as tfds
 
 from bvit_jax.data.prepare.progress import ProgressBar
-from bvit_jax.data.prepare.source import ARRAY_RECORD
+from bvit_jax.data.prepare.source import ARRAY_RECORD, stamp
 from bvit_jax.data.prepare.writer import is_prepared, open_staging
 from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError
@@ -55,7 +55,7 @@ def convert(
         raise UserError(f"{target} is the data set to be copied; choose another --data_dir")
     if is_prepared(target, found):
         return target
-    with open_staging(info, fingerprint=repr(_stamp(splits))) as stage:
+    with open_staging(info, fingerprint=repr(_stamps(splits))) as stage:
         finished = {}
         for split, split_info in splits.items():
             lengths = list(split_info.shard_lengths)
@@ -138,13 +138,9 @@ def _relocated(info: tfds.core.DatasetInfo, data_dir: Path) -> tfds.core.Dataset
     return copy
 
 
-def _stamp(splits: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    stamp = []
-    for split in splits.values():
-        for path in map(Path, split.filepaths):
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}; get that file again") from error
-            stamp.append((str(path.absolute()), status.st_size, status.st_mtime_ns))
-    return stamp
+def _stamps(splits: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    paths = [Path(path) for split in splits.values() for path in split.filepaths]
+    try:
+        return [stamp(path) for path in paths]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; get that file again") from error

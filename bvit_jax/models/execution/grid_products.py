@@ -2,8 +2,8 @@
 
 A TPU holds a tile of tokens and channels side by side, so that repeating and averaging them by reshaping
 costs passes over memory. A product with a constant matrix of zeros and ones does not. Repeating by it is
-exact, and so is each term of an average; the products are those of the dtype of x, their sums float32 at
-least.
+exact, and so is each term of an average; the products are those of the dtype of x, and what is returned is
+its accumulator, float32 at least.
 """
 
 import math
@@ -21,69 +21,33 @@ Matrix = Callable[[], np.ndarray]  # (length of the axis before, after)
 
 
 def tile_channels(x: Array, times: int) -> Array:
-    """Repeats the channels, the last axis, ``times`` times, as `jnp.tile` does.
-
-    Returns:
-      (..., times * channels) in the accumulator of x's dtype.
-    """
-    return _product(x, partial(_tiling, x.shape[-1], times), CHANNELS, x.dtype)
+    """Repeats the channels as `jnp.tile` does: (..., channels) to (..., times * channels)."""
+    channels = x.shape[-1]
+    return _product(x, lambda: np.tile(np.eye(channels), (1, times)), CHANNELS, x.dtype)
 
 
 def mean_channels(x: Array, size: int) -> Array:
-    """Averages each ``size`` neighbouring channels, as `bvit_jax.layers.grid.average_channels` does.
-
-    Returns:
-      (..., channels / size) in the accumulator of x's dtype.
-    """
-    return _product(x, partial(_groups, x.shape[-1], size), CHANNELS, x.dtype) / size
+    """Computes `bvit_jax.layers.grid.average_channels`: (..., channels) to (..., channels / size)."""
+    groups = x.shape[-1] // size
+    return _product(x, lambda: np.repeat(np.eye(groups), size, axis=0), CHANNELS, x.dtype) / size
 
 
 def repeat_tokens(x: Array, factor: int) -> Array:
-    """Repeats each token of a square grid ``factor``×``factor`` times, as `bvit_jax.layers.grid.upsample`
-    does.
-
-    Args:
-      x: (..., tokens, channels).
-      factor: of each side.
-
-    Returns:
-      (..., factor² * tokens, channels) in the accumulator of x's dtype.
-    """
+    """Computes `bvit_jax.layers.grid.upsample`: (..., tokens, channels) to (..., more, channels)."""
     side = factor * math.isqrt(x.shape[-2])
-    return _product(x, partial(_of_squares, side, factor), TOKENS, x.dtype)
+    return _product(x, lambda: _to_squares(side, factor).T, TOKENS, x.dtype)
 
 
 def mean_tokens(x: Array, size: int) -> Array:
-    """Averages each ``size``×``size`` square of a square token grid, as
-    `bvit_jax.layers.grid.average_pool` does.
-
-    Args:
-      x: (..., tokens, channels).
-      size: a divisor of the grid's side.
-
-    Returns:
-      (..., tokens / size², channels) in the accumulator of x's dtype.
-    """
+    """Computes `bvit_jax.layers.grid.average_pool`: (..., tokens, channels) to (..., fewer, channels)."""
     side = math.isqrt(x.shape[-2])
-    return _product(x, partial(_to_squares, side, size), TOKENS, x.dtype) / size**2
-
-
-def _tiling(channels: int, times: int) -> np.ndarray:
-    return np.tile(np.eye(channels), (1, times))
-
-
-def _groups(channels: int, size: int) -> np.ndarray:
-    return np.repeat(np.eye(channels // size), size, axis=0)
+    return _product(x, lambda: _to_squares(side, size), TOKENS, x.dtype) / size**2
 
 
 def _to_squares(side: int, size: int) -> np.ndarray:
     row, column = np.divmod(np.arange(side**2), side)
     squares = side // size
     return np.eye(squares**2)[row // size * squares + column // size]
-
-
-def _of_squares(side: int, size: int) -> np.ndarray:
-    return _to_squares(side, size).T
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
