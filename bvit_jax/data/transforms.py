@@ -104,6 +104,18 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def _change_brightness(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def _change_contrast(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def _change_saturation(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Color(image).enhance(factor)
+
+
 def turn_hue(image: Image.Image, share: float) -> Image.Image:
     """Rotates the hue of an RGB image by ``share`` of the circle, in steps of 1/256."""
     hue, saturation, value = image.convert("HSV").split()
@@ -119,9 +131,9 @@ def color_jitter(image: Image.Image, rng: np.random.Generator, *, strengths: Col
         return max(0.0, 1 - strength), 1 + strength
 
     changes: tuple[tuple[Callable[[Image.Image, float], Image.Image], Range], ...] = (
-        (lambda image, x: ImageEnhance.Brightness(image).enhance(x), range_around_one(strengths.brightness)),
-        (lambda image, x: ImageEnhance.Contrast(image).enhance(x), range_around_one(strengths.contrast)),
-        (lambda image, x: ImageEnhance.Color(image).enhance(x), range_around_one(strengths.saturation)),
+        (_change_brightness, range_around_one(strengths.brightness)),
+        (_change_contrast, range_around_one(strengths.contrast)),
+        (_change_saturation, range_around_one(strengths.saturation)),
         (turn_hue, (-strengths.hue, strengths.hue)),
     )
     for index in rng.permutation(len(changes)).tolist():
