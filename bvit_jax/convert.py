@@ -112,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("target", type=Path, metavar="TARGET")
-    parser.add_argument("--format", default=NATIVE, metavar="FORMAT", help=f"one of {_formats()}")
+    parser.add_argument(
+        "--format", default=NATIVE, metavar="FORMAT", help=f"one of {', '.join([NATIVE, *FORMATS])}"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json for a SOURCE without one")
     parser.add_argument(
         "--set",
@@ -133,10 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--class_names", type=Path, metavar="FILE", help="a name on each line")
     parser.add_argument("--verbose", action="store_true", help="list every array that does not fit")
     return parser
-
-
-def _formats() -> str:
-    return ", ".join([NATIVE, *FORMATS])
 
 
 def run(argv: list[str]) -> None:

@@ -223,12 +223,8 @@ def _float32(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def _is_fixed(name: Path) -> bool:
-    return name[0] == "0"  # of the two arguments, the variables
-
-
 def _count(program: Program, variables: Mapping[str, Any], saved: Mapping[Path, int]) -> ModelCost:
-    values = analyse(program, _is_fixed)
+    values = analyse(program, lambda name: name[0] == "0")  # of the two arguments, the variables
     layers: dict[Path, LayerCost] = {}
 
     def layer(path: Path) -> LayerCost:

@@ -192,7 +192,8 @@ def parse_policy(text: str) -> Policy:
         name, number = _name_and_number(text, part)
         match name:
             case "tweights":
-                operations, weights = tuple(WEIGHTS), _normalised(tuple(WEIGHTS.values()))
+                operations, total = tuple(WEIGHTS), sum(WEIGHTS.values())
+                weights = tuple(weight / total for weight in WEIGHTS.values())
             case "inc":
                 operations = INCREASING if number and not weights else operations
             case "mstd":
@@ -231,10 +232,6 @@ def _name_and_number(text: str, part: str) -> tuple[str, float]:
         bound = f"{low:g} or more" if high == float("inf") else f"{low:g} to {high:g}"
         raise UserError(f"{where} is out of range; expected {bound}")
     return name, float(digits)
-
-
-def _normalised(weights: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(weight / sum(weights) for weight in weights)
 
 
 def apply_operation(image: Image.Image, name: str, level: float, canvas: Canvas) -> Image.Image:

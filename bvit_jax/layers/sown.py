@@ -5,7 +5,7 @@ mutable, and ``balance``, which only `bvit_jax.report.network_figures` does. Whe
 nothing is traced: a training step is the same program with and without these calls.
 """
 
-from typing import Any
+import operator
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -79,8 +79,4 @@ def _wanted(module: nn.Module, collection: str) -> bool:
 
 
 def _sow(module: nn.Module, collection: str, kind: str, part: str, value: Array) -> None:
-    module.sow(collection, kind, {part: value}, init_fn=dict, reduce_fn=_merge)
-
-
-def _merge(earlier: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
-    return earlier | value
+    module.sow(collection, kind, {part: value}, init_fn=dict, reduce_fn=operator.or_)

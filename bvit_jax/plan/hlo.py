@@ -16,7 +16,6 @@ KINDS: tuple[Kind, ...] = ("all-reduce", "all-gather", "reduce-scatter", "collec
 PURPOSES: tuple[Purpose, ...] = ("gradient", "batch_norm_forward", "batch_norm_backward", "other")
 
 _BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
 _COLLECTIVE = re.compile(
     r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
     r"(?P<kind>" + "|".join(KINDS) + r")(?P<start>-start)?\("
@@ -73,11 +72,6 @@ class Traffic:
     count: int = 0
     bytes: int = 0
 
-    def add(self, times: int, size: int) -> None:
-        """Counts an operation of ``size`` bytes that runs ``times`` times."""
-        self.count += times
-        self.bytes += times * size
-
 
 def purpose_of(op_name: str) -> Purpose:
     """Returns what a collective of a training step serves, by the name that JAX gave its operation.
@@ -95,8 +89,9 @@ def by_kind(collectives: Iterable[Collective]) -> dict[Kind, Traffic]:
     """Returns count and bytes of every kind that occurs."""
     traffic: dict[Kind, Traffic] = {}
     for collective in collectives:
-        total = sum(collective.sizes)
-        traffic.setdefault(collective.kind, Traffic()).add(collective.times, total)
+        of_kind = traffic.setdefault(collective.kind, Traffic())
+        of_kind.count += collective.times
+        of_kind.bytes += collective.times * sum(collective.sizes)
     return traffic
 
 
@@ -110,7 +105,6 @@ def by_purpose(collectives: Iterable[Collective]) -> dict[Purpose, Traffic]:
     for collective in collectives:
         shares = dict.fromkeys(collective.purposes, 0)
         for purpose, size in zip(collective.purposes, collective.sizes, strict=True):
-            traffic[purpose].add(0, 0)
             shares[purpose] += size
         for purpose, size in shares.items():
             traffic[purpose].bytes += collective.times * size
@@ -224,11 +218,7 @@ def _executed(lines: Iterable[str]) -> set[str]:
 
 def shape_bytes(shape: str) -> tuple[int, ...]:
     """Returns the bytes of each array of an HLO shape, such as ``(f32[8,4]{1,0}, bf16[])``."""
-    return tuple(_bits(dtype) * _elements(sizes) // 8 for dtype, sizes in _SHAPE.findall(_plain(shape)))
-
-
-def _plain(shape: str) -> str:
-    return _LAYOUT.sub("", shape)
+    return tuple(size for size, _ in _arrays(shape))
 
 
 def _elements(sizes: str) -> int:
@@ -247,7 +237,7 @@ def _result_sizes(kind: str, start: bool, shape: str) -> tuple[int, ...]:
     if not start or kind == "all-reduce" or not shape.startswith("("):
         return shape_bytes(shape)
     # (operand, result, ...), or ((operands...), (results...), ...)
-    parts = _top_level(_plain(shape)[1:-1])
+    parts = _top_level(_LAYOUT.sub("", shape)[1:-1])
     return shape_bytes(parts[1]) if len(parts) > 1 else shape_bytes(parts[0])
 
 

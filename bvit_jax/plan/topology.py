@@ -105,7 +105,9 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
         raise UserError(f"--topology is {name!r}; expected CHIP:SHAPE, such as v5e:4x4 or v4:2x2x2")
     kind = match[1].lower()
     if kind not in FAMILIES:
-        raise UserError(f"--topology is {name!r}, in which the chip {match[1]!r} is unknown{_known(kind)}")
+        raise UserError(
+            f"--topology is {name!r}, in which the chip {match[1]!r} is unknown{nearest(kind, FAMILIES)}"
+        )
     family = FAMILIES[kind]
     shape = tuple(int(size) for size in match[2].split("x"))
     expected = len(family.shapes[0].split("x"))
@@ -117,10 +119,6 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
             f"{_shapes(kind, shape)}"
         )
     return kind, shape
-
-
-def _known(kind: str) -> str:
-    return nearest(kind, FAMILIES)
 
 
 def _shapes(kind: str, shape: tuple[int, ...]) -> str:

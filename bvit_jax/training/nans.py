@@ -31,12 +31,12 @@ def named_nans() -> Iterator[None]:
 
 
 def _calls(error: BaseException) -> str:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_ours(frame)]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(PACKAGE)
+    ]
     return ", called from ".join(
         f"{Path(frame.filename).relative_to(PACKAGE.parent)}:{frame.lineno} ({frame.line})"
         for frame in reversed(frames[-CALLS:])
     )
-
-
-def _is_ours(frame: traceback.FrameSummary) -> bool:
-    return Path(frame.filename).is_relative_to(PACKAGE)

@@ -74,7 +74,7 @@ def find_document(values: Mapping[str, Any], origin: str) -> Document | None:
 def _parse(values: Mapping[str, Any]) -> Document:
     document = Document(
         naming=values["naming"],
-        model=_model(values["model"]),
+        model={**_tuples(values["model"]), "name": current_name(values["model"]["name"])},
         preprocessing=Preprocessing(**_tuples(values["preprocessing"])),
         class_names=tuple(values["class_names"]),
         history=tuple(dict(entry) for entry in values["history"]),
@@ -85,10 +85,6 @@ def _parse(values: Mapping[str, Any]) -> Document:
     if not all(isinstance(text, str) and text.isprintable() for text in (*texts, *document.class_names)):
         raise TypeError("a name in it is not one line of text")
     return document
-
-
-def _model(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_tuples(values), "name": current_name(values["name"])}
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

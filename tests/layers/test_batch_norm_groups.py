@@ -12,6 +12,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.layers.norm import BatchNorm
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from bvit_jax.weights.state_dicts import abstract_variables
+from tests.tiny_models import images_for, smallest
 
 GROUPS, GROUP = 3, 4
 
@@ -139,26 +140,11 @@ def test_normalising_within_a_device_needs_no_communication():
 
 
 def test_the_setting_reaches_every_batch_norm():
-    for name, settings in (
-        ("react_deit", TINY),
-        (
-            "binaryvit",
-            {
-                "width": (4, 4),
-                "depth": (1, 1),
-                "num_heads": (1, 1),
-                "mlp_dim": (4, 4),
-                "reduction": (2, 1),
-                "image_size": 8,
-                "patch_size": 2,
-                "num_classes": 3,
-            },
-        ),
-    ):
-        model = models.create_model(models.model_config(name, batch_norm_group=3, **settings))
-        variables = abstract_variables(model, 8)
+    for name in ("react_deit", "binaryvit"):
+        model, config = smallest(name, batch_norm_group=3)
+        variables = abstract_variables(model, config.image_size)
         norms = len(jax.tree.leaves(variables["batch_stats"])) // 2
-        images = jax.ShapeDtypeStruct((6, 8, 8, 3), jnp.float32)
+        images = images_for(config, 6)
 
         def forward(variables, images, model=model):
             return model.apply(variables, images, train=True, mutable=["batch_stats"])

@@ -56,6 +56,15 @@ def gradient_over(parameter, size):
     return stop_gradient(parameter * (1 - factor)) + parameter * factor
 
 
+def assert_same_with_gradients(fast, slow, *arguments):
+    actual, pullback = jax.vjp(fast, *arguments)
+    expected, slow_pullback = jax.vjp(slow, *arguments)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    gradient = jnp.array(np.random.default_rng(1).normal(size=actual.shape))
+    for a, b in zip(pullback(gradient), slow_pullback(gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
+
+
 # --- quantisers --------------------------------------------------------------------------------
 
 
@@ -75,12 +84,7 @@ def test_probabilities_against_a_slow_formulation():
         quantized = paper.HeadProbs(axis=1).apply({"params": {"scale": parameter}}, probs)
         return (quantized.values @ v) * quantized.scale
 
-    actual, pullback = jax.vjp(fast, probs, parameter)
-    expected, slow_pullback = jax.vjp(slow, probs, parameter)
-    np.testing.assert_allclose(actual, expected, rtol=1e-12)
-    gradient = jnp.array(rng.normal(size=actual.shape))
-    for a, b in zip(pullback(gradient), slow_pullback(gradient), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
+    assert_same_with_gradients(fast, slow, probs, parameter)
 
 
 @pytest.mark.usefixtures("x64")
@@ -98,12 +102,7 @@ def test_signs_against_a_slow_formulation():
         quantized = paper.HeadSigns(axis=2).apply(variables, x)
         return quantized.values * quantized.scale
 
-    actual, pullback = jax.vjp(fast, x, scale)
-    expected, slow_pullback = jax.vjp(slow, x, scale)
-    np.testing.assert_allclose(actual, expected, rtol=1e-12)
-    gradient = jnp.array(rng.normal(size=actual.shape))
-    for a, b in zip(pullback(gradient), slow_pullback(gradient), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
+    assert_same_with_gradients(fast, slow, x, scale)
 
 
 @pytest.mark.parametrize("value", [-3.0, 0.0, 1e-6])

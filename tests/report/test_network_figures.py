@@ -33,7 +33,7 @@ from bvit_jax.report.network_figures import (
     whole_attention,
 )
 from bvit_jax.weights.pretrained import Pretrained
-from tests.tiny_models import TINY, abstract_of, tiny_pretrained
+from tests.tiny_models import DEIT, SWIN, TINY, abstract_of, tiny_pretrained
 
 
 @functools.cache
@@ -277,16 +277,12 @@ def test_sign_balance_of_quantisers_with_a_zero_point():
 
 @pytest.mark.parametrize("model", ["bivit_deit", "bivit_swin"])
 def test_the_sign_of_zero_counts_as_it_is_used(model):
-    settings = {"width": 8, "image_size": 16, "patch_size": 4, "num_classes": 3}
-    if model == "bivit_deit":
-        settings |= {"depth": 1, "num_heads": 2, "mlp_dim": 16}
-    else:
-        settings |= {"depth": (1, 1), "num_heads": (1, 2), "window_size": 4}
-    config = models.model_config(model, **settings)
+    sizes = DEIT | {"depth": 1} if model == "bivit_deit" else SWIN | {"depth": (1, 1)}
+    config = models.model_config(model, **sizes, num_classes=3)
     # Every input of a sign is zero, whose sign is 1 here.
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_of(config))
     run = jax.jit(functools.partial(network_figures._applied, models.create_model(config)))
-    shares = jax.tree.leaves(run(zeros, jnp.ones((1, 16, 16, 3)))[1])
+    shares = jax.tree.leaves(run(zeros, jnp.ones((1, 32, 32, 3)))[1])
     assert len(shares) >= 9
     assert all((share == 1).all() for share in shares)
 

@@ -23,7 +23,7 @@ from bvit_jax.weights.preprocessing import deit_preprocessing
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.workdir import runs
 from configs import digits
-from tests.tiny_models import TINY, abstract_of, random_variables, tiny_pretrained
+from tests.tiny_models import DEIT, SWIN, TINY, abstract_of, random_variables, tiny_pretrained
 from tests.weights.test_convert import make_run
 
 pytest.importorskip("matplotlib")
@@ -60,12 +60,7 @@ class Page(HTMLParser):
 
 
 TEACHER = Path(str(resources.files("bvit_jax") / "assets" / "deit_digits"))
-BIVIT = {
-    "bivit_deit": {"width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 16, "image_size": 32},
-    "bivit_swin": {
-        "width": 6, "depth": (2, 1), "num_heads": (1, 2), "image_size": 32, "patch_size": 4, "window_size": 4
-    },
-}  # fmt: skip
+BIVIT = {"bivit_deit": DEIT | {"depth": 1}, "bivit_swin": SWIN | {"depth": (2, 1)}}
 TITLES = {
     "Images": "images",
     "First-layer filters": "filters",

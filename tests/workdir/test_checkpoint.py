@@ -56,9 +56,14 @@ def assert_identical(actual, expected):
 def checkpoints(tmp_path):
     opened = []
 
-    def reopen(keep=2):
-        opened.append(Checkpoints(tmp_path, keep))
-        return opened[-1]
+    def reopen(keep=2, steps=(), metadata=None):
+        """Opens the checkpoints, and saves the states of some steps."""
+        run = Checkpoints(tmp_path, keep)
+        opened.append(run)
+        for step in steps:
+            run.save(step, make_state(step), metadata or {})
+        run.wait()
+        return run
 
     yield reopen
     for each in opened:
@@ -105,9 +110,7 @@ def test_keeps_the_newest_and_the_best(checkpoints, tmp_path):
 
 
 def test_without_a_best_step_there_is_no_best(checkpoints, tmp_path):
-    run = checkpoints()
-    run.save(1, make_state(1), {})
-    run.wait()
+    checkpoints(steps=[1])
     assert restore_variables(tmp_path, {}, "best") is None
 
 
@@ -130,10 +133,7 @@ def test_a_step_that_exists_is_saved_again(checkpoints):
 
 
 def test_a_run_that_went_back_forgets_later_steps(checkpoints, tmp_path):
-    run = checkpoints(keep=2)
-    for step in (8, 9, 4):
-        run.save(step, make_state(step), {})
-    run.wait()
+    checkpoints(keep=2, steps=(8, 9, 4))
     assert checkpoints().latest_step() == 4
     assert steps_of(tmp_path) == ["4"]
 
@@ -257,10 +257,7 @@ def test_damaged_files(checkpoints, tmp_path, damage, caplog):
 
 
 def test_after_a_damaged_checkpoint_the_run_replaces_it(checkpoints, tmp_path):
-    run = checkpoints(keep=2)
-    for step in (1, 2, 3):
-        run.save(step, make_state(step), {})
-    run.wait()
+    checkpoints(keep=2, steps=(1, 2, 3))
     (tmp_path / "checkpoints" / "3" / "metadata" / "metadata").write_text("{}")
     resumed = checkpoints(keep=2)
     assert_identical(resumed.restore(abstract(make_state()))[0], make_state(2))
@@ -270,9 +267,7 @@ def test_after_a_damaged_checkpoint_the_run_replaces_it(checkpoints, tmp_path):
 
 
 def test_of_a_saved_step_only_what_is_beside_the_arrays_is_written_again(checkpoints, tmp_path):
-    run = checkpoints()
-    run.save(1, make_state(1), {"evaluated": False})
-    run.wait()
+    checkpoints(steps=[1], metadata={"evaluated": False})
     resumed = checkpoints()
     state, _ = resumed.restore(abstract(make_state()))
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints/1/state").rglob("*")}
@@ -316,10 +311,7 @@ def test_damaged_metadata_that_was_replaced(checkpoints, tmp_path, damage):
 
 
 def test_what_cannot_be_read_at_the_moment_is_not_damaged(checkpoints, monkeypatch, tmp_path):
-    run = checkpoints()
-    for step in (1, 2):
-        run.save(step, make_state(step), {})
-    run.wait()
+    checkpoints(steps=(1, 2))
 
     def fails(path):
         raise OSError(errno.EIO, "Input/output error")
@@ -331,9 +323,7 @@ def test_what_cannot_be_read_at_the_moment_is_not_damaged(checkpoints, monkeypat
 
 
 def test_what_cannot_be_deleted_does_not_end_the_run(checkpoints, monkeypatch, caplog):
-    run = checkpoints(keep=1)
-    run.save(1, make_state(1), {})
-    run.wait()
+    run = checkpoints(keep=1, steps=[1])
 
     def fails(path):
         raise OSError(errno.ENOTEMPTY, "Directory not empty")
@@ -346,9 +336,7 @@ def test_what_cannot_be_deleted_does_not_end_the_run(checkpoints, monkeypatch, c
 
 
 def test_a_checkpoint_of_another_version(checkpoints, tmp_path):
-    run = checkpoints()
-    run.save(1, make_state(1), {})
-    run.wait()
+    checkpoints(steps=[1])
     path = tmp_path / "checkpoints" / "1"
     (path / "metadata" / "metadata").write_text(json.dumps(METADATA))
     checkpoint.write_checksums(path, checkpoint.ITEMS)
@@ -362,19 +350,14 @@ def test_a_checkpoint_of_another_version(checkpoints, tmp_path):
 
 
 def test_all_checkpoints_damaged(checkpoints, tmp_path):
-    run = checkpoints()
-    run.save(1, make_state(1), {})
-    run.wait()
+    checkpoints(steps=[1])
     (tmp_path / "checkpoints" / "1" / "metadata" / "metadata").write_text("{}")
     with pytest.raises(UserError, match=r"every checkpoint in \S+ is damaged; restore one"):
         checkpoints().restore(abstract(make_state()))
 
 
 def test_without_checksums_a_step_is_invisible(checkpoints, tmp_path):
-    run = checkpoints()
-    run.save(1, make_state(1), {})
-    run.save(2, make_state(2), {})
-    run.wait()
+    checkpoints(steps=(1, 2))
     unfinished = tmp_path / "checkpoints" / "2"
     (unfinished / "checksums.json").unlink()
     shutil.rmtree(unfinished / "state" / "d")
@@ -397,10 +380,7 @@ def test_what_is_no_checkpoint_is_left_alone(checkpoints, tmp_path):
     for name in names:
         (folder / name).mkdir(parents=True)
         (folder / name / "file").touch()
-    run = checkpoints()
-    for step in range(1, 5):
-        run.save(step, make_state(step), {})
-    run.wait()
+    checkpoints(steps=range(1, 5))
     assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "3", "4"])
     assert all((folder / name / "file").exists() for name in names)
 
@@ -414,9 +394,7 @@ def test_a_directory_that_cannot_be_written(checkpoints, tmp_path):
 
 
 def test_a_directory_that_is_gone_is_not_made_anew(checkpoints, tmp_path):
-    run = checkpoints()
-    run.save(1, make_state(), {})
-    run.wait()
+    run = checkpoints(steps=[1])
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(UserError, match=r"^cannot write checkpoints to [^\n]*: No such file"):
         run.save(2, make_state(), {})

@@ -40,9 +40,7 @@ def start(
     ema: Any = state.ema
     if ema is not None:
         new = {"params": params, "batch_stats": statistics}
-        ema = jax.tree.map(_where_changed, dict(state.variables), new, ema)
+        ema = jax.tree.map(
+            lambda old, new, ema: jnp.where(new != old, new, ema), dict(state.variables), new, ema
+        )
     return dataclasses.replace(state, params=params, batch_stats=statistics, ema=ema)
-
-
-def _where_changed(old: Array, new: Array, average: Array) -> Array:
-    return jnp.where(new != old, new, average)

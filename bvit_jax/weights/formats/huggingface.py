@@ -91,7 +91,8 @@ def interpret(raw: RawCheckpoint) -> Interpretation:
         if values.get(key, expected) != expected:
             raise UserError(f"{raw.origin}: {key} is {values[key]!r}; only {expected!r} is supported")
     keys = _SHARED_KEYS | (_SWIN_KEYS if kind == "swin" else _VIT_KEYS)
-    settings = {ours: _value(values[theirs]) for theirs, ours in keys.items() if theirs in values}
+    settings = {ours: values[theirs] for theirs, ours in keys.items() if theirs in values}
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     if absent := sorted(keys.keys() - values.keys() - {"drop_path_rate", *_dropouts()}):
         raise UserError(f"{raw.origin}: its config.json has no {', '.join(absent)}")
     if kind == "swin":
@@ -218,10 +219,6 @@ def _side(size: Any) -> int:
 
 def _dropouts() -> set[str]:
     return {theirs for theirs, ours in _SHARED_KEYS.items() if ours.endswith("dropout")}
-
-
-def _value(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _whole(value: float, origin: str) -> int:
