@@ -55,9 +55,5 @@ def _speedup(name: str, model: LayerCost, backbone: LayerCost) -> Speedup:
     macs = sum(backbone.macs.values())
     rounded = round(model.ops / PRECISION)
     return Speedup(
-        name,
-        macs,
-        model.ops,
-        macs / model.ops,
-        round(macs / PRECISION) / rounded if rounded else None,
+        name, macs, model.ops, macs / model.ops, round(macs / PRECISION) / rounded if rounded else None
     )

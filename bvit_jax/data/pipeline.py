@@ -131,10 +131,7 @@ def train_batches(
 
 
 def eval_batches(
-    config: ConfigDict,
-    image_size: int,
-    batch_size: int,
-    rows: Sequence[int] | None = None,
+    config: ConfigDict, image_size: int, batch_size: int, rows: Sequence[int] | None = None
 ) -> Generator[Batch, None, None]:
     """Yields this host's part of one pass over the evaluation split, in the order of the records.
 

@@ -70,24 +70,12 @@ class DeiT(nn.Module):
         )(images, train=train)
         blocks = [
             TransformerBlock(
-                self.num_heads,
-                self.mlp_dim,
-                drop_path,
-                c,
-                layers=self.layers,
-                name=f"block{i}",
-                parent=None,
+                self.num_heads, self.mlp_dim, drop_path, c, layers=self.layers, name=f"block{i}", parent=None
             )
             for i, drop_path in enumerate(drop_path_rates(self.drop_path, self.depth))
         ]
         stage = run_blocks(
-            self,
-            blocks,
-            x,
-            train=train,
-            capture=capture,
-            execution=c.execution,
-            first_batch=first_batch,
+            self, blocks, x, train=train, capture=capture, execution=c.execution, first_batch=first_batch
         )
         hidden = [x, *stage.hidden]
         x = LayerNorm(c.norm_epsilon, name="norm")(stage.tokens)

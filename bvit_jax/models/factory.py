@@ -85,9 +85,7 @@ def real_backbone(config: "Mapping[str, Any]") -> "ConfigDict | None":
 
 
 def create_model(
-    config: "Mapping[str, Any] | ConfigDict",
-    dtype: DTypeLike = jnp.float32,
-    execution: Execution = PLAIN,
+    config: "Mapping[str, Any] | ConfigDict", dtype: DTypeLike = jnp.float32, execution: Execution = PLAIN
 ) -> nn.Module:
     """Returns the model that ``config`` describes, computing in ``dtype``.
 

@@ -122,13 +122,7 @@ class Swin(nn.Module):
                 for i, drop_path in enumerate(itertools.islice(rates, depth))
             ]
             output = run_blocks(
-                self,
-                blocks,
-                x,
-                train=train,
-                capture=capture,
-                execution=c.execution,
-                first_batch=first_batch,
+                self, blocks, x, train=train, capture=capture, execution=c.execution, first_batch=first_batch
             )
             x = output.tokens
             hidden += output.hidden

@@ -119,10 +119,7 @@ def _loss(model: nn.Module, loss_of: Loss) -> Callable[..., Any]:
 
     def loss(params: Any, images: Any, statistics: Any, targets: Any) -> tuple[Any, Any]:
         output, updates = model.apply(
-            {"params": params, "batch_stats": statistics},
-            images,
-            train=True,
-            mutable=["batch_stats"],
+            {"params": params, "batch_stats": statistics}, images, train=True, mutable=["batch_stats"]
         )
         return loss_of(output, targets), (output.head_logits, updates.get("batch_stats", {}))
 

@@ -55,12 +55,7 @@ ROWS = (
         "float64 parity, with LayerScale, at full width",
     ),
     Row("+ LayerScale", "react_deit_small.py:ls", NONE, "float64 parity, with AdamW steps"),
-    Row(
-        "DeiT-S, real",
-        "deit_small.py",
-        "79.9 (DeiT)",
-        "float64 parity; transformers' ViT, float64",
-    ),
+    Row("DeiT-S, real", "deit_small.py", "79.9 (DeiT)", "float64 parity; transformers' ViT, float64"),
     Row(
         "DeiT-S with distillation",
         "",

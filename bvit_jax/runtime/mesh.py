@@ -42,10 +42,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mes
     if len(devices) % fsdp:
         raise UserError(f"config.mesh.fsdp is {fsdp}; expected a divisor of the {len(devices)} devices")
     return jax.make_mesh(
-        (len(devices) // fsdp, fsdp),
-        (DATA_AXIS, FSDP_AXIS),
-        axis_types=(AxisType.Auto,) * 2,
-        devices=devices,
+        (len(devices) // fsdp, fsdp), (DATA_AXIS, FSDP_AXIS), axis_types=(AxisType.Auto,) * 2, devices=devices
     )
 
 

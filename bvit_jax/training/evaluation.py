@@ -32,11 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_state(
-    programs: Programs,
-    state: TrainState,
-    batches: Iterable[data.Batch],
-    mesh: Mesh,
-    stop: Callable[[], bool],
+    programs: Programs, state: TrainState, batches: Iterable[data.Batch], mesh: Mesh, stop: Callable[[], bool]
 ) -> dict[str, float]:
     """Returns the figures of `evaluate` for a state in training.
 
@@ -58,10 +54,7 @@ def deciding_top1(figures: Mapping[str, float]) -> float:
 
 
 def evaluate(
-    step: Any,
-    variables: Mapping[str, Any],
-    batches: Iterable[data.Batch],
-    mesh: Mesh,
+    step: Any, variables: Mapping[str, Any], batches: Iterable[data.Batch], mesh: Mesh
 ) -> dict[str, float]:
     """Returns top-1 and top-5 (shares of 1), the mean cross-entropy, and the number of images.
 

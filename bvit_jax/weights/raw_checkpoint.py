@@ -151,10 +151,7 @@ def _state_dict(content: Any, path: Path, key: str | None = None) -> StateDict:
 
 
 def _raw(
-    state: StateDict,
-    values: Mapping[str, Any],
-    files: tuple[Path, ...],
-    **more: Mapping[str, Any],
+    state: StateDict, values: Mapping[str, Any], files: tuple[Path, ...], **more: Mapping[str, Any]
 ) -> RawCheckpoint:
     for prefix in WRAPPERS:
         if state and all(name.startswith(prefix) for name in state):

@@ -88,7 +88,7 @@ def read(path: Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, An
                     abstract,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
                     partial_restore=partial,
-                ),
+                )
             ),
         )
     return restored["state"], metadata

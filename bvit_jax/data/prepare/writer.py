@@ -88,10 +88,7 @@ class Staging:
         """
         infos = [
             tfds.core.SplitInfo(
-                name=name,
-                shard_lengths=lengths,
-                num_bytes=num_bytes,
-                filename_template=self._template(name),
+                name=name, shard_lengths=lengths, num_bytes=num_bytes, filename_template=self._template(name)
             )
             for name, (lengths, num_bytes) in splits.items()
         ]
@@ -108,10 +105,7 @@ class Staging:
 
     def _template(self, split: str) -> tfds.core.ShardedFileTemplate:
         return tfds.core.ShardedFileTemplate(
-            data_dir=self._dataset,
-            dataset_name=self.info.name,
-            filetype_suffix=ARRAY_RECORD,
-            split=split,
+            data_dir=self._dataset, dataset_name=self.info.name, filetype_suffix=ARRAY_RECORD, split=split
         )
 
 

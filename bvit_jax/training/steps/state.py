@@ -109,7 +109,6 @@ def abstract_state(
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of the state, without computing anything."""
     shapes = jax.eval_shape(
-        lambda key: create_state(key, model, optimizer, image_size, ema=ema, health=health),
-        jax.random.key(0),
+        lambda key: create_state(key, model, optimizer, image_size, ema=ema, health=health), jax.random.key(0)
     )
     return with_sharding(shapes, state_sharding(shapes, mesh))
