@@ -136,13 +136,7 @@ def eval_batches(
     """Yields this host's part of one pass over the evaluation split, in the order of the records.
 
     Every host yields the same number of batches, ``ceil(num_examples / batch_size)``; over all
-    hosts each image appears exactly once.
-
-    Args:
-      config: the ``data`` settings of the run.
-      image_size: side of the square images, in pixels.
-      batch_size: over all hosts.
-      rows: which images of each batch this host loads, in ascending order; by default all.
+    hosts each image appears exactly once. The arguments are those of `train_batches`.
 
     Yields:
       ``image``, uint8 [b, image_size, image_size, 3], ``label``, int32 [b], ``mask``, bool [b], and

@@ -164,14 +164,7 @@ def save(model: Classifier | Pretrained, path: str | os.PathLike[str], format: s
 
 
 def predict(model: Classifier | str | os.PathLike[str], images: Images) -> np.ndarray:
-    """Returns the probabilities that a model gives to the classes of images.
-
-    Args:
-      model: what `load` returned or takes.
-      images: N images, see `Classifier.predict`.
-
-    Returns:
-      float32 ``[N, classes]``.
+    """Returns `Classifier.predict` of images, float32 ``[N, classes]``; the model is loaded if it is a path.
 
     Raises:
       UserError: see `load` and `Classifier.predict`.

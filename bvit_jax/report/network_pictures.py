@@ -72,9 +72,8 @@ def histograms(weights: Sequence[LatentWeights]) -> Any:
     columns = max(map(len, groups.values()))
     limit = 1.1 * max(np.quantile(np.abs(layer.values), 0.999) for layer in weights) or 1.0
     figure, axes = subplots(
-        len(groups), columns, figsize=(max(1.6 * columns, 4), 1.25 * len(groups) + 0.4),
-        sharex=True
-    )  # fmt: skip
+        len(groups), columns, figsize=(max(1.6 * columns, 4), 1.25 * len(groups) + 0.4), sharex=True
+    )
     edges = np.linspace(-limit, limit, 62)
     for row, (group, layers) in zip(axes, groups.items(), strict=True):
         row[0].set_ylabel(group.replace("_", "\n"), fontsize=9, rotation=0, ha="right", va="center")
@@ -174,9 +173,7 @@ def attention(image: np.ndarray, blocks: Sequence[Block], seen: Seen, binary: bo
     chosen = figures.ends_of_stages(blocks)
     rows = [attention_row(block, seen, binary) for block in chosen]
     columns = 1 + len(rows[0])
-    figure, axes = subplots(
-        len(rows), columns, figsize=(2.1 * columns + 0.8, 1.95 * len(rows) + 0.4)
-    )  # fmt: skip
+    figure, axes = subplots(len(rows), columns, figsize=(2.1 * columns + 0.8, 1.95 * len(rows) + 0.4))
     for line, block, row in zip(axes, chosen, rows, strict=True):
         _background(line[0], image)
         _mark(line[0], block, len(image))
@@ -312,9 +309,7 @@ def biases(params: Any, blocks: Sequence[Block]) -> Any:
     """Draws the relative position biases of a Swin, one row per block and one column per head."""
     rows = [(block, figures.position_biases(params, block)) for block in figures.ends_of_stages(blocks)]
     columns = min(MAX_TILES, max(len(biases) for _, biases in rows))
-    figure, axes = subplots(
-        len(rows), columns, figsize=(1.35 * columns + 2.2, 1.45 * len(rows) + 0.3)
-    )  # fmt: skip
+    figure, axes = subplots(len(rows), columns, figsize=(1.35 * columns + 2.2, 1.45 * len(rows) + 0.3))
     for line, (block, biases) in zip(axes, rows, strict=True):
         limit = np.abs(biases).max() or 1.0
         reach = biases.shape[-1] // 2

@@ -118,15 +118,8 @@ class Checkpoints:
         """Replaces the JSON values of the step that this object has saved or restored last.
 
         The change is atomic: whenever the process ends, the checkpoint exists, with the old values or the
-        new ones. Waits for the save first, and deletes the checkpoints that are no longer kept.
-
-        Args:
-          step: of the last `save` or `restore`.
-          metadata: JSON values.
-          best_step: the checkpoint to keep as the best one, this or an earlier step.
-
-        Raises:
-          UserError: this or the save before it could not be written.
+        new ones. Waits for the save first, and deletes the checkpoints that are no longer kept. Arguments and
+        errors are those of `save`.
         """
         self.wait()
         if step != self._current:

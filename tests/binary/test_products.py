@@ -220,9 +220,7 @@ def check_attention(plain, product, name, dtype, integers, gradient, *arguments)
     config = ProductConfig(jnp.dtype(dtype), estimator, integer_products=integers)
     accumulator = products.accumulator_dtype(dtype)
     y, gradients = forward_and_gradients(
-        lambda *a: product(*a, config),
-        gradient,
-        *(jnp.array(a, accumulator) for a in arguments),
+        lambda *a: product(*a, config), gradient, *(jnp.array(a, accumulator) for a in arguments)
     )
     plain = partial(plain, smooth)
     expected, expected_gradients = forward_and_gradients(plain, gradient, *map(jnp.array, arguments))
@@ -237,8 +235,7 @@ def check_attention(plain, product, name, dtype, integers, gradient, *arguments)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "accumulator"),
-    [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")],
+    ("dtype", "accumulator"), [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")]
 )
 def test_real_product_accumulates_in_float32_at_least(dtype, accumulator):
     assert products.accumulator_dtype(dtype) == accumulator

@@ -295,16 +295,14 @@ def _(train: Any, val: Any) -> None:
 
 
 @_case(
-    "validation image missing",
-    r"val\.tar lacks 1 file\(s\), such as ILSVRC2012_val_00000002\.JPEG; .* the 5",
+    "validation image missing", r"val\.tar lacks 1 file\(s\), such as ILSVRC2012_val_00000002\.JPEG; .* the 5"
 )
 def _(train: Any, val: Any) -> None:
     del val[1]
 
 
 @_case(
-    "validation image too many",
-    r"val\.tar should not hold 1 file\(s\), such as val/x\.JPEG; expected the 5",
+    "validation image too many", r"val\.tar should not hold 1 file\(s\), such as val/x\.JPEG; expected the 5"
 )
 def _(train: Any, val: Any) -> None:
     val.append(("val/x.JPEG", jpeg(0)))

@@ -79,7 +79,7 @@ def test_fallback_box(width: int, height: int, scale: tuple[float, float], box: 
 @pytest.mark.parametrize(
     ("size", "expected"),
     [((500, 375), (341, 256)), ((375, 500), (256, 341)), ((90, 90), (256, 256)),
-     ((256, 999), (256, 999)), ((7, 3), (597, 256))],
+     ((256, 999), (256, 999)), ((7, 3), (597, 256))]
 )  # fmt: skip
 def test_resize_short_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
     resized = transforms.resize_short_side(Image.new("RGB", size), 256, "bilinear")

@@ -40,13 +40,7 @@ def block_size(width, mlp_dim, reduction, layer_scale, branches):
 
 def test_size_of_binaryvit():
     stages = list(
-        zip(
-            (64, 128, 256, 512),
-            (3, 4, 8, 4),
-            (512, 1024, 1024, 2048),
-            (8, 4, 1, 1),
-            (56, 28, 14, 7),
-        )
+        zip((64, 128, 256, 512), (3, 4, 8, 4), (512, 1024, 1024, 2048), (8, 4, 1, 1), (56, 28, 14, 7))
     )
     total = 4 * 4 * 3 * 64 + 64 + 2 * 64 + 56 * 56 * 64  # patches, norm, positions
     for width, depth, mlp_dim, reduction, _ in stages:
