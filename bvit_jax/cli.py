@@ -147,6 +147,9 @@ def _train(arguments: list[str]) -> None:
     text("workdir", None, "Directory of the run: checkpoints, metrics, config.json. Continues what is there.")
     boolean("dry_run", False, "Build everything, compile it, print its cost as JSON, and stop.")
     boolean("debug_nans", False, "Stop at the first operation that makes a NaN, and name it; slower.")
+    boolean(
+        "allow_changes", False, "Continue although the model, or what a step means, differs from the run's."
+    )
     _define_topology(values, "With --dry_run: ")
     _define_cluster(values)
     if _asks_for_help(arguments, values, _train):
@@ -165,7 +168,13 @@ def _train(arguments: list[str]) -> None:
     from bvit_jax.training.loop import train_and_evaluate
 
     interruption = Interruption(sigterm=process.is_ours())
-    figures = train_and_evaluate(config, workdir, debug_nans=values.debug_nans, interruption=interruption)
+    figures = train_and_evaluate(
+        config,
+        workdir,
+        debug_nans=values.debug_nans,
+        allow_changes=values.allow_changes,
+        interruption=interruption,
+    )
     _print_result(to_json(figures))
 
 

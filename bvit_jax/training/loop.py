@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from bvit_jax import config as config_lib
 from bvit_jax import data, models
 from bvit_jax.errors import UserError
 from bvit_jax.runtime import distributed
@@ -30,8 +29,10 @@ from bvit_jax.training.steps.batch import Batch
 from bvit_jax.training.steps.programs import Program, Programs
 from bvit_jax.training.steps.state import TrainState
 from bvit_jax.training.teacher import Teacher
-from bvit_jax.workdir import runs
+from bvit_jax.workdir import starts
 from bvit_jax.workdir.checkpoint import Checkpoints, is_saved
+from bvit_jax.workdir.collectives import on_first_process
+from bvit_jax.workdir.lock import Lock
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def train_and_evaluate(
     workdir: Path,
     *,
     debug_nans: bool = False,
+    allow_changes: bool = False,
     run: Run | None = None,
     interruption: Interruption | None = None,
 ) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def train_and_evaluate(
       config: of the run.
       workdir: of the run, the same directory for all processes.
       debug_nans: stop at the first operation that makes a NaN, and name it; slower.
+      allow_changes: continue also with settings by which model or steps mean something else.
       run: what `build` made of the same configuration, to use what is compiled again; by default it is built.
       interruption: says when to stop; by default nothing does in a run of one process, whose SIGTERM stays
         the caller's. ``Interruption(sigterm=True)`` saves and stops at SIGTERM, as the command does.
@@ -71,6 +74,7 @@ def train_and_evaluate(
         if debug_nans:
             stack.enter_context(named_nans())
         check(config)
+        on_first_process(lambda: starts.check(workdir, config, allow_changes=allow_changes))
         split = open_splits(config)
         run = build(config, split.num_examples, donate=not debug_nans) if run is None else run
         identity = {"teacher": run.teacher.digest, "dataset": split.version}
@@ -79,13 +83,13 @@ def train_and_evaluate(
         _announce(config, run)
 
         # --- start or resume -------------------------------------------------------------------
-        _make_workdir(workdir)
+        lock = stack.enter_context(closing(Lock(workdir)))
         checkpoints = stack.enter_context(closing(Checkpoints(workdir, keep=config.checkpoint.keep)))
         key_init, key = run.programs.keys.run(jax.random.key(config.seed))
         restored = checkpoints.restore(run.state)
         record, start = _resumed(restored, run, split, workdir)
         if jax.process_index() == 0:
-            _describe(workdir, config, split.class_names)
+            starts.write(workdir, config, split.class_names, start)
         log = stack.enter_context(closing(RunLog(workdir, config, run, record, start)))
         teacher = replicate(run.teacher.variables, run.mesh)
 
@@ -98,7 +102,7 @@ def train_and_evaluate(
             state = restored[0] if restored else programs.create.run(key_init, given)
         del given, restored  # their memory
         profile = stack.enter_context(closing(Profile(workdir, config.profile_steps)))
-        save = partial(_save, checkpoints, record, identity, workdir, log)
+        save = partial(_save, checkpoints, record, identity, workdir, log, lock)
         evaluate = partial(_evaluate, config, run, record, log, interruption)
 
         # --- train -----------------------------------------------------------------------------
@@ -233,12 +237,14 @@ def _save(
     identity: dict[str, str],
     workdir: Path,
     log: RunLog,
+    lock: Lock,
     step: int,
     state: TrainState,
 ) -> None:
     """Saves the state after a step; if it is saved already, the record alone, if that has changed."""
     if step == 0:
         return  # nothing has happened
+    lock.check()
     record.means(workdir)  # never a state that is not finite
     content = {"record": record.to_json(), "identity": identity}
     with log.paused(), jax.transfer_guard("allow"):  # Orbax reads the arrays in its own way
@@ -284,20 +290,3 @@ def _check_identity(identity: dict[str, str], teacher: Teacher, split: data.Spli
             f" {split.version} now, whose order may be another; name it in config.data.dataset, as in"
             f" {split.dataset}:{version}"
         )
-
-
-def _make_workdir(workdir: Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot create the workdir {workdir}: {error.strerror}; choose another --workdir"
-        ) from error
-
-
-def _describe(workdir: Path, config: ConfigDict, class_names: Sequence[str]) -> None:
-    try:
-        config_lib.save(config, workdir / "config.json")
-        runs.write_class_names(workdir, class_names)
-    except OSError as error:
-        raise UserError(f"cannot write to {workdir}: {error.strerror}; choose another --workdir") from error

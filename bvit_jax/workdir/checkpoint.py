@@ -5,7 +5,7 @@ Layout below the run's directory, Orbax underneath::
     checkpoints/<step>/
         state/            the arrays
         metadata/         JSON
-        checksums.json    SHA-256 of the files above, written last and removed first
+        checksums.json    SHA-256 of the files above, written last; renamed while the rest is deleted
         metadata.json     JSON that has replaced ``metadata/`` since, with its own SHA-256
 
 A step without ``checksums.json`` was not completely written, or not completely deleted, and does
@@ -28,12 +28,11 @@ from bvit_jax.errors import UserError
 from bvit_jax.workdir.checkpoint_files import (
     FOLDER,
     ITEMS,
-    all_steps,
     clear_unfinished,
     complete_steps,
     delete,
     handler,
-    make_invisible,
+    make_room,
     read,
     read_metadata,
 )
@@ -107,7 +106,7 @@ class Checkpoints:
             self.replace_metadata(step, metadata, best_step)
             return
         if jax.process_index() == 0:
-            _writing(self._folder, lambda: make_invisible(path))
+            _writing(self._folder, lambda: make_room(path))
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(content))
         _writing(self._folder, lambda: self._writer.save(path, args=arguments, force=True))
         self._current, self._content = step, content
@@ -210,7 +209,7 @@ class Checkpoints:
     def _prune(self, step: int, best_step: int | None) -> list[int]:
         reached = sorted(s for s in {*self._steps, step} if s <= step)
         kept = [s for s in reached if s in reached[-self._keep :] or s == best_step]
-        for other in all_steps(self._folder):
+        for other in complete_steps(self._folder):  # what appeared meanwhile and is not ours stays
             if other not in kept:
                 try:
                     delete(self._folder / str(other))
@@ -253,7 +252,7 @@ def restore_variables(
     if step == NONE:
         return None
     path = folder / str(step)
-    verify_checksums(path)
+    verify_checksums(path, ITEMS)
     fields, metadata = read(path, abstract, partial=True)
     return fields, metadata["run"], step
 
@@ -262,7 +261,7 @@ def _step_of_kind(folder: Path, kind: Kind) -> int:
     steps = complete_steps(folder)
     step: int | None = max(steps, default=None)
     if step is not None and kind == "best":
-        verify_checksums(folder / str(step))
+        verify_checksums(folder / str(step), ITEMS)
         step = read_metadata(folder / str(step))["best_step"]
     return step if step in steps else NONE
 
@@ -272,7 +271,7 @@ def _newest_whole(folder: Path, steps: list[int]) -> int:
     for step in sorted(steps, reverse=True):
         # Before Orbax reads: it does not notice flipped bits, and reports missing bytes in pages.
         try:
-            verify_checksums(folder / str(step))
+            verify_checksums(folder / str(step), ITEMS)
         except DamagedError as error:
             logger.warning("%s", error)
             continue

@@ -1,6 +1,5 @@
 """The files of checkpoints: which there are, what may be deleted, and how one is read."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -9,12 +8,15 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from bvit_jax.config.files import read_json
 from bvit_jax.errors import UserError
 from bvit_jax.workdir.checksums import CHECKSUMS, read_replacement
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "metadata")
+DELETED = "deleted.json"  # the checksums of a checkpoint that is being deleted
 METADATA = "metadata/metadata"  # where Orbax puts JSON values
+KEYS = {"best_step", "run"}  # of those values
 STEP = re.compile(r"0|[1-9][0-9]*")
 UNFINISHED = re.compile(rf"({STEP.pattern})\.orbax-checkpoint-tmp.*")  # what Orbax is still writing
 
@@ -38,30 +40,63 @@ def complete_steps(folder: Path) -> list[int]:
     return [step for step in all_steps(folder) if (folder / str(step) / CHECKSUMS).exists()]
 
 
+def foreign_steps(folder: Path) -> list[Path]:
+    """Returns what has the name of a step and is neither a complete checkpoint nor a half one of ours."""
+    if not folder.is_dir():
+        return []
+    paths = [folder / str(step) for step in all_steps(folder)]
+    return [path for path in paths if not (path / CHECKSUMS).exists() and not _left_by_us(path)]
+
+
 def clear_unfinished(folder: Path) -> None:
     """Deletes steps that were not completely written; whatever else is in the folder is not ours."""
     folder.mkdir(parents=True, exist_ok=True)
-    complete = {str(step) for step in complete_steps(folder)}
     for path in folder.iterdir():
-        incomplete = STEP.fullmatch(path.name) and path.name not in complete
-        if path.is_dir() and (incomplete or UNFINISHED.fullmatch(path.name)):
+        incomplete = STEP.fullmatch(path.name) and not (path / CHECKSUMS).exists() and _left_by_us(path)
+        if incomplete or (UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink()):
             delete(path)
 
 
 def delete(path: Path) -> None:
-    """Deletes a checkpoint; without its checksums it is invisible at once."""
-    (path / CHECKSUMS).unlink(missing_ok=True)
-    shutil.rmtree(path)
+    """Deletes a checkpoint, which is invisible at once; of a link the link alone, since a copy is somebody's.
+
+    What tells that it is ours goes last, so that what a kill leaves can be deleted, too.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
+    if (path / CHECKSUMS).exists():
+        (path / CHECKSUMS).rename(path / DELETED)
+    marks = (path / Path(METADATA).parent, path / DELETED)
+    for inside in (*(each for each in path.iterdir() if each not in marks), *marks):
+        if inside.is_dir() and not inside.is_symlink():
+            shutil.rmtree(inside)
+        else:
+            inside.unlink(missing_ok=True)
+    path.rmdir()
 
 
-def make_invisible(path: Path) -> None:
-    """Removes a checkpoint's checksums.
+def make_room(path: Path) -> None:
+    """Deletes a checkpoint that is saved again.
 
     Raises:
       FileNotFoundError: the folder of all checkpoints is gone; Orbax would create another one.
     """
     path.parent.stat()
-    (path / CHECKSUMS).unlink(missing_ok=True)
+    if path.is_symlink() or path.exists():
+        delete(path)
+
+
+def _left_by_us(path: Path) -> bool:
+    """Returns whether a directory without checksums is what a kill left of a checkpoint of ours."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    if (path / DELETED).exists() or not any(inside.is_file() for inside in path.rglob("*")):
+        return True
+    try:
+        return set(read_json(path / METADATA)) == KEYS
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read(path: Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, Any]]:
@@ -98,8 +133,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Returns ``best_step`` and ``run`` of a checkpoint; raises `UserError` if it holds something else."""
     metadata = read_replacement(path)
     if metadata is None:
-        metadata = json.loads((path / METADATA).read_bytes())
-    if not isinstance(metadata, dict) or metadata.keys() != {"best_step", "run"}:
+        metadata = read_json(path / METADATA)
+    if not isinstance(metadata, dict) or metadata.keys() != KEYS:
         raise UserError(
             f"checkpoint {path} was written by another version of this package, which must read it; or choose"
             " another workdir"

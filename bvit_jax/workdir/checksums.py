@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bvit_jax.config.files import read_json, replace_file
 from bvit_jax.errors import UserError
 
 CHECKSUMS = "checksums.json"
@@ -20,11 +20,11 @@ class DamagedError(UserError):
 def write_checksums(path: Path, items: Sequence[str]) -> None:
     """Writes the checksums of all files in some directories of a checkpoint, which makes it complete."""
     files = sorted(file for item in items for file in (path / item).rglob("*") if file.is_file())
-    _write_json(path / CHECKSUMS, {str(file.relative_to(path)): _sha256(file) for file in files})
+    _write_json(path / CHECKSUMS, {file.relative_to(path).as_posix(): _sha256(file) for file in files})
 
 
-def verify_checksums(path: Path) -> None:
-    """Verifies all files of a checkpoint.
+def verify_checksums(path: Path, items: Sequence[str]) -> None:
+    """Verifies all files of a checkpoint, which are in some directories of it.
 
     Raises:
       DamagedError: a file is missing or differs from what was written.
@@ -32,12 +32,17 @@ def verify_checksums(path: Path) -> None:
     """
     name = CHECKSUMS
     try:
-        for name, expected in json.loads((path / CHECKSUMS).read_bytes()).items():
+        checksums = read_json(path / CHECKSUMS)
+        if {name.split("/")[0] for name in checksums} != set(items):
+            raise ValueError(f"does not list the files of {' and '.join(items)} alone")
+        for name, expected in checksums.items():
+            if ".." in name.split("/"):
+                raise ValueError("is outside of the checkpoint")
             if _sha256(path / name) != expected:
                 raise ValueError("does not match its checksum")
         name = REPLACED
         if (path / REPLACED).exists():
-            replaced = json.loads((path / REPLACED).read_bytes())
+            replaced = read_json(path / REPLACED)
             if _sha256_of_json(replaced["content"]) != replaced["sha256"]:
                 raise ValueError("does not match its checksum")
     except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError) as error:
@@ -58,7 +63,7 @@ def write_replacement(path: Path, content: Any) -> None:
 def read_replacement(path: Path) -> Any | None:
     """Returns what `write_replacement` wrote last, None if it was never called."""
     replaced = path / REPLACED
-    return json.loads(replaced.read_bytes())["content"] if replaced.exists() else None
+    return read_json(replaced)["content"] if replaced.exists() else None
 
 
 def _sha256(path: Path) -> str:
@@ -71,10 +76,4 @@ def _sha256_of_json(content: Any) -> str:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    """Writes a file that holds either what it held before or all of the new values."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, json.dumps(values, indent=1).encode())

@@ -3,16 +3,31 @@
 All processes call each function equally often, in the same order. A run of one process needs no others.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from bvit_jax.errors import UserError
+
 
 def from_first_process(number: int) -> int:
     """Returns the number that the first process passes, an int32, in all processes."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def on_first_process(action: Callable[[], None]) -> None:
+    """Does something on the first process; raises in all of them if it raises `UserError` there."""
+    error: UserError | None = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except UserError as raised:
+            error = raised
+    if from_first_process(int(error is not None)):
+        raise error or UserError("process 0 stops the run; see its message")
 
 
 def of_all_processes(array: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import models, weights
+from bvit_jax.config.files import read_json, replace_file
 from bvit_jax.errors import UserError
 from bvit_jax.weights.class_names import default_class_names, readable_class_names
 from bvit_jax.weights.formats import FORMATS, reference
@@ -69,8 +70,8 @@ def is_run(path: Path) -> bool:
     if not (path / FOLDER).is_dir():
         return False
     try:
-        values = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path / "config.json")
+    except (OSError, ValueError):
         return True  # a damaged one
     return not isinstance(values, dict) or not {"model_type", "architecture", "format"} & values.keys()
 
@@ -151,7 +152,7 @@ def restore(
 
 def write_class_names(workdir: Path, names: Sequence[str]) -> None:
     """Writes the names of the classes into a run's directory."""
-    (workdir / CLASSES_FILE).write_text(json.dumps(list(names), indent=0) + "\n", encoding="utf-8")
+    replace_file(workdir / CLASSES_FILE, (json.dumps(list(names), indent=0) + "\n").encode())
 
 
 def read_class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
@@ -164,7 +165,7 @@ def read_class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
     if not path.exists():  # of an older version
         return default_class_names(num_classes)
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = read_json(path)
         if len(names) != num_classes or not all(isinstance(name, str) for name in names):
             raise ValueError(f"it does not hold {num_classes} names")
     except (OSError, ValueError, TypeError) as error:

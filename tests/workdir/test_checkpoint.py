@@ -20,6 +20,7 @@ import pytest
 from bvit_jax.errors import UserError
 from bvit_jax.workdir import checkpoint, checksums
 from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
+from bvit_jax.workdir.checkpoint_files import delete, foreign_steps
 
 METADATA = {"mean": 0.1 + 0.2, "window": {"loss": [1e-300, 3]}, "best": None, "name": "ü"}
 
@@ -385,6 +386,66 @@ def test_what_is_no_checkpoint_is_left_alone(checkpoints, tmp_path):
     assert all((folder / name / "file").exists() for name in names)
 
 
+def test_a_checkpoint_of_another_program_is_left_alone(checkpoints, tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in ("1000/metadata/metadata", "1000/state/d", "2/weights"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("[1]")
+    (folder / "3").symlink_to(folder / "2")
+    run = checkpoints(keep=1)
+    for step in (4, 5):
+        run.save(step, make_state(step), {})
+    run.wait()
+    assert steps_of(tmp_path) == ["1000", "2", "3", "5"]
+    assert (folder / "1000" / "state" / "d").exists()
+    assert [path.name for path in foreign_steps(folder)] == ["2", "3", "1000"]
+
+
+@pytest.mark.parametrize("again", ["pruned", "saved"])
+def test_a_checkpoint_that_was_moved_and_linked_back_stays_where_it_is(checkpoints, tmp_path, again):
+    run = checkpoints(keep=1)
+    run.save(1, make_state(1), {})
+    run.wait()
+    link, archived = tmp_path / "checkpoints" / "1", tmp_path / "archive"
+    link.rename(archived)
+    link.symlink_to(archived)
+    resumed = checkpoints(keep=1)
+    if again == "pruned":
+        assert_identical(resumed.restore(abstract(make_state()))[0], make_state(1))
+    resumed.save(2 if again == "pruned" else 1, make_state(2), {})
+    resumed.wait()
+    assert steps_of(tmp_path) == ["2" if again == "pruned" else "1"]
+    assert not link.is_symlink()
+    assert_identical(checkpoints().restore(abstract(make_state()))[0], make_state(2))
+    archived.rename(tmp_path / "checkpoints" / "7")
+    assert_identical(checkpoints().restore(abstract(make_state()))[0], make_state(1))
+
+
+def test_a_deletion_that_was_killed_is_finished(checkpoints, tmp_path, monkeypatch):
+    run = checkpoints()
+    run.save(1, make_state(1), {})
+    run.wait()
+    folder = tmp_path / "checkpoints"
+    order: list[str] = []
+    for name in ("unlink", "rename", "rmdir"):
+        original = getattr(Path, name)
+        monkeypatch.setattr(
+            Path,
+            name,
+            lambda path, *a, original=original, **k: (order.append(path.name), original(path, *a, **k)),
+        )
+    shutil.copytree(folder / "1", folder / "2")
+    delete(folder / "2")
+    assert order[0] == "checksums.json"
+    assert order[-2:] == ["deleted.json", "2"]
+    (folder / "1" / "checksums.json").rename(folder / "1" / "deleted.json")
+    shutil.rmtree(folder / "1" / "metadata")  # as far as it came
+    (folder / "3" / "state").mkdir(parents=True)  # or to its last file
+    assert foreign_steps(folder) == []
+    checkpoints()
+    assert steps_of(tmp_path) == []
+
+
 def test_a_directory_that_cannot_be_written(checkpoints, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^cannot write checkpoints to [^\n]*$"):
@@ -449,6 +510,7 @@ import jax, jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
+from bvit_jax.workdir.checkpoint_files import delete, foreign_steps
 
 def mesh(*shape):
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)

@@ -1,0 +1,31 @@
+"""The settings of a run: declared once with default, range and documentation, checked, written and read.
+
+`settings` declares them, `values` says what is accepted, `files` keeps them beside a run. Knows no models.
+"""
+
+from bvit_jax.config.files import load, save
+from bvit_jax.config.settings import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SECTIONS,
+    SETTINGS,
+    check,
+    check_section,
+    default_config,
+    settings_of,
+    validate,
+)
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "SECTIONS",
+    "SETTINGS",
+    "check",
+    "check_section",
+    "default_config",
+    "load",
+    "save",
+    "settings_of",
+    "validate",
+]
