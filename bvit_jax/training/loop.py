@@ -48,9 +48,8 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains the model of ``config``, or continues the run that ``workdir`` holds.
 
-    The workdir receives ``config.json``, ``metrics.jsonl``, checkpoints and, with tensorboardX, TensorBoard
-    files. A run that was killed continues from its newest checkpoint, bit for bit as if it had not been. All
-    processes of a run call this.
+    The workdir receives what docs/training.md lists. A run that was killed continues from its newest
+    checkpoint, bit for bit as if it had not been. All processes of a run call this.
 
     Args:
       config: of the run.
@@ -88,8 +87,7 @@ def train_and_evaluate(
         key_init, key = run.programs.keys.run(jax.random.key(config.seed))
         restored = checkpoints.restore(run.state)
         record, start = _resumed(restored, run, split, workdir)
-        if jax.process_index() == 0:
-            starts.write(workdir, config, split.class_names, start)
+        starts.write(workdir, config, split.class_names, start)
         log = stack.enter_context(closing(RunLog(workdir, config, run, record, start)))
         teacher = replicate(run.teacher.variables, run.mesh)
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
@@ -59,11 +60,13 @@ def check(workdir: Path, config: ConfigDict, *, allow_changes: bool) -> None:
 
 
 def write(workdir: Path, config: ConfigDict, class_names: Sequence[str], step: int) -> None:
-    """Writes the configuration and the classes; the configurations of all starts are kept, line by line.
+    """Writes, on the first process, configuration and classes; the configurations of all starts are kept.
 
     Raises:
       UserError: a file cannot be written.
     """
+    if jax.process_index() > 0:
+        return
     path, starts = workdir / CONFIG_FILE, workdir / STARTS_FILE
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     try:
