@@ -247,10 +247,8 @@ def test_another_model_is_refused_and_nothing_overwritten(
     files = [workdir / name for name in ("config.json", "metrics.jsonl")]
     before = [path.read_bytes() for path in files]
     config = short_config(data_dir)
-    config.model.mlp_dim = (32, 32)
-    with pytest.raises(
-        UserError, match=r"was trained with config.model.mlp_dim=\[16, 32\] \(here \[32, 32\]\), by"
-    ):
+    config.model.mlp_dim = (32,)
+    with pytest.raises(UserError, match=r"was trained with config.model.mlp_dim=\[16\] \(here \[32\]\), by"):
         train_and_evaluate(config, workdir)
     with pytest.raises(UserError, match="does not fit this configuration"):
         train_and_evaluate(config, workdir, allow_changes=True)
