@@ -3,7 +3,7 @@
 `main` runs a command and returns its exit status, in any process, as often as wanted. `run` is for a process
 of the command's own, which it changes and ends (`bvit_jax.runtime.process`). All commands have one policy for
 errors: what is wrong outside the program is one line on stderr, everything else is a bug and keeps its
-traceback.
+traceback. JAX is imported by the commands, so that `run` has taken the signals before.
 """
 
 import functools
@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import jax
 from absl import flags
 
 from bvit_jax.errors import UserError, nearest
-from bvit_jax.runtime import compilation, distributed, process
+from bvit_jax.runtime import process
 from bvit_jax.runtime.arguments import config_of, parse_flags, parse_with_config
-from bvit_jax.runtime.interruption import Interrupted, Interruption
 
 USAGE = 2  # exit status for a command line that is wrong, as argparse has it
 
@@ -35,7 +33,7 @@ class Command:
       text: what it does, in a line.
       run: takes the arguments; returns an exit status, None for 0, and raises what is wrong.
       logs: whether the package's log goes to stderr.
-      trains: whether it may be one process of several, save at SIGTERM, and leave threads behind.
+      trains: whether it may be one process of several, save at signals, and leave threads behind.
     """
 
     text: str
@@ -51,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the command and its arguments; those of the process if None.
 
     Returns:
-      0, or 1 after an error that is one line on stderr, 2 for arguments that argparse refuses, 128 + SIGTERM
-      for a run that was asked to stop, or what the command documents.
+      0, or 1 after an error that is one line on stderr, 2 for arguments that argparse refuses, 128 + the
+      signal that asked it to stop, or what the command documents.
     """
     name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
@@ -74,10 +72,8 @@ def run(*argv: str) -> NoReturn:
     process.take()
     if command is not None and command.logs:
         process.log_to_stderr()
-    if command is not None and not command.trains:
-        process.exit_on_sigterm()
     status = main(words)
-    process.end(status, at_once=status != 0 and command is not None and command.trains)
+    process.end(status, at_once=status > 128 or (status != 0 and command is not None and command.trains))
 
 
 def console() -> NoReturn:
@@ -104,24 +100,28 @@ def _status(action: Callable[[], int]) -> int:
     """Returns the exit status of an action, and writes its error as one line."""
     try:
         return action()
-    except SystemExit as end:  # argparse's, and that of SIGTERM where the process is ours
+    except SystemExit as end:  # argparse's
         return end.code if isinstance(end.code, int) else 0 if end.code is None else USAGE
-    except Interrupted as interrupted:
-        return _line(str(interrupted), 128 + signal.SIGTERM)
+    except (process.Interrupted, process.Stopped) as stop:
+        return _line(str(stop), 128 + stop.number)
     except KeyboardInterrupt:
-        return _line("interrupted; run the same command again to continue", 130)
+        return _line(str(process.Stopped()), 128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output has seen enough
         process.discard_stdout()
         return 1
     except UserError as error:
         return _fail(str(error))
     except Exception as error:
+        from bvit_jax.runtime import compilation, distributed
+
         known = compilation.as_user_error("what the run computes", error)
         if isinstance(known, UserError):
             return _fail(str(known))
         if distributed.is_active():  # the other processes must not wait until jax notices
-            traceback.print_exc()
-            return _fail(distributed.lost(error) or str(error))
+            lost = distributed.lost(error)
+            if not lost:
+                traceback.print_exc()
+            return _fail(lost or str(error))
         if isinstance(error, OSError):
             place = f": {error.filename}" if error.filename is not None else ""
             return _fail(f"{error.strerror or error}{place}")
@@ -164,6 +164,7 @@ def _train(arguments: list[str]) -> None:
         raise UserError(f"--topology={values.topology} is for planning only; add --dry_run")
     config, workdir = config_of(values), _workdir(values)
     _start_jax(values)
+    from bvit_jax.runtime.interruption import Interruption
     from bvit_jax.training.evaluation import to_json
     from bvit_jax.training.loop import train_and_evaluate
 
@@ -226,6 +227,7 @@ def _eval(arguments: list[str]) -> None:
     parse_flags(values, arguments)
     workdir = _workdir(values)
     _start_jax(values)
+    process.raise_at_signals()  # again: JAX takes SIGTERM where it starts several processes
     from bvit_jax.training.evaluation import evaluate_workdir, to_json
     from bvit_jax.workdir.checkpoint import Kind
 
@@ -254,6 +256,8 @@ def _define_topology(values: flags.FlagValues, condition: str = "") -> None:
 
 def _define_cluster(values: flags.FlagValues) -> None:
     """Defines the flags that `_start_jax` reads."""
+    from bvit_jax.runtime.distributed import DEFAULT_TIMEOUT
+
     text, boolean = _definers(values)
     number = functools.partial(flags.DEFINE_integer, flag_values=values)
     boolean(
@@ -265,13 +269,15 @@ def _define_cluster(values: flags.FlagValues) -> None:
     text("coordinator", "", "HOST:PORT of process 0, the same for all processes.")
     number("num_processes", None, "Number of processes.")
     number("process_id", None, "Number of this process, from 0.")
-    number(
-        "startup_timeout", distributed.DEFAULT_TIMEOUT, "Seconds to wait for all processes.", lower_bound=1
-    )
+    number("startup_timeout", DEFAULT_TIMEOUT, "Seconds to wait for all processes.", lower_bound=1)
 
 
 def _start_jax(values: flags.FlagValues) -> None:
     """Connects the processes of a run as the flags say; afterwards only the first one logs progress."""
+    import jax
+
+    from bvit_jax.runtime import distributed
+
     cluster = distributed.Cluster(
         values.coordinator, values.num_processes, values.process_id, values.startup_timeout
     )
@@ -296,6 +302,8 @@ def _workdir(values: flags.FlagValues) -> Path:
 
 def _print_result(line: str) -> None:
     """Writes the result of a command to stdout, once for all processes."""
+    import jax
+
     if jax.process_index() == 0:
         sys.stdout.write(line + "\n")
 

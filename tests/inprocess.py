@@ -24,7 +24,7 @@ from tests.processes import metrics_of
 
 # Where a run may be killed: before and after each of these.
 EVENTS: dict[str, tuple[Any, str]] = {
-    "feed": (Feed, "__next__"),
+    "feed": (Feed, "next"),
     "log": (RunLog, "step"),
     "write": (MetricWriter, "write"),
     "save": (Checkpoints, "save"),

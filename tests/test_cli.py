@@ -16,7 +16,7 @@ from PIL import Image
 
 from bvit_jax import cli
 from bvit_jax.errors import UserError
-from bvit_jax.runtime import process
+from bvit_jax.runtime import distributed, process
 from bvit_jax.runtime.arguments import CONFIGS, parse_config
 from bvit_jax.runtime.interruption import Interrupted
 from tests.processes import ROOT, TIMEOUT, environment
@@ -89,7 +89,8 @@ def test_argparse_refuses_with_its_status(capsys: pytest.CaptureFixture[str]) ->
     [
         (UserError("a\nb"), 1, "error: a b\n"),
         (Interrupted(7), 128 + signal.SIGTERM, "stopped by SIGTERM at step 7; run the same command again"),
-        (KeyboardInterrupt(), 130, "interrupted; "),
+        (process.Stopped(signal.SIGHUP), 129, "stopped by SIGHUP; run the same command again\n"),
+        (KeyboardInterrupt(), 130, "stopped by SIGINT; run the same command again\n"),
         (FileNotFoundError(2, "No such file", "x"), 1, "error: No such file: x\n"),
         (OSError("odd"), 1, "error: odd\n"),
         (ValueError("RESOURCE_EXHAUSTED: 3 GB"), 1, "error: what the run computes does not fit"),
@@ -119,27 +120,31 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "line"),
+    ("error", "line", "traceback"),
     [
-        (
-            ValueError("Gloo all-reduce failed"),
-            "the other processes of the run do not answer: Gloo all-reduce",
-        ),
-        (TypeError("no peer"), "no peer"),
+        (ValueError("Gloo failed\nat"), "the other processes of the run do not answer: Gloo failed;", False),
+        (ValueError("no peer, no connection"), "no peer, no connection", True),
+        (TypeError("Gloo"), "Gloo", True),
     ],
 )
-def test_errors_in_a_run_of_several_processes_keep_their_traceback(
-    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_errors_in_a_run_of_several_processes(
+    error: Exception,
+    line: str,
+    traceback: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """One that means that another process is gone is one line; any other keeps its traceback."""
+
     def fails(arguments: list[str]) -> int:
         raise error
 
     monkeypatch.setitem(cli.COMMANDS, "fails", cli.Command("", fails))
-    monkeypatch.setattr(cli.distributed, "is_active", lambda: True)
+    monkeypatch.setattr(distributed, "is_active", lambda: True)
     assert cli.main(["fails"]) == 1
-    err = capsys.readouterr().err
-    assert err.startswith("Traceback")
-    assert err.splitlines()[-1].startswith(f"error: {line}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith(f"error: {line}")
+    assert (lines[0].startswith("Traceback"), len(lines) > 1) == (traceback, traceback)
 
 
 def test_main_leaves_the_process_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,20 +8,24 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from bvit_jax.errors import UserError
-from bvit_jax.runtime import process
+from bvit_jax.runtime import coordinator, process
 from bvit_jax.workdir.collectives import of_all_processes
 
 DEFAULT_TIMEOUT = 300  # seconds
+HEARTBEAT = 45  # seconds without one, after which a process counts as gone
 # At its own limit JAX ends the process without saying what to check: where we may, we do so first.
 _MARGIN = 3600
 # What jax and Gloo say where another process is gone.
-_LOST = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|[Cc]onnection|heartbeat|peer")
+_LOST = re.compile(
+    "^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)|Gloo|[Hh]eartbeat|[Cc]onnection (reset|refused)"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +67,17 @@ def start(cluster: Cluster, wanted: bool | None = None) -> None:
             raise UserError("--nodistributed excludes --coordinator, --num_processes and --process_id")
         return
     _check(cluster)
+    if cluster.process_id is not None:
+        coordinator.claim(cluster.coordinator, cluster.process_id)
+    process.answer_aborts(coordinator.explain, coordinator.SAID_OF_OTHERS)
+    probed = cluster.coordinator if cluster.process_id else ""  # the first one is the coordinator
     try:
-        with process.time_limit(cluster.timeout, _nobody_came(cluster)):
+        with process.watched(partial(coordinator.watch, probed, cluster.timeout, _nobody_came(cluster))):
             jax.distributed.initialize(
                 cluster.coordinator or None,
                 cluster.num_processes,
                 cluster.process_id,
+                heartbeat_timeout_seconds=HEARTBEAT,
                 initialization_timeout=cluster.timeout + (_MARGIN if process.is_ours() else 0),
                 cluster_detection_method="deactivate" if cluster.explicit() else None,
             )

@@ -1,18 +1,22 @@
 """From the host's batches to the devices, in a thread of its own, while the devices compute."""
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from bvit_jax.runtime import process
 from bvit_jax.runtime.mesh import shard_batch
 
 AHEAD = 2  # batches that wait on the devices
+POLL_SECONDS = 0.5
+CLOSE_SECONDS = 10
 
 
 class Feed:
@@ -37,26 +41,38 @@ class Feed:
         return self
 
     def __next__(self) -> tuple[dict[str, jax.Array], int]:
+        item = self.next(lambda: False)
+        assert item is not None
+        return item
+
+    def next(self, stop: Callable[[], bool]) -> tuple[dict[str, jax.Array], int] | None:
+        """Returns the next batch, or None if ``stop`` returned True while there was none."""
         start = time.perf_counter()
-        item = self._queue.get()
+        while True:
+            try:
+                item = self._queue.get(timeout=POLL_SECONDS)
+                break
+            except queue.Empty:
+                if stop():
+                    return None
         self.waited += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
         return item
 
     def close(self) -> None:
-        """Stops the thread, and the threads and processes of the batches."""
+        """Stops the thread, and what loads the batches unless its files do not answer."""
         self._closed.set()
-        while self._thread.is_alive():  # it may be waiting for room
-            try:
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:  # it may be waiting for room
+            with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        self._batches.close()
+        if not self._thread.is_alive():
+            self._batches.close()
 
     def _run(self) -> None:
         try:
-            for batch in self._batches:
+            for batch in process.leave_ctrl_c_to_us(self._batches):
                 arrays = {name: array for name, array in batch.items() if name != "bad"}
                 self._put((shard_batch(arrays, self._mesh), int(np.sum(batch["bad"] >= 0))))
                 if self._closed.is_set():

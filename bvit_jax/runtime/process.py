@@ -3,33 +3,61 @@
 `take` is called by the console script and by ``python -m``, once, before anything else. Without it, in a
 notebook, a test or another program, `bvit_jax.cli.main` and the library set no handlers, change no loggers,
 no variables of the environment and no settings of JAX, call no allocator and let the collector run. Two
-functions do something elsewhere too, for as long as they are asked to: `take_sigterm` and `environment`.
+functions do something elsewhere too, for as long as they are asked to: `take_signals` and `environment`.
+
+JAX is imported only where it is used, so that signals are ours while it is.
 """
 
 import contextlib
+import ctypes
 import gc
 import hashlib
+import itertools
 import logging
 import multiprocessing
 import os
 import re
+import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
-import jax
 from absl import logging as absl_logging
 
-from bvit_jax.runtime import allocator
-
+T = TypeVar("T")
 GRACE = 2  # seconds
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a preemption, a terminal that is closed
+PATIENCE = 10  # seconds that Python may need to see a signal: it does not while C++ computes
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 STDERR = 2  # the file descriptor that C++ writes to as well
+HEAD = re.compile(rb"[IWEF]\d{4} ")  # of a message of C++
 
 _ours = False
+_stderr = STDERR  # where our own lines go
+_on_abort: Any = None
+_ending: int | None = None  # the exit status of `end`, once it runs
+_seen = threading.Event()  # that a signal has come; Python's handler has run
+_again = threading.Event()  # the next signal is one that comes a second time because it was swallowed
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the process to end; raised in the main thread, like Python's own at Ctrl-C."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; run the same command again")
+        self.number = number
+
+
+class Interrupted(Exception):
+    """The run was asked to stop by a signal, and stopped after ``step``, which is saved."""
+
+    def __init__(self, step: int = 0, number: int = signal.SIGTERM) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} at step {step}; run the same command again to continue")
+        self.number = number
 
 
 def is_ours() -> bool:
@@ -41,10 +69,12 @@ def take() -> None:
     """Declares that this process runs one command and nothing else."""
     global _ours
     _ours = True
+    threading.Thread(target=_watch, args=(_pipe_of_signals(),), name="signals", daemon=True).start()
+    raise_at_signals()
+    sys.unraisablehook = _report_unraisable
     # Orbax and Grain log every call, and each part of a failure that is raised here as one error.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _report_unraisable
 
 
 def log_to_stderr() -> None:
@@ -59,27 +89,58 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
 
 
-def exit_on_sigterm() -> None:
-    """Makes SIGTERM raise `SystemExit`, so that a command removes what it has half written."""
+def raise_at_signals() -> None:
+    """Makes each of `STOPS` raise `Stopped`, so that a command removes what it has half written.
+
+    Those that the process was started to ignore, as by nohup, stay ignored. A second Ctrl-C ends it at once.
+    """
     if _ours:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        take_signals(_raise)
 
 
-def take_sigterm(notice: Callable[[], None]) -> Callable[[], object]:
-    """Calls ``notice`` at SIGTERM, in any process: ask for it only on the caller's behalf.
+def take_signals(notice: Callable[[int], None], *, as_sigterm: bool = False) -> Callable[[], object]:
+    """Calls ``notice`` at each of `STOPS`, or at SIGTERM alone in a process that is not ours.
+
+    Args:
+      notice: called in the main thread with the number of the signal.
+      as_sigterm: leave SIGTERM to JAX, which tells all processes of a run, and turn the others into it.
 
     Returns:
-      What restores the handler from before. In a thread other than the main one nothing can be set.
+      What restores the handlers from before. In a thread other than the main one nothing can be set.
     """
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: notice())
-    return lambda: previous is not None and signal.signal(signal.SIGTERM, previous)
+
+    def handle(number: int, frame: object) -> None:
+        _seen.set()
+        notice(number)
+        if as_sigterm:
+            signal.raise_signal(signal.SIGTERM)
+
+    numbers = [
+        n for n in STOPS if (_ours or n == signal.SIGTERM) and not (as_sigterm and n == signal.SIGTERM)
+    ]
+    taken = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in taken}
+    return lambda: [signal.signal(*pair) for pair in previous.items() if pair[1] is not None]
+
+
+def leave_ctrl_c_to_us(elements: Iterable[T]) -> Iterator[T]:
+    """Yields the elements; the processes that the first one starts do not hear the terminal's Ctrl-C."""
+    iterator = iter(elements)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT} if _ours else ())
+    try:
+        first = list(itertools.islice(iterator, 1))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield from itertools.chain(first, iterator)
 
 
 def prepare_to_compute() -> None:
     """Keeps freed memory and compiled programs; call it before JAX starts its backend."""
     if _ours:
+        from bvit_jax.runtime import allocator
+
         allocator.keep_freed_memory()
         _use_cache()
 
@@ -87,12 +148,16 @@ def prepare_to_compute() -> None:
 def stay_on_cpu() -> None:
     """Keeps JAX from starting an accelerator; call it before JAX starts its backend."""
     if _ours:
+        import jax
+
         jax.config.update("jax_platforms", "cpu")
 
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
     """Runs JAX on the CPU; in our own process no accelerator is started."""
+    import jax
+
     stay_on_cpu()
     if _ours or jax.default_backend() == "cpu":
         yield
@@ -133,6 +198,8 @@ def without_collection() -> Iterator[None]:
 def release_memory() -> None:
     """Returns the memory that compiling has freed to the system."""
     if _ours:
+        from bvit_jax.runtime import allocator
+
         allocator.release()
 
 
@@ -143,22 +210,72 @@ def log_warnings_only() -> None:
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """Ends the process with one line and exit status 1 if the block, which waits in C++, lasts longer."""
+def watched(watch: Callable[[threading.Event], str]) -> Iterator[None]:
+    """Ends the process with status 1 if ``watch`` returns a message while the block waits in C++.
 
-    def end_at_once() -> None:
-        sys.stderr.write(f"error: {message}\n")
-        sys.stderr.flush()
-        os._exit(1)
+    It is called in a thread, with an event that is set at the end of the block.
+    """
+    done = threading.Event()
 
-    watch = threading.Timer(seconds, end_at_once)
-    watch.daemon = True
+    def run() -> None:
+        message = watch(done)
+        if message and not done.is_set():
+            _end_with(f"error: {message}", 1)
+
     if _ours:
-        watch.start()
+        threading.Thread(target=run, name="watch", daemon=True).start()
     try:
         yield
     finally:
-        watch.cancel()
+        done.set()
+
+
+def answer_aborts(explain: Callable[[str], str], unshown: re.Pattern[bytes]) -> None:
+    """Ends the process with one line and status 1 where C++ code aborts it for a reason that is known.
+
+    Args:
+      explain: returns the message for what C++ has written to stderr, or "" if the abort is to go on.
+      unshown: found in the heads of messages that are not passed on to stderr.
+    """
+    global _stderr, _on_abort
+    if not _ours or _on_abort is not None:
+        return
+    said = bytearray()
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    _stderr = os.dup(STDERR)
+    os.dup2(writer, STDERR)
+    sys.stderr = os.fdopen(_stderr, "w", buffering=1, errors="backslashreplace", closefd=False)
+
+    def read() -> bytes:
+        text = b""
+        with contextlib.suppress(BlockingIOError):
+            text = os.read(reader, 1 << 16)
+        said.extend(text)
+        return text
+
+    def forward() -> None:
+        rest, hidden = b"", False
+        while select.select([reader], [], []):
+            *lines, rest = (rest + read()).split(b"\n")
+            for line in lines:
+                if HEAD.match(line):
+                    hidden = unshown.search(line) is not None
+                if not hidden:
+                    os.write(_stderr, line + b"\n")
+
+    def aborted(number: int) -> None:
+        if _ending is not None:  # the error is told
+            os._exit(_ending)
+        read()
+        message = explain(said.decode(errors="replace"))
+        if message:
+            _end_with(f"error: {message}", 1)
+        os.write(_stderr, said)  # and the abort goes on
+
+    threading.Thread(target=forward, name="stderr", daemon=True).start()
+    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 def end(status: int, *, at_once: bool) -> NoReturn:
@@ -169,18 +286,20 @@ def end(status: int, *, at_once: bool) -> NoReturn:
       at_once: without the interpreter's own cleaning up, which would wait for threads that compile and for
         processes that compute, and would report what Orbax has left unfinished after a failure. A run of
         several processes is left in order if all of them end within `GRACE`, for which
-        ``jax.distributed.shutdown`` would wait minutes where one of them is gone or goes on. Nothing is
-        written afterwards: where another process is missed, JAX aborts this one meanwhile, and would print
-        its stack.
+        ``jax.distributed.shutdown`` would wait minutes where one of them is gone or goes on. JAX may abort
+        the process meanwhile; nothing is written then.
     """
+    global _ending
     if not at_once:
         sys.exit(status)
+    _ending = status
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
     for child in multiprocessing.active_children():
         child.terminate()
-    if jax.distributed.is_initialized():
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
         # For process 0 this is also the time of the others' last words: their connections end with it.
         leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         leaving.start()
@@ -201,10 +320,58 @@ class _StderrHandler(logging.Handler):
         sys.stderr.write(self.format(record) + "\n")
 
 
+def _raise(number: int) -> None:
+    raise Stopped(number)
+
+
 def _report_unraisable(event: "sys.UnraisableHookArgs") -> None:
-    """Ignores what TensorStore's threads raise, once per array, after Orbax has given up a checkpoint."""
-    if str(event.exc_value) != "Event loop is closed":
+    """Repeats a signal whose exception was swallowed, as in JAX's callback of the garbage collector.
+
+    Ignores what TensorStore's threads raise, once per array, after Orbax has given up a checkpoint.
+    """
+    if isinstance(event.exc_value, Stopped):
+        _again.set()
+        _after(0.02, signal.raise_signal, event.exc_value.number)
+    elif str(event.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(event)
+
+
+def _pipe_of_signals() -> int:
+    """Returns a file descriptor from which the number of each signal can be read, whatever computes."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader
+
+
+def _watch(reader: int) -> None:
+    """Ends the process at the second Ctrl-C, and where Python's handler does not run in time."""
+    pressed = 0
+    while True:
+        number = os.read(reader, 1)[0]
+        if number not in STOPS or _again.is_set():
+            _again.clear()
+            continue
+        pressed += number == signal.SIGINT
+        if pressed > 1:
+            _end_with(str(Stopped(number)), 128 + number)
+        _after(PATIENCE, lambda n: None if _seen.is_set() else _end_with(str(Stopped(n)), 128 + n), number)
+
+
+def _after(seconds: float, action: Callable[..., object], *arguments: object) -> threading.Timer:
+    timer = threading.Timer(seconds, action, arguments)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _end_with(line: str, status: int) -> None:
+    """Ends the process at once, from any thread, with a line on stderr."""
+    show_cursor = "\x1b[?25h" if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
+    os.write(_stderr, f"{show_cursor}{line}\n".encode())
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os._exit(status)
 
 
 def _use_cache() -> None:
@@ -213,6 +380,8 @@ def _use_cache() -> None:
     ``JAX_COMPILATION_CACHE_DIR`` moves it, and switches it off where it is empty. Programs for CPUs
     hold instructions of the CPU they were compiled on, so that each kind has a directory of its own.
     """
+    import jax
+
     if CACHE_VARIABLE in os.environ:
         if not os.environ[CACHE_VARIABLE]:
             jax.config.update("jax_enable_compilation_cache", False)

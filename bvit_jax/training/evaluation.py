@@ -16,6 +16,7 @@ from bvit_jax import config as config_lib
 from bvit_jax import data
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.models import choose
+from bvit_jax.runtime import process
 from bvit_jax.runtime.interruption import Interrupted
 from bvit_jax.runtime.mesh import check_batch_size, local_rows, make_mesh, replicated, shard_batch
 from bvit_jax.training.steps.evaluate import EvalSettings
@@ -84,7 +85,7 @@ def _evaluate(
         for name, value in jax.device_get(in_flight.popleft()).items():
             totals[name] = totals.get(name, 0.0) + float(value)
 
-    for batch in batches:
+    for batch in process.leave_ctrl_c_to_us(batches):
         if stop():
             raise Interrupted
         sharded = shard_batch(batch, mesh)

@@ -82,6 +82,7 @@ def train_and_evaluate(
         _announce(config, run)
 
         # --- start or resume -------------------------------------------------------------------
+        interruption.begin()
         lock = stack.enter_context(closing(Lock(workdir)))
         checkpoints = stack.enter_context(closing(Checkpoints(workdir, keep=config.checkpoint.keep)))
         key_init, key = run.programs.keys.run(jax.random.key(config.seed))
@@ -113,7 +114,7 @@ def train_and_evaluate(
             fed = _next(feed, interruption)
             if fed is None:
                 save(step - 1, state)
-                raise Interrupted(step - 1)
+                raise interruption.at(step - 1)
             batch, bad = fed
             if step == start + 1:
                 log.batch(step, programs.preview.run(batch, state.step, key), split.class_names)
@@ -135,7 +136,7 @@ def train_and_evaluate(
                 save(step, state)  # the record alone: the arrays are saved
             if interruption.reached() and step < run.total_steps:
                 save(step, state)
-                raise Interrupted(step)
+                raise interruption.at(step)
     return record.result()
 
 
@@ -199,7 +200,7 @@ def _compile(programs: Sequence[Program], interruption: Interruption, step: int)
             lowered = lower(program.function, *program.arguments)
             compiled = compile_ahead(program.name, lowered, lambda: interruption.noticed)
             if compiled is None:
-                raise Interrupted(step)
+                raise interruption.at(step)
             program.run = compiled
 
 
@@ -210,9 +211,9 @@ def _train_batches(config: ConfigDict, run: Run, start: int) -> Generator[data.B
 
 
 def _next(feed: Feed, interruption: Interruption) -> tuple[dict[str, jax.Array], int] | None:
-    """Returns the next batch, or None if SIGTERM has ended the processes that load images, too."""
+    """Returns the next batch, or None if a signal came meanwhile, or has ended what loads images, too."""
     try:
-        return next(feed)
+        return feed.next(lambda: interruption.noticed)
     except Exception:
         if interruption.noticed:
             return None
@@ -261,7 +262,7 @@ def _evaluate(
     """Evaluates the state after a step, which is saved.
 
     Raises:
-      Interrupted: SIGTERM came; the run continues with this evaluation.
+      Interrupted: a signal came; the run continues with this evaluation.
     """
     batches = eval_batches(config, run.mesh)
     try:
@@ -269,7 +270,7 @@ def _evaluate(
             figures = evaluate_state(run.programs, state, batches, run.mesh, interruption.reached)
     except Exception as error:
         if interruption.noticed or isinstance(error, Interrupted):
-            raise Interrupted(step) from None
+            raise interruption.at(step) from None
         raise
     log.evaluation(step, figures)
     record.evaluation(step, figures)

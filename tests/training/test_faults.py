@@ -172,9 +172,10 @@ def test_two_processes_continue_what_one_began(tmp_path: Path, data_dir: Path, r
     assert_close(tmp_path / "run", real)
 
 
-# A run whose second process dies after a logged step.
+# A run one of whose processes dies after a logged step.
 DIES = """
 import os, runpy, sys
+sys.path[0] = os.getcwd()
 from bvit_jax.workdir.checkpoint import Checkpoints
 
 def die(self):
@@ -182,18 +183,35 @@ def die(self):
         self._finisher.join()
         os._exit(9)
 
-if "--process_id=1" in sys.argv:
+if os.environ["DIES"] in sys.argv:
     Checkpoints.check = die
-sys.path[0], sys.argv[0] = os.getcwd(), os.path.abspath("train.py")
+sys.argv[0] = os.path.abspath("train.py")
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def start_dying(flag: str, directory: Path, flags: list[str]) -> list["subprocess.Popen[str]"]:
+    """Starts two processes, of which that with ``flag`` dies."""
+    script = directory / "train.py"
+    script.write_text(DIES)
+    return [start(str(script), *flags, *own, DIES=flag) for own in cluster_flags(2)]
+
+
+def test_the_first_host_dies(tmp_path: Path, data_dir: Path) -> None:
+    """It is the coordinator, without which JAX aborts the others."""
+    flags = training_flags(tmp_path / "run", data_dir, ":real")
+    first, second = start_dying("--process_id=0", tmp_path, flags)
+    assert finish(first).returncode == 9
+    result = finish(second)
+    assert result.returncode == 1, result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("[Gloo]")]
+    assert lines[0].split(" ", 1)[1].startswith("process 1 of 2 on ")
+    assert [line[:51] for line in lines[1:]] == ["error: the other processes of the run do not answer"]
+
+
 def test_a_host_that_dies_and_one_that_starts_late(tmp_path: Path, data_dir: Path, real: Trained) -> None:
     flags = training_flags(tmp_path / "run", data_dir, ":real")
-    script = tmp_path / "train.py"
-    script.write_text(DIES)
-    first, second = (start(str(script), *flags, *own) for own in cluster_flags(2))
+    first, second = start_dying("--process_id=1", tmp_path, flags)
     assert finish(second).returncode == 9
     result = finish(first)
     assert result.returncode != 0

@@ -1,15 +1,21 @@
 """Runs that are killed or asked to stop at any of their events: each ends equal to the unbroken one."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import shutil
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bvit_jax.errors import UserError
-from bvit_jax.runtime.interruption import Interrupted
+from bvit_jax.runtime import feed, process
+from bvit_jax.runtime.interruption import Interrupted, Interruption
 from bvit_jax.training import evaluation, loop
 from bvit_jax.training.loop import train_and_evaluate
 from bvit_jax.training.setup import open_splits
@@ -124,6 +130,44 @@ def test_a_notice_while_compiling(whole: Trained, tmp_path: Path, caplog: pytest
     assert "compiling the initial state" in caplog.text
     assert "compiled" not in caplog.text
     assert Checkpoints(tmp_path / "run", keep=1).latest_step() is None
+
+
+def test_ctrl_c_in_training(whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's `Interruption`, and the real signal, at step 5."""
+    before = [signal.getsignal(stop) for stop in process.STOPS]
+
+    def send(name: str, count: int) -> None:
+        if count == 9:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "_ours", True)
+        interruption = Interruption(sigterm=True)
+        at_events(patch, send, ("feed",))
+        with pytest.raises(Interrupted, match="stopped by SIGINT at step 5;") as stopped:
+            train_and_evaluate(whole.config, tmp_path / "run", run=whole.run, interruption=interruption)
+    assert stopped.value.number == signal.SIGINT
+    assert [signal.getsignal(stop) for stop in process.STOPS] == before
+    whole.assert_continues(tmp_path / "run")
+
+
+def test_a_notice_while_no_data_come(whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that hangs keeps nothing from being saved."""
+    notice, original, hang = Notice(), loop._train_batches, threading.Event()
+
+    def batches(*arguments: Any) -> Iterator[Any]:
+        yield from itertools.islice(original(*arguments), 5)
+        notice._noticed = True
+        hang.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_train_batches", batches)
+        patch.setattr(feed, "POLL_SECONDS", 0.01)
+        patch.setattr(feed, "CLOSE_SECONDS", 0.1)
+        with pytest.raises(Interrupted, match=r"at step [1-5];"):
+            whole.train(tmp_path / "run", notice)
+    hang.set()
+    whole.assert_continues(tmp_path / "run")
 
 
 def test_images_that_cannot_be_loaded_after_a_notice(
