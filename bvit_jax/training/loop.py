@@ -57,8 +57,8 @@ def train_and_evaluate(
       debug_nans: stop at the first operation that makes a NaN, and name it; slower.
       allow_changes: continue also with settings by which model or steps mean something else.
       run: what `build` made of the same configuration, to use what is compiled again; by default it is built.
-      interruption: says when to stop; by default nothing does in a run of one process, whose SIGTERM stays
-        the caller's. ``Interruption(sigterm=True)`` saves and stops at SIGTERM, as the command does.
+      interruption: says when to stop; by default signals stay the caller's. ``Interruption(sigterm=True)``
+        saves and stops at SIGTERM, as the command does.
 
     Returns:
       The figures of the last evaluation and the best top-1, with their steps.
@@ -111,8 +111,7 @@ def train_and_evaluate(
             evaluate(start, state)
             save(start, state)
         for step in range(start + 1, run.total_steps + 1):
-            fed = _next(feed, interruption)
-            if fed is None:
+            if (fed := _next(feed, interruption)) is None:
                 save(step - 1, state)
                 raise interruption.at(step - 1)
             batch, bad = fed
