@@ -126,6 +126,21 @@ def test_weights_that_are_zero() -> None:
     variables["params"]["expand"]["dense"]["kernel"] = jnp.asarray(kernel)
     close(trained(fast, variables, x, weights), trained(plain, variables, x, weights))
     close(evaluated(fast, variables, x), evaluated(plain, variables, x))
+    kernel[:, 6] *= 1e-200  # whose square is zero
+    variables["params"]["expand"]["dense"]["kernel"] = jnp.asarray(kernel)
+    close(evaluated(fast, variables, x), evaluated(plain, variables, x))
+
+
+def test_statistics_are_not_rounded_on_accelerators() -> None:
+    def statistics(x: Array, kernel: Array) -> tuple:
+        unit = packed_feed_forward.Unit(jnp.zeros(8), kernel, *5 * (jnp.ones(16),))
+        signs = packed_feed_forward._signs(x, unit)
+        return packed_feed_forward._moments_of_product(signs, unit, 25)
+
+    text = jax.jit(statistics).lower(values(25, 8), values(8, 16)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def _backward(
     along_signs -= jnp.outer(signs.mean, to_bias1)
     along1 = jnp.sum(codes1 * along_signs, axis=0)
     pull = gain * jnp.square(scale1 * norm1.inverse) * along1 / count
-    to_codes1 = gain * along_signs - pull * (signs.scatter @ codes1)
+    to_codes1 = gain * along_signs - pull * _exact(signs.scatter, codes1)
     between = (codes1 * (scale1 * pull)) @ codes1.T
     shifted1 = x + expand.move
     to_signs1 -= (jnp.sign(shifted1) - signs.mean) @ between + codes1 @ (scale1 * gain * to_bias1 / count)
@@ -298,10 +298,13 @@ def _fold(unit: Unit, scale: Array, moments: Moments, epsilon: float) -> _Norm:
 
 
 def _fold_running(unit: Unit, moments: Moments, epsilon: float) -> _Norm:
-    """Returns the affine map of the signs' product whose moments, with the scale in them, are given."""
-    scale = weight_scale(unit.kernel)
-    scale = jnp.where(scale == 0, 1, scale)  # a channel whose weights are all zero: its product is zero too
-    return _fold(unit, scale, Moments(moments.mean / scale, moments.var / scale**2), epsilon)
+    """Returns the affine map of the signs' product whose moments, with the scale in them, are given.
+
+    Nothing is divided by the scale, which is zero for a channel whose weights are.
+    """
+    inverse = lax.rsqrt(moments.var + epsilon)
+    factor = unit.scale * inverse
+    return _Norm(factor * weight_scale(unit.kernel), unit.bias - factor * moments.mean, inverse)
 
 
 def _scaled(moments: Moments, unit: Unit) -> Moments:
@@ -315,7 +318,7 @@ def _signs(x: Array, unit: Unit) -> _Signs:
 
     def part(sums: tuple[Array, Array], x: Array) -> tuple[tuple[Array, Array], None]:
         signs = jnp.sign(x + unit.move).astype(jnp.float32)  # whose sums are exact up to 2^24 tokens
-        return (sums[0] + jnp.sum(signs, axis=0), sums[1] + signs.T @ signs), None
+        return (sums[0] + jnp.sum(signs, axis=0), sums[1] + _exact(signs.T, signs)), None
 
     zeros = jnp.zeros(channels, jnp.float32), jnp.zeros((channels, channels), jnp.float32)
     sums, _ = _in_parts(part, zeros, (x,), _rows(x.shape[0], NARROW_ROWS))
@@ -326,7 +329,12 @@ def _signs(x: Array, unit: Unit) -> _Signs:
 
 def _moments_of_product(signs: _Signs, unit: Unit, count: int) -> Moments:
     codes = DENSE.codes(unit.kernel)
-    return Moments(signs.mean @ codes, jnp.sum(codes * (signs.scatter @ codes), axis=0) / count)
+    return Moments(_exact(signs.mean, codes), jnp.sum(codes * _exact(signs.scatter, codes), axis=0) / count)
+
+
+def _exact(a: Array, b: Array) -> Array:
+    """Returns a product for statistics, which GPUs and TPUs would round to 10 or 8 bits by default."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 # --- loops over tokens --------------------------------------------------------------------------
