@@ -113,6 +113,7 @@ def test_the_module_and_its_variables_give_the_same(
     np.testing.assert_allclose(teacher.predict(digits[0]), jax.nn.softmax(logits), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_saved_models_are_read_again(
     teacher: Any, digits: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:

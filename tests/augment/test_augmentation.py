@@ -41,6 +41,7 @@ def test_nothing_is_changed_by_default(batch):
     assert lam is None
 
 
+@pytest.mark.slow
 def test_images_are_erased_before_they_are_mixed(batch):
     key = jax.random.key(5)
     pictures, lam = jax.jit(lambda key, images: DEIT(key, images, STUDENT))(key, batch["image"])
@@ -58,6 +59,7 @@ def test_erasing_alone_keeps_the_labels(batch):
     assert np.any(np.asarray(pictures) != np.asarray(batch["image"]), axis=(1, 2, 3)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_the_number_of_devices_changes_nothing(mode, batch):
     augmentation = Augmentation(Erasing(0.5), Mixing(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode))
@@ -123,6 +125,7 @@ def stepped(batch):
     return seen[0][0], seen[1][0], metrics, pictures, lam
 
 
+@pytest.mark.slow
 def test_student_and_teacher_see_the_same_pictures(stepped):
     student, teacher, _, pictures, _ = stepped
     np.testing.assert_array_equal(student, STUDENT(pictures))

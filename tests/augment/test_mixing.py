@@ -105,6 +105,7 @@ def test_a_share_belongs_to_its_box(recipe):
         assert abs((lam == 1).mean() - 0.2) < 0.02  # not mixed: 1 - prob
 
 
+@pytest.mark.slow
 def test_modes_differ_in_how_often_they_draw():
     draws = {}
     for mode in MODES:

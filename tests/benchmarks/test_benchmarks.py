@@ -209,6 +209,7 @@ def test_measures_in_processes_of_its_own(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_measures_the_reference_in_turn(tmp_path, capsys):
     pytest.importorskip("torch")

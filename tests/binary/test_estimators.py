@@ -152,6 +152,7 @@ def test_gradients_of_a_layer_follow_the_slope(name, monkeypatch):
     close(changed, gradients(make()))
 
 
+@pytest.mark.slow
 def test_gradients_of_a_block_follow_the_slope(monkeypatch):
     """Attention and both feed-forward branches, plain and packed."""
     monkeypatch.setitem(ESTIMATORS, "cauchy", slow.CAUCHY)

@@ -210,6 +210,7 @@ print(faults_of_the_last(touch_more_than_an_integer_counts, 2))
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_is_used_again() -> None:
     """In a process of its own, because the settings stay."""
     environment = {**os.environ, "XLA_FLAGS": ""}  # one device

@@ -97,6 +97,7 @@ def test_clip_of_the_output():
     assert jnp.isnan(quantize.clip_output(jnp.array(jnp.nan)))
 
 
+@pytest.mark.slow
 def test_weights_and_inputs_of_the_linear_layers():
     """The product of the binary layers is that of the spelled-out weights and signs."""
 

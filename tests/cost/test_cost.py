@@ -108,6 +108,7 @@ def full(name, **settings):
     return measure(Subject(models.model_config(name, **settings)), training=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("some_fp", "ops"), [(False, 0.070), (True, 0.146)])
 def test_the_products_of_binaryvit(some_fp, ops):
     cost = full("binaryvit", some_fp=some_fp)
@@ -120,6 +121,7 @@ def test_the_products_of_binaryvit(some_fp, ops):
         assert (binary, real) == (3_822_206_976, 10_145_792)
 
 
+@pytest.mark.slow
 def test_the_products_of_react_deit():
     settings = {"class_token": True, "pool_branches": (), "layer_scale": False}
     cost = full("react_deit", **settings)
@@ -146,6 +148,7 @@ def documented(items, backbone):
     return text in (REPOSITORY / "docs" / "cost.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_products_of_bivit_and_its_speedup():
     cost, real, items = compared("bivit_deit", "deit", **TINY)
     blocks, embedding, heads = 12 * block_macs(198, 192, 768), 196 * 768 * 192, 2 * 192_000
@@ -162,6 +165,7 @@ def test_the_products_of_bivit_and_its_speedup():
     assert documented(items, "deit")
 
 
+@pytest.mark.slow
 def test_the_published_speedup_of_bivit_swin():
     cost, real, items = compared("bivit_swin", "swin")
     assert real.total.macs["real"] == sum(cost.total.macs.values()) == 4_490_566_656
@@ -334,6 +338,7 @@ def test_memory_of_a_chain():
     assert first.macs_per_byte == 96 / (4 * 116)
 
 
+@pytest.mark.slow
 def test_rematerialisation_keeps_less():
     config = small("react_deit")
     plain = models.create_model(config)
@@ -348,6 +353,7 @@ def test_rematerialisation_keeps_less():
     assert kept[0] > kept[1] > kept[2] > kept[3] > 0
 
 
+@pytest.mark.slow
 def test_activations_in_half_precision_take_less():
     config = small("binaryvit")
     full, half = (measure(Subject(config, dtype)).total.saved_bytes for dtype in ("float32", "bfloat16"))
@@ -541,6 +547,7 @@ def test_the_command_reads_a_checkpoint(capsys):
     assert json.loads(capsys.readouterr().out)["total"]["params"] == 208_970
 
 
+@pytest.mark.slow
 def test_the_command_reads_the_configuration_of_a_run(tmp_path, capsys):
     config = parse_config([DIGITS, "--config.remat=block"])
     config_lib.save(config, tmp_path / "config.json")

@@ -102,6 +102,7 @@ def test_starts_late_in_a_long_run_at_once(make_config: MakeConfig) -> None:
     assert _keys(late) != _keys(_take(data.train_batches(make_config(), 8, 512, 0), 1))
 
 
+@pytest.mark.slow
 def test_every_epoch_has_each_image_once_in_a_new_order(make_config: MakeConfig) -> None:
     config = make_config(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False)
     epochs = _take(data.train_batches(config, 8, 1437, seed=0), 3)

@@ -60,6 +60,7 @@ def tfds_without_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(official.Builder, "_fix_image", fix_image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 16])
 def test_equals_tfds_record_by_record(
     mini: Path,
@@ -142,6 +143,7 @@ def test_official_numbers() -> None:
             assert shard_utils.ShardConfig().get_number_shards(size, count) == expected
 
 
+@pytest.mark.slow
 def test_generated_tars_are_reproducible(mini: Path, tmp_path: Path) -> None:
     mini_imagenet.generate(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(mini)

@@ -167,6 +167,7 @@ def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
     assert len(read) <= 12 + len(moments)
 
 
+@pytest.mark.slow
 def test_killed_processes(whole: Path, tmp_path: Path) -> None:
     """The same with SIGKILL, while records are read and while a shard is open."""
     for moment, count in [("record", 80), ("shard", 2)]:

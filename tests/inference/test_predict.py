@@ -117,6 +117,7 @@ def test_a_photograph_from_a_converted_checkpoint(tmp_path, photograph, capsys):
     assert [guess["name"] for guess in classes] == [names[i] for i in order]
 
 
+@pytest.mark.slow
 def test_from_a_workdir(tmp_path, photograph, digit_files, capsys):
     config = digits.get_config()
     config.model.depth = (1, 1)
@@ -228,6 +229,7 @@ def test_images_are_cut_or_squeezed(tmp_path, square):
     assert image.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_the_run_s_own_preprocessing_is_used(tmp_path):
     config = digits.get_config()
     config.model.depth = (1, 1)

@@ -37,6 +37,7 @@ def value_and_gradients(module, x, weights, variables):
     return y, stats, grads
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_equals_a_loop_over_groups():
     x, weights, variables = inputs()

@@ -87,6 +87,7 @@ def test_the_order_is_a_stable_sort(order_of, keys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3, 60])
 def test_blocks_of_rows_change_nothing(batch):
     student, teacher = (jnp.asarray(probabilities(batch, 35, 9, seed=seed), jnp.float32) for seed in (0, 1))
@@ -162,6 +163,7 @@ def test_some_of_the_images_are_ranked():
         np.testing.assert_array_equal(chosen[1], np.concatenate([windows[4 * i : 4 * i + 4] for i in kept]))
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_number_of_keys():
     def bytes_a_key(keys):
         shape = jax.ShapeDtypeStruct((1, 4, 64, keys), jnp.float32)
@@ -196,6 +198,7 @@ def images_and_labels(number=8, size=16):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit", "swin"])
 def test_probabilities_are_those_before_binarisation(name):
     (config, variables), (teacher_config, teacher_variables) = sides(name)
@@ -332,6 +335,7 @@ def teacher_of(**settings):
     return create_model(model_config("deit", **{**DEIT, "distillation_token": True, **settings}))
 
 
+@pytest.mark.slow
 def test_what_student_and_teacher_must_share():
     def fails(teacher, *messages, **loss):
         config = config_of(**loss)
@@ -370,6 +374,7 @@ def test_a_teacher_is_needed_for_either_term():
         load_teacher(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bivit_release_deit", "bivit_release_swin"])
 def test_a_dry_run_ranks_against_the_real_valued_backbone(name, caplog):
     config = config_of(distillation_weight=0.0)

@@ -68,6 +68,7 @@ def assert_same_with_gradients(fast, slow, *arguments):
 # --- quantisers --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_probabilities_against_a_slow_formulation():
     rng = np.random.default_rng(0)
@@ -123,6 +124,7 @@ def test_a_scale_below_the_floor_leaves_a_head_alive(value):
 # --- the first batch ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_scale_of_probabilities_starts_at_twice_their_mean():
     """Whatever the batch: the probabilities of a row sum to 1."""
     _, _, images = tiny("bivit_swin")
@@ -189,6 +191,7 @@ def test_a_sum_that_cancels_is_a_one_for_the_next_layer():
     np.testing.assert_allclose(y, [[0, 1]] * 3)  # mean|W| = 0.25, all four inputs and weights 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_product_sees_bits(name, monkeypatch):
     """All codes are -1 or 1, those of attention probabilities 0 or 1; zeros among the inputs included."""
@@ -228,6 +231,7 @@ def gradients(**settings):
     return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
 
+@pytest.mark.slow
 def test_with_a_scale_of_one_attention_is_dead_and_the_learned_scale_revives_it():
     """No probability is above 1/2, so that no token is attended to and no value gets a gradient.
 
@@ -249,6 +253,7 @@ def test_with_a_scale_of_one_attention_is_dead_and_the_learned_scale_revives_it(
 # --- real activations --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_with_real_activations_only_weights_are_binary(name):
     model, variables, images = tiny(name, act_bits=32)

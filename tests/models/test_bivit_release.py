@@ -43,6 +43,7 @@ def leaves_called(tree, name):
 # --- the first batch ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_initial_values_are_not_from_a_batch(name):
     _, variables, _ = tiny(name)

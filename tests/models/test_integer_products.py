@@ -117,6 +117,7 @@ def test_one_pass_equals_two_in_float64(mean, group):
     close(one, two, 1e-12)
 
 
+@pytest.mark.slow
 def test_one_pass_is_as_good_in_float32_where_the_mean_is_a_thousand_deviations():
     """The running mean is some ten deviations off, as after the tenth step of a mean that drifts."""
     x, weights = 1e3 + numbers(64, 50, 8), numbers(64, 50, 8, seed=1)

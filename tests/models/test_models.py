@@ -38,6 +38,7 @@ def block_size(width, mlp_dim, reduction, layer_scale, branches):
     return attention + mlp + 4 * width + 4 * width * layer_scale + 2 * branches * 2 * width
 
 
+@pytest.mark.slow
 def test_size_of_binaryvit():
     stages = list(
         zip((64, 128, 256, 512), (3, 4, 8, 4), (512, 1024, 1024, 2048), (8, 4, 1, 1), (56, 28, 14, 7))
@@ -136,6 +137,7 @@ def check_switches(name, dtype=jnp.float32, **settings):
         assert np.any(after != before), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "settings"),
     [
@@ -208,6 +210,7 @@ def test_rates_change_training_and_not_evaluation(name, rate):
     np.testing.assert_allclose(evaluated, without, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropped_attention_stays_binary(monkeypatch):
     model, config = smallest("react_deit", attention_dropout=0.5)
     variables, images = spread_variables(model, config), images_for(config)

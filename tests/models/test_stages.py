@@ -85,6 +85,7 @@ def assert_close(actual, expected, atol=1e-12, rtol=1e-10):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "execution"),
@@ -106,6 +107,7 @@ def test_nothing_changes_but_how_it_runs(name, execution):
     assert_close(training_step(name, execution), plain_step(name))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "execution"), [("binaryvit", PRODUCTS | ONE_PASS), ("react_deit", ONE_PASS)]
@@ -144,6 +146,7 @@ def test_scanned_blocks_are_traced_once(name):
     assert calls(4, SCAN) == calls(6, SCAN) < calls(4, {}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_rematerialisation_keeps_the_dropout():
     rates = {"dropout": 0.2, "attention_dropout": 0.2, "drop_path": 0.5, "depth": 2}
@@ -192,11 +195,13 @@ def temporaries(execution):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_rematerialisation_saves_memory():
     # In a scan, because XLA's CPU backend merges what unrolled blocks compute again with the first time.
     assert temporaries(SCAN | BLOCK) < 0.4 * temporaries(SCAN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit", "react_deit"])
 def test_a_block_keeps_what_the_policy_says(name):
     """Of what a plain model would keep for the backward pass, by automatic differentiation's account."""

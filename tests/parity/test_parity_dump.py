@@ -128,6 +128,7 @@ def checkpoint(reference, tmp_path_factory):
 # --- the stand-in computes what the reference does ---------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["deit", "react_deit", "react_deit_steps", "binaryvit", "binaryvit_some_fp", "binaryvit_w1a32"]
 )
@@ -180,6 +181,7 @@ def test_dump_then_check_and_layers(in_process, tmp_path, capsys, name):
     assert lines[-1].startswith("  no difference in float64")
 
 
+@pytest.mark.slow
 def test_the_trace_holds_every_layer_in_order(binaryvit, reference):
     golden = parity.GoldenFile(binaryvit)
     names = list(golden.group("trace"))
@@ -214,6 +216,7 @@ def test_flips_are_those_of_every_binary_product(binaryvit):
     assert sum(rows[name].flips["bfloat16"] > 0 for name in expected) > len(expected) / 2
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_file(in_process, binaryvit, tmp_path):
     again = dumped(tmp_path / "again.npz", "--model=binaryvit_small", SMALL)
     assert again.read_bytes() == binaryvit.read_bytes()

@@ -20,6 +20,7 @@ def figures() -> dict:
     return dry_run(one_block.get_config())
 
 
+@pytest.mark.slow
 def test_what_it_tells_of_the_devices_that_are_here(figures: dict) -> None:
     assert figures["devices"] == 8
     assert figures["device_kind"] == "cpu"
@@ -48,6 +49,7 @@ def test_every_program_of_the_run_is_compiled(figures: dict) -> None:
     assert figures["largest_mb"] == max(sizes.values()) == sizes[figures["largest_program"]]
 
 
+@pytest.mark.slow
 def test_another_program_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_step = dry_run_lib.compile_step
 

@@ -242,6 +242,7 @@ def test_maps_of_attention():
 # --- signs -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["binaryvit", "react_deit"])
 def test_sign_balance_of_binary_products(name):
     model, seen = tiny(name), seen_by(name)
@@ -263,6 +264,7 @@ def test_sign_balance_of_binary_products(name):
     assert heads == 3 * len(blocks_of(model.config))
 
 
+@pytest.mark.slow
 def test_sign_balance_of_quantisers_with_a_zero_point():
     model = tiny_pretrained("bivit_release_deit", depth=1)
     values = model.variables["params"]["block0"]["query_act"]

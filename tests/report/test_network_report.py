@@ -280,6 +280,7 @@ def check_page(directory: Path) -> Page:
     return page
 
 
+@pytest.mark.slow
 def test_a_run_of_digits(run, tmp_path, capsys):
     output = tmp_path / "report"
     assert main(["network", f"--checkpoint={run}", "--kind=latest", f"--output={output}"]) == 0

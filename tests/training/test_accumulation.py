@@ -76,6 +76,7 @@ def test_a_teacher_sees_the_images_of_each_microbatch():
     assert_close(metrics[1], metrics[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_with_batch_norms_it_equals_a_loop_by_hand(dropout):
@@ -132,6 +133,7 @@ def test_microbatches_are_spread_over_all_devices_and_no_image_moves():
     assert (2, SIZE, SIZE, 3) in images or (2, 1, SIZE, SIZE, 3) in images  # of a microbatch
 
 
+@pytest.mark.slow
 def test_one_microbatch_is_the_step_as_it_was():
     model = Small(dropout=0.5, dtype=jnp.float32)
     state = create_state(jax.random.key(0), model, optimizer(), SIZE)

@@ -219,6 +219,7 @@ def slow_figures(model, state, images, dropout_key):
     )
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_step_before(program):
     state = program.state(step=2)  # two steps taken: the last had the number 1
     state.params["downsample1"]["conv"]["move"][..., :2] = 2
@@ -240,6 +241,7 @@ def test_figures_are_those_of_the_step_before(program):
     assert set(found["flipped"]) == set(found["active_weights"])
 
 
+@pytest.mark.slow
 def test_under_accumulation_the_first_microbatch_is_measured(program):
     state = program.state(step=2)
     measured = jit_health(program.model, Inputs(NORMALIZE, AUGMENTATION), 2, program.mesh)
@@ -304,6 +306,7 @@ def test_figures_of_all_layers_come_once_an_epoch(every, epoch, steps):
 # --- runs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_on_eight_devices(program):
     eight = Program(devices=8)
     states = (p.state(step=1) for p in (program, eight))
@@ -313,6 +316,7 @@ def test_the_same_on_eight_devices(program):
         assert figures[1][kind] == pytest.approx(figures[0][kind], abs=2e-3), kind
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_gives_the_same_figures(program, tmp_path):
     state = program.train(program.state(), 2)
     _, state = program.measure(state)
@@ -331,6 +335,7 @@ def test_a_run_that_continues_gives_the_same_figures(program, tmp_path):
     assert max(whole["flipped"].values()) > 0
 
 
+@pytest.mark.slow
 def test_the_training_step_is_the_same_program_without_watching(monkeypatch):
     model = models.create_model(TINY)
     step = make_train_step(model, OPTIMIZER, NORMALIZE)

@@ -332,6 +332,7 @@ def test_a_reference_to_the_teacher_follows_it_until_it_is_set(tmp_path: Path) -
     assert config_lib.default_config().init.path == ""
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_teacher_but_other_weights(
     teacher: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

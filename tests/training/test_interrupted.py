@@ -115,6 +115,7 @@ def test_a_notice_stops_the_run_and_nothing_is_lost(
     assert caplog.text.count("top-1") == (1 if at >= 7 else 2)
 
 
+@pytest.mark.slow
 def test_a_notice_after_the_last_evaluation_changes_nothing(whole: Trained, tmp_path: Path) -> None:
     notice = Notice()
     assert whole.train(tmp_path / "counted", notice) == whole.printed
@@ -170,6 +171,7 @@ def test_a_notice_while_no_data_come(whole: Trained, tmp_path: Path, monkeypatch
     whole.assert_continues(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_loaded_after_a_notice(
     whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +193,7 @@ def test_images_that_cannot_be_loaded_after_a_notice(
 # --- damaged ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_a_damaged_checkpoint(
     damage: str, tmp_path: Path, whole: Trained, caplog: pytest.LogCaptureFixture
@@ -210,6 +213,7 @@ def test_a_damaged_checkpoint(
 
 
 # TensorStore raises it in its threads, once per array, after Orbax has given up a checkpoint.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Exception ignored.*:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("event", ["before feed", "before checksums", "after log", "before evaluation"])
 def test_a_directory_that_is_gone(
@@ -241,6 +245,7 @@ def test_a_run_writes_what_it_promises(whole: Trained) -> None:
     assert saved[2] == best["step"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_only_reports(whole: Trained, tmp_path: Path) -> None:
     shutil.copytree(whole.workdir, tmp_path / "run")
     whole.assert_continues(tmp_path / "run")
@@ -271,6 +276,7 @@ def test_debug_nans_names_the_operation(data_dir: Path, tmp_path: Path) -> None:
 # --- evaluation afterwards ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluation_gives_the_same_figures(whole: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "make_mesh", lambda: whole.run.mesh)
     for kind, step in (("latest", "step"), ("best", "best_step")):

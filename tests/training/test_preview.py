@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import numpy as np
+import pytest
 
 from bvit_jax.augment.augmentation import Augmentation
 from bvit_jax.augment.erasing import Erasing
@@ -30,6 +31,7 @@ def test_images_come_back_as_they_were():
     np.testing.assert_array_equal(seen.shares, np.ones(5))
 
 
+@pytest.mark.slow
 def test_images_are_augmented_as_in_the_step():
     augmentation = Augmentation(Erasing(), Mixing(mixup_alpha=1.0, mode="elem"))
     look = partial(preview, Inputs(NORMALIZE, augmentation))
@@ -42,6 +44,7 @@ def test_images_are_augmented_as_in_the_step():
     np.testing.assert_array_equal(seen.partners, np.arange(16)[::-1])
 
 
+@pytest.mark.slow
 def test_values_beyond_the_scale_are_cut_off():
     augmentation = Augmentation(Erasing(prob=1.0, mode="pixel"), Mixing())
     white = {"image": np.full((4, 12, 12, 3), 255, np.uint8), "label": np.zeros(4, np.int32)}

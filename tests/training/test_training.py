@@ -121,6 +121,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir: Path, tmp_path: Path)
 # --- teachers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_teacher_that_ships_knows_its_digits(data_dir: Path) -> None:
     config = digits.get_config()
     config.data.data_dir = str(data_dir)
@@ -343,6 +344,7 @@ def test_batch_norm_statistics_are_those_of_the_global_batch(data_dir: Path) -> 
     np.testing.assert_allclose(new.batch_stats["embedding"]["norm"]["mean"], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_in_groups_gives_the_same_sums() -> None:
     config = tiny.get_config()
     model = models.create_model(config.model)

@@ -73,6 +73,7 @@ def error_of(capsys, *arguments) -> str:
 # --- training runs -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_binary_run_goes_to_pytorch_and_back(tmp_path, binary_run, capsys):
     run, config, variables = binary_run
     assert main([str(run), str(tmp_path / "x.safetensors"), "--format=reference"]) == 0
@@ -101,6 +102,7 @@ def test_the_deit_of_a_run_goes_to_hugging_face(tmp_path):
     assert model.class_names[9] == "class 9"  # a run without names
 
 
+@pytest.mark.slow
 def test_options_of_files_mean_nothing_for_a_run(tmp_path, binary_run, capsys):
     run, _, _ = binary_run
     assert "describes itself; leave out the options for files" in error_of(
