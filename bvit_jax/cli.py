@@ -11,17 +11,19 @@ import importlib
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, get_args
 
 from absl import flags
 
 from bvit_jax.errors import UserError, nearest
+from bvit_jax.files import local_path
 from bvit_jax.runtime import process
-from bvit_jax.runtime.arguments import config_of, parse_flags, parse_with_config
+from bvit_jax.runtime.arguments import config_of, parse_with_config
 
+KINDS = ("latest", "best")  # of checkpoints
 USAGE = 2  # exit status for a command line that is wrong, as argparse has it
 
 
@@ -204,41 +206,68 @@ def _print_plan(values: flags.FlagValues) -> None:
 
 
 def _eval(arguments: list[str]) -> None:
-    """Evaluates a checkpoint: bvit eval --workdir=DIR [--checkpoint=best]; the last line is JSON."""
+    """Evaluates a checkpoint: bvit eval --workdir=DIR [--checkpoint=best]; the last line is JSON.
+
+    A converted model is evaluated on an experiment's data set: bvit eval --checkpoint=MODEL --config=NAME
+    """
+    from bvit_jax.weights.class_names import Matching
+
     values = flags.FlagValues()
     text, boolean = _definers(values)
     text("workdir", None, "Directory that bvit train wrote.")
-    flags.DEFINE_enum(
-        "checkpoint",
-        "latest",
-        ["latest", "best"],
-        "Which checkpoint: the newest or the best by top-1.",
-        flag_values=values,
-    )
+    text("checkpoint", "latest", "latest or best (by top-1) of a workdir; with --config, a converted model.")
     boolean(
         "ema", None, "The moving average; by default where the run keeps one, --noema for the raw weights."
     )
     text("data_dir", None, "Data directory in place of the run's.")
     text("split", None, "Split in place of the run's evaluation split.")
     flags.DEFINE_integer("batch_size", None, "Global batch in place of the run's.", flag_values=values)
+    flags.DEFINE_enum(
+        "classes",
+        "same",
+        get_args(Matching),
+        "The model's classes that the data set has: the same; a subset, by name; those whose numbers its"
+        " names are; or as many, in their order, whatever their names.",
+        flag_values=values,
+    )
     _define_cluster(values)
     if _asks_for_help(arguments, values, _eval):
         return
-    parse_flags(values, arguments)
-    workdir = _workdir(values)
-    _start_jax(values)
-    process.raise_at_signals()  # again: JAX takes SIGTERM where it starts several processes
-    from bvit_jax.training.evaluation import evaluate_workdir, to_json
-    from bvit_jax.workdir.checkpoint import Kind
-
+    parse_with_config(values, arguments)
     overrides = {
         "data.data_dir": values.data_dir,
         "data.eval_split": values.split,
         "eval_batch_size": values.batch_size,
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    kind = cast(Kind, values.checkpoint)
-    _print_result(to_json(evaluate_workdir(workdir, kind, overrides, values.ema)))
+    if values["config"].value is not None:
+        _eval_model(values, overrides)
+        return
+    if values.checkpoint not in KINDS:
+        raise UserError(
+            f"--checkpoint is {values.checkpoint!r}; expected latest or best, or --config for its data set"
+        )
+    workdir = _workdir(values)
+    _start_jax(values)
+    process.raise_at_signals()  # again: JAX takes SIGTERM where it starts several processes
+    from bvit_jax.training.evaluation import evaluate_workdir, to_json
+
+    _print_result(
+        to_json(evaluate_workdir(workdir, values.checkpoint, overrides, values.ema, values.classes))
+    )
+
+
+def _eval_model(values: flags.FlagValues, overrides: Mapping[str, Any]) -> None:
+    config = config_of(values)
+    config.update_from_flattened_dict(overrides)
+    if values.workdir or values.ema is not None or values.checkpoint in KINDS:
+        raise UserError("with --config, name a model with --checkpoint, without --workdir and --ema")
+    path = local_path(values.checkpoint)
+    _start_jax(values)
+    process.raise_at_signals()
+    from bvit_jax.training.evaluation import evaluate_model, to_json
+
+    _print_result(to_json(evaluate_model(path, config, values.classes)))
 
 
 def _definers(values: flags.FlagValues) -> tuple[Any, Any]:
@@ -297,7 +326,7 @@ def _asks_for_help(arguments: Sequence[str], values: flags.FlagValues, command: 
 def _workdir(values: flags.FlagValues) -> Path:
     if not values.workdir:
         raise UserError("--workdir is missing; pass --workdir=DIR")
-    return Path(values.workdir).expanduser()
+    return local_path(values.workdir)
 
 
 def _print_result(line: str) -> None:

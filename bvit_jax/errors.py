@@ -12,7 +12,17 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # values and other errors may have several lines
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Returns text from anywhere as one line that does nothing to a terminal.
+
+    Line breaks become spaces; control characters, such as the escapes in a file's name, and bytes that are
+    no UTF-8 become their codes.
+    """
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

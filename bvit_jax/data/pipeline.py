@@ -5,6 +5,7 @@ its devices hold. A batch thus depends only on the seed and its number: a run re
 even on a different number of hosts.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Generator, Sequence
@@ -15,17 +16,23 @@ import grain
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from PIL import Image
 
 from bvit_jax import config as config_lib
+from bvit_jax.data import images as image_files
 from bvit_jax.data import randaugment, transforms
 from bvit_jax.data.splits import Split, one_line, open_split
-from bvit_jax.errors import UserError
+from bvit_jax.errors import UserError, printable
 
 MAX_THREADS = 16  # more only fight for the interpreter lock
 NOT_BAD = np.int32(-1)
 
 Batch = dict[str, np.ndarray]
+
+logger = logging.getLogger(__name__)
+
+
+class _BadImage(UserError):
+    """A record whose image cannot be decoded, though it could be read."""
 
 
 def open_train_split(config: ConfigDict) -> Split:
@@ -168,7 +175,7 @@ def eval_batches(
             return padding
         try:
             example = images[index]
-        except UserError:
+        except _BadImage:
             if config.max_bad_images == 0:
                 raise
             return {**padding, "bad": np.int32(index)}
@@ -222,23 +229,36 @@ class _DecodedSplit:
         for tried in range(len(self)):
             try:
                 return {**self._decoded((index + tried) % len(self)), "bad": bad}
-            except UserError:
+            except _BadImage:
                 if not self._substitute:
                     raise
                 bad = np.int32(index)
         raise UserError(f"no image of split {self._split.name!r} of {self._split.dataset} can be decoded")
 
     def _decoded(self, index: int) -> dict[str, Any]:
+        split = self._split
+        place = f"record {index} of split {split.name!r} of {split.dataset}"
         try:
-            record = self._split.source[index]
-            image: Image.Image = transforms.decode(record["image"])
-        except Exception as error:  # Pillow and ArrayRecord have a dozen types for damaged data
+            record = split.source[index]
+        except Exception as error:  # of the disk, the network, TFDS or ArrayRecord: not of the image
             raise UserError(
-                f"cannot read record {index} of split {self._split.name!r} of "
-                f"{self._split.dataset}: {one_line(error)}; prepare the dataset again, or allow a few"
-                " such images with config.data.max_bad_images"
+                f"cannot read {place}: {one_line(error)}; check the disk, or prepare the dataset again"
+            ) from error
+        try:
+            image = image_files.decode(record["image"])
+        except image_files.ImageError as error:
+            raise _BadImage(
+                f"cannot decode {place}{_file_name(record)}: {error}; prepare the dataset again, or allow a"
+                " few such images with config.data.max_bad_images"
             ) from error
         return {"image": image, "label": np.int32(record["label"])}
+
+
+def _file_name(record: dict[str, Any]) -> str:
+    """Returns the name of a record's file, where the data set has it, in brackets."""
+    name = record.get("file_name", record.get("filename"))
+    text = name.decode(errors="replace") if isinstance(name, bytes) else name
+    return "" if text is None else f" ({printable(str(text))})"
 
 
 def _batches(dataset: Any, local_size: int, config: ConfigDict, split: Split) -> Generator[Batch, None, None]:
@@ -285,14 +305,18 @@ def _usable_cores() -> int:
 def _within_budget(
     batches: Generator[Batch, None, None], split: Split, budget: int
 ) -> Generator[Batch, None, None]:
-    bad: set[int] = set()
+    bad: dict[int, str] = {}
     try:
         for batch in batches:
-            bad.update(batch["bad"][batch["bad"] != NOT_BAD].tolist())
+            for index in sorted(set(batch["bad"].tolist()) - {int(NOT_BAD), *bad}):
+                bad[index] = f"record {index}{_file_name(split.source[index])}"
+                logger.warning(
+                    "%s of split %r of %s cannot be decoded", bad[index], split.name, split.dataset
+                )
             if len(bad) > budget:
                 raise UserError(
                     f"{len(bad)} images of split {split.name!r} of {split.dataset} cannot be decoded,"
-                    f" including records {', '.join(map(str, sorted(bad)[:5]))}, and"
+                    f" including {', '.join(bad[i] for i in sorted(bad)[:5])}, and"
                     f" config.data.max_bad_images is {budget}; prepare the dataset again"
                 )
             yield batch

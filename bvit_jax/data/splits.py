@@ -3,15 +3,19 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 
 from bvit_jax.errors import UserError, nearest
 
 DIGITS = "digits"  # the only dataset that is prepared on first use
-NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
+NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w-][\w.-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
+SPLIT = re.compile(r"[A-Za-z0-9_-]+")
+READERS = 32  # shards opened at once: a thousand of ImageNet, perhaps in a bucket
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -60,6 +64,36 @@ def open_split(dataset: str, data_dir: str, split: str) -> Split:
             "or set config.data.data_dir"
         )
     return _open(dataset, path, split)
+
+
+def check_split_name(name: str, place: Any) -> None:
+    """Raises `UserError` for a name that TFDS could not parse again."""
+    if not SPLIT.fullmatch(name) or name == "all":
+        raise UserError(f"{place} has the split {name!r}; expected letters, digits, _ and -, and not 'all'")
+
+
+def shard_problem(split: Any) -> str | None:
+    """Returns what is wrong with the ArrayRecord files of a split, None if nothing is; reads their ends."""
+    shards = list(zip(map(str, split.filepaths), split.shard_lengths, strict=True))
+    with ThreadPoolExecutor(READERS) as pool:
+        for (path, length), found in zip(shards, pool.map(num_records, (path for path, _ in shards))):
+            if found is None:
+                missing = "missing" if not os.path.exists(path) else "damaged, truncated or unreadable"
+                return f"the shard {path} is {missing}"
+            if found != length:
+                return f"the shard {path} has {found:,} records; expected {length:,}"
+    return None
+
+
+def num_records(path: str) -> int | None:
+    """Returns the number of records of an ArrayRecord file, None if it is missing or damaged."""
+    try:
+        reader = ArrayRecordReader(path)
+        count = int(reader.num_records()) if reader.ok() else None
+        reader.close()
+    except (RuntimeError, ValueError):
+        return None
+    return count
 
 
 def one_line(error: Exception) -> str:
@@ -137,6 +171,9 @@ def _open(dataset: str, path: Any, split: str) -> Split:
         ) from error
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot read {dataset} in {path}: {one_line(error)}") from error
+    for name in known if bare == "all" else set(re.findall(r"[\w-]+", split)) & set(known):
+        if problem := shard_problem(builder.info.splits[name]):
+            raise UserError(f"split {name!r} of {dataset}: {problem}; copy or prepare the dataset again")
     label = features["label"]
     return Split(
         dataset=dataset,

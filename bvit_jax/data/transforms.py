@@ -3,7 +3,6 @@
 Boxes are ``(top, left, height, width)`` in pixels; images are RGB.
 """
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,13 +34,6 @@ class ColorJitter:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
-
-
-def decode(encoded: bytes) -> Image.Image:
-    """Decodes an image file to RGB; raises what Pillow raises if the file is damaged."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
 
 
 def random_resized_crop_box(

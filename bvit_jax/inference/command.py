@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from bvit_jax.errors import UserError
+from bvit_jax.errors import UserError, printable
 from bvit_jax.inference.classifier import load
 from bvit_jax.runtime.arguments import add_noema, positive
 
@@ -18,19 +18,20 @@ from bvit_jax.runtime.arguments import add_noema, positive
 def run(argv: list[str]) -> None:
     """Runs the command."""
     arguments = _parser().parse_args(argv)
-    missing = [path for path in arguments.images if not path.is_file()]
+    paths = [path.expanduser() for path in arguments.images]
+    missing = [path for path in paths if not path.is_file()]
     if missing:  # before the model is loaded
         raise UserError(f"no file {missing[0]}; expected an image")
     classifier = load(arguments.checkpoint, checkpoint=arguments.kind, ema=arguments.ema)
     for text in classifier.pretrained.assumed:
         print(f"assumed, since the checkpoint does not say: {text}", file=sys.stderr)
-    for path, ranking in zip(arguments.images, classifier.top(arguments.images, arguments.top), strict=True):
+    for path, ranking in zip(paths, classifier.top(paths, arguments.top), strict=True):
         if arguments.json:
             print(json.dumps({"image": str(path), "classes": [asdict(guess) for guess in ranking]}))
             continue
-        print(path)
+        print(printable(str(path)))
         for guess in ranking:
-            print(f"  {100 * guess.probability:5.1f} %  {guess.name}")
+            print(f"  {100 * guess.probability:5.1f} %  {printable(guess.name)}")
 
 
 def _parser() -> argparse.ArgumentParser:

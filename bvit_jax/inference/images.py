@@ -4,13 +4,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from bvit_jax.data import transforms
+from bvit_jax.data import images, transforms
 from bvit_jax.errors import UserError
 from bvit_jax.weights import Preprocessing
-
-MAX_ASPECT = 50  # the short side is resized to hundreds of pixels, and the long one with it
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -28,14 +26,14 @@ def model_input(picture: Picture, preprocessing: Preprocessing) -> np.ndarray:
     if isinstance(picture, str | os.PathLike):
         return prepared(_opened(Path(picture)), preprocessing)
     if isinstance(picture, Image.Image):
-        return prepared(_upright(picture, "the image"), preprocessing)
+        return prepared(_upright(picture), preprocessing)
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise UserError(
             f"an image is {array.dtype} {list(array.shape)}; expected uint8 [height, width, 3], a PIL image"
             " or a path"
         )
-    return prepared(_upright(Image.fromarray(array), "the image"), preprocessing)
+    return prepared(_upright(Image.fromarray(array)), preprocessing)
 
 
 def label_of(picture: Picture, index: int) -> str:
@@ -54,18 +52,14 @@ def prepared(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
 
 def _opened(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as opened:
-            return _upright(opened, str(path))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}; expected an image such as JPEG or PNG") from error
+        return images.decode(images.read(path), upright=True)
+    except images.ImageError as error:
+        raise UserError(f"cannot use {path}: {error}; expected an image such as JPEG or PNG") from error
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     """Returns an image in RGB, as the camera was held: phones only note how the picture is turned."""
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode.startswith(("I", "F")):
-        raise UserError(f"{name} has {turned.mode} pixels; convert it to 8 bits a colour")
-    if max(turned.size) > MAX_ASPECT * min(turned.size):
-        raise UserError(f"{name} is {turned.width}×{turned.height} pixels, too narrow to classify")
-    return turned.convert("RGB")
+    try:
+        return images.rgb(images.turned(image))
+    except images.ImageError as error:
+        raise UserError(f"cannot use the image: {error}") from error

@@ -1,10 +1,12 @@
 """Our model on a golden file, group by group: outputs, gradients, statistics, optimiser steps.
 
-Errors of a gradient are relative to at least 1e-4 of the largest gradient in the file: the gradient of a
-shift in front of a batch norm is zero by cancellation, which leaves 1e-17 on both sides.
+Errors of a gradient are relative to at least 1e-4 of the largest gradient in the file, and 1e-3 where it
+vanishes by cancellation: that of a shift in front of a batch norm, which leaves 1e-17 on both sides. Errors
+of a running mean are relative to at least its standard deviation, by which the batch norm divides it.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from bvit_jax.parity.subject import Loss, Subject, subject_of
 from bvit_jax.weights.naming import REFERENCE
 from bvit_jax.weights.state_dicts import Variables, abstract_variables, from_state_dict, to_state_dict
 
-GRADIENT_FLOOR = 1e-4  # of the largest gradient
+GRADIENT_FLOOR, CANCELLED_FLOOR = 1e-4, 1e-3  # of the largest gradient
 CANCELLED = 1e-13  # of the largest gradient: below it there is only noise
 COUNTER = ".num_batches_tracked"
 
@@ -148,13 +150,12 @@ def _check_training(
     yield compare("loss", {"": loss}, {"": golden.array("train/loss")})
     if theirs := golden.group("grad"):
         ours = to_state_dict({"params": to_params}, naming)
-        floor = GRADIENT_FLOOR * max(_magnitudes(theirs).values())
-        yield compare("gradients", ours, theirs, dict.fromkeys(theirs, floor))
+        yield compare("gradients", ours, theirs, _gradient_floors(theirs))
     if theirs := golden.group("grad_input"):
         yield compare("input gradient", {"images": np.moveaxis(to_images, -1, -3)}, theirs)
     if theirs := golden.group("train_state"):
         ours = to_state_dict({"batch_stats": statistics}, naming) | _buffers(golden, theirs, steps=1)
-        yield compare("running statistics", ours, theirs)
+        yield compare("running statistics", ours, theirs, _deviations(theirs))
 
 
 def _magnitudes(arrays: Arrays) -> dict[str, float]:
@@ -202,7 +203,27 @@ def _check_steps(
     theirs = golden.group("steps/final")
     ours = to_state_dict({"params": params, "batch_stats": statistics})
     ours |= _buffers(golden, theirs, len(steps))
-    yield compare("final state", ours, theirs, _final_floors(golden, rates.sum() / settings.eps))
+    floors = _deviations(theirs) | _final_floors(golden, rates.sum() / settings.eps)
+    yield compare("final state", ours, theirs, floors)
+
+
+def _gradient_floors(gradients: Arrays) -> dict[str, float]:
+    """Returns the smallest scales for gradients: more for those that vanish by cancellation."""
+    magnitudes = _magnitudes(gradients)
+    largest = max(magnitudes.values())
+    return {
+        name: largest * (CANCELLED_FLOOR if magnitude < CANCELLED * largest else GRADIENT_FLOOR)
+        for name, magnitude in magnitudes.items()
+    }
+
+
+def _deviations(statistics: Arrays) -> dict[str, float]:
+    """Returns the smallest scales for running means: the largest standard deviation in each."""
+    return {
+        name: float(np.sqrt(np.max(np.abs(statistics[variance]), initial=0)))
+        for name in statistics
+        if (variance := re.sub(r"running_mean$", "running_var", name)) != name and variance in statistics
+    }
 
 
 def _final_floors(golden: GoldenFile, amplification: float) -> dict[str, float]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
@@ -113,16 +112,14 @@ def load_images(paths: Sequence[Path], size: int) -> np.ndarray:
 
 
 def _load_image(path: Path, size: int) -> np.ndarray:
-    from bvit_jax.data.transforms import decode, eval_transform  # its package needs more than parity does
+    from bvit_jax.data import images, transforms  # whose package needs more than parity does
 
     try:
-        image = decode(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"--images: no file {path}") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"--images: cannot read {path}: {error}; expected a JPEG or PNG file") from error
+        image = images.decode(images.read(path))
+    except images.ImageError as error:
+        raise UserError(f"--images: cannot use {path}: {error}; expected a JPEG or PNG file") from error
     # The short side is 256 pixels for a crop of 224, and in proportion for other sizes.
-    pixels = eval_transform(image, size=size, resize=256 * size // 224, interpolation="bicubic")
+    pixels = transforms.eval_transform(image, size=size, resize=256 * size // 224, interpolation="bicubic")
     mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
     return ((pixels.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)
 

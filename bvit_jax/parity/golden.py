@@ -5,7 +5,7 @@ PyTorch code computed from them in float64; ``docs/parity.md`` describes the for
 is the largest absolute difference over the largest magnitude in the file's array.
 """
 
-import json
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from bvit_jax.errors import UserError
+from bvit_jax.files import parse_json
 
 FLOAT64_TOLERANCE = 1e-10
 FLOAT32_TOLERANCE = 1e-6  # for arrays stored in float32
+MAX_BYTES = 1 << 29  # of all arrays of a golden file
 
 Arrays = dict[str, np.ndarray]
 
@@ -68,8 +70,9 @@ class GoldenFile:
         try:
             # Opened here, because numpy does not close what it cannot read.
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                _check_sizes(archive.zip)
                 self.arrays: Arrays = {name: archive[name] for name in archive.files}
-            self.meta: dict[str, Any] = dict(json.loads(str(self.arrays.pop("meta")[()])))
+            self.meta: dict[str, Any] = dict(parse_json(str(self.arrays.pop("meta")[()])))
         except FileNotFoundError:
             raise UserError(f"no file {path}; expected a golden .npz file") from None
         except KeyError:
@@ -95,6 +98,21 @@ class GoldenFile:
     def images(self, name: str = "input/images") -> np.ndarray:
         """Returns images in float64, channels last; leading axes are kept."""
         return np.moveaxis(self.float64(name), -3, -1)
+
+
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """Raises ValueError if arrays are too large, or claim more than there is: numpy would allocate first."""
+    if (total := sum(member.file_size for member in archive.infolist())) > MAX_BYTES:
+        raise ValueError(f"it claims {total:,} bytes; expected at most {MAX_BYTES:,}")
+    for member in archive.infolist():
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0
+            if version != (1, 0):
+                read_header = np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_header(file)
+        if math.prod(shape) * dtype.itemsize > member.file_size:
+            raise ValueError(f"{member.filename} claims the shape {shape} and has {member.file_size:,} bytes")
 
 
 def compare(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bvit_jax import files
 from bvit_jax.errors import UserError
 
 Lines = list[dict[str, Any]]
@@ -211,9 +212,9 @@ def save_picture(runs: Sequence[Run], output: Path) -> None:
     columns = max(1, 110 // (6 + max(len(run.label) for run in runs)))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=11)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), files.replacing(output) as temporary:
             warnings.filterwarnings("ignore", "Glyph .* missing")  # in the name of a directory
-            figure.savefig(output, dpi=120)
+            figure.savefig(temporary, dpi=120)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {output}: {error}; name a .png file") from error
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from bvit_jax import files
 from bvit_jax.errors import UserError
 from bvit_jax.inference.images import model_input, prepared
 from bvit_jax.models import same_layers
@@ -63,9 +64,10 @@ def save_report(
         directory.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             if picture.draw is not None:
-                picture.draw().savefig(directory / f"{picture.name}.png", dpi=DPI)
+                with files.replacing(directory / f"{picture.name}.png") as temporary:
+                    picture.draw().savefig(temporary, dpi=DPI)
         page = directory / "index.html"
-        page.write_text(index_html(model, pictures, origin), encoding="utf-8", errors="replace")
+        files.replace_file(page, index_html(model, pictures, origin).encode(errors="replace"))
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
     return page

@@ -11,7 +11,7 @@ JAX is imported only where it is used, so that signals are ours while it is.
 import contextlib
 import ctypes
 import gc
-import hashlib
+import io
 import itertools
 import logging
 import multiprocessing
@@ -21,11 +21,13 @@ import select
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from absl import logging as absl_logging
+
+from bvit_jax.runtime.cache import cache_directory
 
 T = TypeVar("T")
 GRACE = 2  # seconds
@@ -75,6 +77,9 @@ def take() -> None:
     # Orbax and Grain log every call, and each part of a failure that is raised here as one error.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="PIL")  # about broken EXIF data; what matters is an error
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding does not have
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def log_to_stderr() -> None:
@@ -375,25 +380,11 @@ def _end_with(line: str, status: int) -> None:
 
 
 def _use_cache() -> None:
-    """Keeps compiled programs in the user's cache directory, unless the environment names another.
-
-    ``JAX_COMPILATION_CACHE_DIR`` moves it, and switches it off where it is empty. Programs for CPUs
-    hold instructions of the CPU they were compiled on, so that each kind has a directory of its own.
-    """
+    """Keeps compiled programs where `cache_directory` says, or where the environment says."""
     import jax
 
     if CACHE_VARIABLE in os.environ:
         if not os.environ[CACHE_VARIABLE]:
             jax.config.update("jax_enable_compilation_cache", False)
-        return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "bvit_jax" / _kind_of_cpu()))
-
-
-def _kind_of_cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "any"
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return hashlib.sha256((flags[1] if flags else "").encode()).hexdigest()[:8]
+    elif directory := cache_directory():
+        jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -1,9 +1,10 @@
 """Evaluation: one pass over a split, every image counted once."""
 
+import dataclasses
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from bvit_jax import config as config_lib
 from bvit_jax import data
 from bvit_jax.augment.normalization import Normalization
+from bvit_jax.errors import UserError
 from bvit_jax.models import choose
 from bvit_jax.runtime import process
 from bvit_jax.runtime.interruption import Interrupted
@@ -22,6 +24,7 @@ from bvit_jax.runtime.mesh import check_batch_size, local_rows, make_mesh, repli
 from bvit_jax.training.steps.evaluate import EvalSettings
 from bvit_jax.training.steps.programs import Programs, jit_eval_step
 from bvit_jax.training.steps.state import TrainState
+from bvit_jax.weights.class_names import Matching, matched
 from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint import Kind
 
@@ -102,6 +105,8 @@ def _evaluate(
     while in_flight:
         collect()
     images, bad = totals.pop("images"), totals.pop("bad_images")
+    if not images:
+        raise UserError(f"none of the {int(bad)} images of the evaluation can be decoded; prepare them again")
     figures = {name: total / images for name, total in totals.items()} | {"images": int(images)}
     return figures | ({"bad_images": int(bad)} if bad else {})
 
@@ -120,7 +125,11 @@ def eval_settings(config: ConfigDict, mesh: Mesh, model: nn.Module | None = None
 
 
 def evaluate_workdir(
-    workdir: Path, kind: Kind, overrides: Mapping[str, Any], ema: bool | None = None
+    workdir: Path,
+    kind: Kind,
+    overrides: Mapping[str, Any],
+    ema: bool | None = None,
+    classes: Matching = "same",
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a training run on the evaluation split of its configuration.
 
@@ -129,30 +138,76 @@ def evaluate_workdir(
       kind: "latest" or "best".
       overrides: settings of ``config.data`` and ``eval_batch_size`` to use instead of the run's.
       ema: whether to evaluate the moving average; if None, where the run keeps one.
+      classes: how the data set's classes are found among the run's.
 
     Returns:
       The figures of `evaluate`, the step and the kind of the checkpoint; and of a run with a moving
       average, whether it is the average's, as ``ema``.
 
     Raises:
-      UserError: there is no such run or checkpoint, it does not fit, or it has no moving average.
+      UserError: there is no such run or checkpoint, it does not fit, it has no moving average, or the data
+        set has other classes.
     """
     config = config_lib.load(workdir / "config.json")
     for key, value in overrides.items():
         node, _, name = key.rpartition(".")
         (config[node] if node else config)[name] = value
     config_lib.validate(config)
-    mesh = make_mesh()
-    check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
-    step = jit_eval_step(eval_settings(config, mesh), mesh)
     ema = runs.use_average(workdir, config, ema)
+    names = runs.read_class_names(workdir, config.model.num_classes)
+    mesh = make_mesh()
+    step = _step(config, names, classes, mesh)
     variables, number = runs.restore(workdir, config, kind, replicated(mesh), ema=ema)
-    batches = eval_batches(config, mesh)
     what = "moving average in the " if ema else ""
     logger.info("evaluating the %s%s checkpoint, step %d", what, kind, number)
-    figures = evaluate(step, variables, batches, mesh)
+    figures = evaluate(step, variables, eval_batches(config, mesh), mesh)
     kept = {"ema": ema} if config.ema.decay else {}
     return {"checkpoint": kind, "step": number, **kept, **figures}
+
+
+def evaluate_model(path: Path, config: ConfigDict, classes: Matching = "same") -> dict[str, Any]:
+    """Evaluates a model of any format on the evaluation split of a configuration, with its own preprocessing.
+
+    Args:
+      path: what `bvit_jax.load` reads.
+      config: its ``data`` names the data set, and its ``eval_batch_size`` is used.
+      classes: how the data set's classes are found among the model's.
+
+    Returns:
+      The figures of `evaluate`.
+
+    Raises:
+      UserError: the model cannot be read, squeezes its images, or the data set has other classes.
+    """
+    model = runs.load_model(path)
+    prepared = model.preprocessing
+    if prepared.square:
+        raise UserError(f"{path} squeezes its images to squares, which an evaluation does not; use predict")
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model = model.config
+        config.data.update(
+            eval_resize=prepared.resize,
+            eval_interpolation=prepared.interpolation,
+            mean=prepared.mean,
+            std=prepared.std,
+        )
+    for text in model.assumed:
+        logger.warning("assumed, since %s does not say: %s", path, text)
+    mesh = make_mesh()
+    step = _step(config, model.class_names, classes, mesh)
+    variables = jax.device_put({"batch_stats": {}, **model.arrays()}, replicated(mesh))
+    return evaluate(step, variables, eval_batches(config, mesh), mesh)
+
+
+def _step(config: ConfigDict, names: Sequence[str], classes: Matching, mesh: Mesh) -> Any:
+    """Returns the evaluation step for the classes of the evaluation split among those of a model."""
+    check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+    found = matched(data.open_eval_split(config.data).class_names, names, classes)
+    settings = eval_settings(config, mesh)
+    if found != tuple(range(len(names))):
+        settings = dataclasses.replace(settings, classes=found)
+    return jit_eval_step(settings, mesh)
 
 
 def to_json(figures: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ classes, preprocessing and where it came from - travels with it in every format,
 """
 
 import dataclasses
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from bvit_jax.weights.document import Document
 from bvit_jax.weights.formats import FORMATS, Format, Interpretation
 from bvit_jax.weights.naming import Naming, path_name
 from bvit_jax.weights.pretrained import Pretrained
-from bvit_jax.weights.raw_checkpoint import CONFIG_FILE, RawCheckpoint, read_raw
+from bvit_jax.weights.raw_checkpoint import CONFIG_FILE, RawCheckpoint, read_raw, unwrapped
 from bvit_jax.weights.state_dicts import (
     StateDict,
     Variables,
@@ -59,8 +58,8 @@ def load(
     if "name" in (overrides or {}):
         raise UserError("the name of the model cannot be set: the arrays determine it")
     raw, left_out = read_raw(path, config_file, weights_key)
-    skipped = sorted(name for pattern in ignored for name in fnmatch.filter(raw.state, pattern))
-    raw = dataclasses.replace(raw, state={n: a for n, a in raw.state.items() if n not in skipped})
+    state, skipped = unwrapped(raw.state, ignored)
+    raw = dataclasses.replace(raw, state=state)
     with _prefixing(raw.origin):
         if any(name.startswith("params/") for name in raw.state):
             model = _from_native(raw, overrides or {})

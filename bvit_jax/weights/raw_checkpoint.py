@@ -1,9 +1,9 @@
 """Checkpoints as read, before any format has interpreted them: named arrays and what describes them."""
 
 import difflib
-import json
+import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,21 @@ from typing import Any
 import numpy as np
 
 from bvit_jax.errors import UserError, nearest
+from bvit_jax.files import parse_json, read_json
 from bvit_jax.weights import tensor_files
 from bvit_jax.weights.document import KEY as DOCUMENT_KEY
 from bvit_jax.weights.document import Document, find_document
 from bvit_jax.weights.tensor_files import StateDict
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-OLD_WEIGHTS_FILE = "pytorch_model.bin"  # Hugging Face's, before safetensors
+OLD_WEIGHTS_FILE = "pytorch_model.bin"  # Hugging Face's and Accelerate's, before safetensors
+ACCELERATE_FILE = "random_states_0.pkl"  # next to the weights that its save_state writes; never read
+INDEX_SUFFIX = ".index.json"  # of the file that lists the shards
 PROCESSOR_FILE = "preprocessor_config.json"  # Hugging Face's
-WRAPPERS = ("_orig_mod.", "module.", "model.")  # prefixes of all names: compiled, parallel, Lightning
-WEIGHTS_KEYS = ("model", "state_dict", "module")  # in training checkpoints that hold more than weights
+# Prefixes of all names, in any order: compiled, parallel, Fabric's, and attributes of a Lightning module.
+WRAPPERS = ("_orig_mod.", "module.", "_forward_module.", "model.", "net.", "network.", "student.")
+WEIGHTS_KEYS = ("model", "state_dict", "module", "model_state_dict")  # in files that hold more than weights
+LISTED = 8  # entries that a message names
 
 
 @dataclass(frozen=True)
@@ -98,31 +103,40 @@ def read_raw(
 
 
 def _is_part_of_directory(path: Path) -> bool:
-    """Returns whether a file holds the weights of a directory that describes them."""
-    names = (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json", OLD_WEIGHTS_FILE)
-    return path.name in names and (path.parent / CONFIG_FILE).is_file()
+    """Returns whether a file holds the weights, or a part, of a directory that describes them."""
+    name = re.sub(r"-\d+-of-\d+(?=\.)", "", path.name).removesuffix(INDEX_SUFFIX)
+    described = (path.parent / CONFIG_FILE).is_file() or name != path.name
+    return name in (WEIGHTS_FILE, OLD_WEIGHTS_FILE) and described
 
 
 def _read_directory(path: Path, values: Mapping[str, Any]) -> RawCheckpoint:
-    if not (path / CONFIG_FILE).is_file() and not values:
+    """Returns what a directory holds; that of Accelerate's ``save_state``, without a description, as bare."""
+    described = (path / CONFIG_FILE).is_file()
+    if not (described or values or (path / ACCELERATE_FILE).is_file()):
         raise UserError(
             f"no {CONFIG_FILE} in {path}; expected a directory with {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    values = values or _read_json(path / CONFIG_FILE)
-    weights, index = path / WEIGHTS_FILE, path / f"{WEIGHTS_FILE}.index.json"
-    if weights.is_file():
-        state, _ = tensor_files.read_safetensors(weights)
-        files = [weights]
-    elif index.is_file():
-        state, files = tensor_files.read_sharded(index)
-    elif (path / OLD_WEIGHTS_FILE).is_file():
-        files = [path / OLD_WEIGHTS_FILE]
-        state = _state_dict(tensor_files.read_torch(files[0]), files[0])
-    else:
-        raise UserError(f"no {WEIGHTS_FILE} in {path}; expected it next to {CONFIG_FILE}")
-    processor_file = path / PROCESSOR_FILE
-    processor = _read_json(processor_file) if processor_file.is_file() else {}
-    return _raw(state, values, tuple(files), processor=processor)
+    if described and not values:
+        values = _read_json(path / CONFIG_FILE)
+    kinds: dict[str, Callable[[Path], StateDict]] = {
+        WEIGHTS_FILE: lambda file: tensor_files.read_safetensors(file)[0],
+        OLD_WEIGHTS_FILE: lambda file: _state_dict(tensor_files.read_torch(file), file),
+    }
+    for name, read in kinds.items():
+        index = path / f"{name}{INDEX_SUFFIX}"
+        if (path / name).is_file():
+            state, files = read(path / name), [path / name]
+        elif index.is_file():
+            state, files = tensor_files.read_sharded(index, read)
+        else:
+            continue
+        processor_file = path / PROCESSOR_FILE
+        processor = _read_json(processor_file) if processor_file.is_file() else {}
+        return _raw(state, values, tuple(files), processor=processor)
+    raise UserError(
+        f"no {WEIGHTS_FILE} in {path}, nor {OLD_WEIGHTS_FILE}, nor the {INDEX_SUFFIX} of shards; expected one"
+        f" next to {CONFIG_FILE}"
+    )
 
 
 def _read_torch(
@@ -134,6 +148,11 @@ def _read_torch(
     key = weights_key or next((key for key in WEIGHTS_KEYS if isinstance(content.get(key), dict)), None)
     state = content if key is None else content[key]
     others = {} if key is None else {k: v for k, v in content.items() if k != key}
+    if key is None and not _is_state_dict(state):
+        entries = ", ".join(map(str, list(content)[:LISTED])) + (", ..." if len(content) > LISTED else "")
+        raise UserError(
+            f"{path} holds no state dict, but {entries or 'nothing'}; name that of the weights with --key"
+        )
     state = _state_dict(state, path, key)
     described = _parse_description(path, others.pop(DOCUMENT_KEY, None))
     args = others.get("args", {})
@@ -143,19 +162,37 @@ def _read_torch(
 
 def _state_dict(content: Any, path: Path, key: str | None = None) -> StateDict:
     """Returns the content if it is a state dict; raises `UserError` otherwise."""
-    named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
-    if not named or not content or not all(isinstance(a, np.ndarray) for a in content.values()):
+    if not _is_state_dict(content):
         where = "" if key is None else f" under {key!r}"
         raise UserError(f"{path} holds no state dict{where}; expected names and tensors")
     return content
 
 
+def _is_state_dict(content: Any) -> bool:
+    named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    return bool(named and content) and all(isinstance(a, np.ndarray) for a in content.values())
+
+
+def unwrapped(
+    state: Mapping[str, np.ndarray], ignored: Sequence[str]
+) -> tuple[Mapping[str, np.ndarray], list[str]]:
+    """Returns the arrays without prefixes that all names share, and the names that patterns leave out.
+
+    Patterns may have the names with the prefixes or without them.
+    """
+    skipped = {name for pattern in ignored for name in fnmatch.filter(state, pattern)}
+    state = {name: array for name, array in state.items() if name not in skipped}
+    for prefix in WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state):
+            inner = {name.removeprefix(prefix): array for name, array in state.items()}
+            state, more = unwrapped(inner, ignored)
+            return state, sorted(skipped.union(more))
+    return state, sorted(skipped)
+
+
 def _raw(
     state: StateDict, values: Mapping[str, Any], files: tuple[Path, ...], **more: Mapping[str, Any]
 ) -> RawCheckpoint:
-    for prefix in WRAPPERS:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): a for name, a in state.items()}
     origin = str(files[0]) if len(files) == 1 else str(files[0].parent)
     document = find_document(values, origin)
     return RawCheckpoint(state, values, document=document, files=files, origin=origin, **more)
@@ -163,13 +200,13 @@ def _raw(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if not isinstance(values, dict) or not values:
             raise ValueError("it is empty or not an object")
         return values
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; expected the JSON of a model") from error
 
 
@@ -178,6 +215,6 @@ def _parse_description(path: Path, text: Any) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
+        return dict(parse_json(text))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: its description is damaged: {error}") from error

@@ -1,18 +1,18 @@
 """Files of named arrays: safetensors, possibly sharded, and PyTorch's ``.pth``.
 
 Reading never runs code from a file: safetensors holds none, and a ``.pth`` is read by
-``torch.load(weights_only=True)``, which is allowed one more class, the harmless `argparse.Namespace` in
-which training scripts store their arguments.
+``torch.load(weights_only=True)``, which is allowed a few harmless classes more: the `argparse.Namespace` in
+which training scripts store their arguments, and what stands for numpy's scalars, ``defaultdict`` and
+Lightning's ``AttributeDict``. A file cannot claim more than it holds, see `MAX_VALUES` and what follows.
 """
 
 import argparse
 import hashlib
-import json
 import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from bvit_jax.errors import UserError
+from bvit_jax.files import read_json
 
-TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 SAFETENSORS_SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
+MAX_VALUES = 1_000_000  # tensors, dicts and lists in a .pth
+MAX_DEPTH = 100  # of lists in lists
+MAX_EXPANSION = 4  # bytes of all tensors per byte of the file: some share their storage
+SMALL = 1 << 26  # bytes of tensors that any file may hold
 
 StateDict = dict[str, np.ndarray]
 
@@ -57,14 +61,20 @@ def read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
         raise UserError(f"cannot read {path}: {_first_line(error)}; is the file complete?") from error
 
 
-def read_sharded(index: Path) -> tuple[StateDict, list[Path]]:
+def read_sharded(
+    index: Path, read: Callable[[Path], StateDict] = lambda file: read_safetensors(file)[0]
+) -> tuple[StateDict, list[Path]]:
     """Returns the arrays of the files that a ``model.safetensors.index.json`` lists, and those files.
+
+    Args:
+      index: that file, or the like for ``.bin``.
+      read: returns the arrays of one shard.
 
     Raises:
       UserError: the index or a file is missing or damaged, or they contradict each other.
     """
     try:
-        weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+        weight_map = dict(read_json(index)["weight_map"])
         files = sorted(set(weight_map.values()))
         if not files:
             raise ValueError("it lists no shards")
@@ -74,8 +84,7 @@ def read_sharded(index: Path) -> tuple[StateDict, list[Path]]:
         raise UserError(f"cannot read {index}: {error!r}; expected an index of shards") from error
     state: StateDict = {}
     for name in files:
-        shard, _ = read_safetensors(index.parent / name)
-        for key, array in shard.items():
+        for key, array in read(index.parent / name).items():
             if weight_map.get(key) != name:
                 raise UserError(f"{index.parent / name} holds {key!r}, which {index.name} does not list")
             state[key] = array
@@ -105,9 +114,10 @@ def read_torch(path: Path) -> dict[str, Any]:
         raise UserError(f"no file {path}; expected a checkpoint")
     _check_zip(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; real problems raise
-            content = _to_numpy(torch.load(path, map_location="cpu", weights_only=True))
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        content = _Content(MAX_EXPANSION * path.stat().st_size + SMALL).to_numpy(loaded)
     except Exception as error:  # pickle, zip and torch each raise their own
         raise UserError(f"cannot read {path}: {_unpickling_reason(path, error)}") from error
     if not isinstance(content, dict):
@@ -138,6 +148,9 @@ def _check_zip(path: Path) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+            if claimed > path.stat().st_size:  # PyTorch does not compress
+                raise UserError(f"{path} is compressed, to {claimed:,} bytes; expected a file of torch.save")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
         raise UserError(f"cannot read {path}: {_first_line(error)}; is the file complete?") from error
@@ -178,23 +191,90 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".")
 
 
-def _to_numpy(value: Any) -> Any:
+class _Content:
+    """Turns what a file holds into numpy arrays and dicts, within limits."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._values, self._bytes = MAX_VALUES, max_bytes
+
+    def to_numpy(self, value: Any, depth: int = 0) -> Any:
+        """Returns the value; raises ValueError if it is larger than any checkpoint of the file's size."""
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            self._spend(value.numel() * value.element_size())
+            return _array(value.detach().contiguous())
+        if isinstance(value, argparse.Namespace):
+            value = vars(value)
+        if not isinstance(value, Mapping | list | tuple):
+            return value
+        if depth == MAX_DEPTH:
+            raise ValueError(f"it holds lists in lists, more than {MAX_DEPTH} deep")
+        self._spend(0)
+        if isinstance(value, Mapping):
+            return {key: self.to_numpy(item, depth + 1) for key, item in value.items()}
+        if any(isinstance(item, Mapping | list | tuple | torch.Tensor) for item in value):
+            return [self.to_numpy(item, depth + 1) for item in value]
+        return value if isinstance(value, list) else list(value)
+
+    def _spend(self, size: int) -> None:
+        self._values, self._bytes = self._values - 1, self._bytes - size
+        if self._values < 0:
+            raise ValueError(f"it holds more than {MAX_VALUES:,} tensors and lists")
+        if self._bytes < 0:
+            raise ValueError("its tensors claim many times the size of the file")
+
+
+def _array(tensor: Any) -> np.ndarray:
     import torch
 
-    if isinstance(value, torch.Tensor):
-        value = value.detach().contiguous()
-        if value.dtype == torch.bfloat16:
-            import ml_dtypes
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
 
-            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return value.numpy()
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    if isinstance(value, Mapping):
-        return {key: _to_numpy(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_numpy(item) for item in value]
-    return value
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+class _Kind:
+    """Stands for `numpy.dtype` in a pickle: a plain number's kind and its byte order."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        if not re.fullmatch(r"[biufc]\d{1,2}", name):
+            raise ValueError(f"a number of the kind {name!r}")
+        self.name, self.order = name, "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _scalar(kind: _Kind, data: bytes) -> Any:
+    """Returns the number that a pickled numpy scalar holds, as one of Python's."""
+    return np.frombuffer(data, kind.order + kind.name, count=1)[0].item()
+
+
+def _nothing(*_: Any) -> None:
+    """Stands for what a ``defaultdict`` would call."""
+
+
+def _defaultdict(*_: Any) -> dict[Any, Any]:
+    """Returns what stands for a ``defaultdict``."""
+    return {}
+
+
+ALLOWED: list[Any] = [  # classes, and functions in place of others
+    argparse.Namespace,
+    (_Kind, "numpy.dtype"),
+    *((_scalar, f"{module}.scalar") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
+    (_defaultdict, "collections.defaultdict"),
+    *((_nothing, f"builtins.{name}") for name in ("bool", "dict", "float", "int", "list", "str")),
+    *(
+        (dict, f"{module}.AttributeDict")
+        for module in (
+            *("lightning.fabric.utilities.data", "lightning_fabric.utilities.data"),
+            "pytorch_lightning.utilities.parsing",
+        )
+    ),
+]
 
 
 def _to_torch(value: Any) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from bvit_jax.config.files import read_json
 from bvit_jax.errors import UserError
+from bvit_jax.files import read_json
 from bvit_jax.workdir.checksums import CHECKSUMS, read_replacement
 
 FOLDER = "checkpoints"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bvit_jax.config.files import read_json, replace_file
 from bvit_jax.errors import UserError
+from bvit_jax.files import read_json, replace_file
 
 CHECKSUMS = "checksums.json"
 REPLACED = "metadata.json"

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from bvit_jax.config.files import read_json, replace_file
 from bvit_jax.errors import UserError
+from bvit_jax.files import read_json, replace_file
 from bvit_jax.workdir.collectives import on_first_process
 
 NAME = "run.lock"

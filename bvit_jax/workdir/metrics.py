@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from bvit_jax import files
 from bvit_jax.errors import UserError
 
 Number = int | float
@@ -128,7 +129,8 @@ class MetricWriter:
             return
         path = self.path.with_name(f"{name}.png")
         try:
-            Image.fromarray(grid).save(path)
+            with files.replacing(path) as temporary:
+                Image.fromarray(grid).save(temporary)
         except OSError as error:
             raise _user_error(path, error) from error
         if board := self._board():

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import models, weights
-from bvit_jax.config.files import read_json, replace_file
 from bvit_jax.errors import UserError
+from bvit_jax.files import read_json, replace_file
 from bvit_jax.weights.class_names import default_class_names, readable_class_names
 from bvit_jax.weights.formats import FORMATS, reference
 from bvit_jax.weights.preprocessing import Preprocessing
@@ -110,7 +110,7 @@ def load_run(workdir: Path, kind: Kind, ema: bool | None = None) -> Pretrained:
     variables = jax.tree.map(np.asarray, variables)
     if not variables["batch_stats"]:
         del variables["batch_stats"]
-    names = read_class_names(workdir, config.model.num_classes)
+    names = readable_class_names(read_class_names(workdir, config.model.num_classes))
     saved = Path(FOLDER) / str(step)
     entry = {"file": str(saved), "sha256": sha256(workdir / saved / CHECKSUMS), "format": "run"}
     if ema:
@@ -156,7 +156,7 @@ def write_class_names(workdir: Path, names: Sequence[str]) -> None:
 
 
 def read_class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
-    """Returns the names of the classes of a run, words in place of ImageNet's synsets.
+    """Returns the names of the classes of a run as its data set has them.
 
     Raises:
       UserError: the file is damaged.
@@ -170,7 +170,7 @@ def read_class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
             raise ValueError(f"it does not hold {num_classes} names")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    return readable_class_names(names)
+    return tuple(names)
 
 
 def _preprocessing(config: ConfigDict, workdir: Path) -> Preprocessing:

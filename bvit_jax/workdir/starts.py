@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import models
-from bvit_jax.config.files import append_line
 from bvit_jax.errors import UserError
+from bvit_jax.files import append_line
+from bvit_jax.weights.class_names import matched
 from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint_files import FOLDER, complete_steps, foreign_steps
 
@@ -63,11 +64,16 @@ def write(workdir: Path, config: ConfigDict, class_names: Sequence[str], step: i
     """Writes, on the first process, configuration and classes; the configurations of all starts are kept.
 
     Raises:
-      UserError: a file cannot be written.
+      UserError: a file cannot be written, or the run has other classes.
     """
     if jax.process_index() > 0:
         return
     path, starts = workdir / CONFIG_FILE, workdir / STARTS_FILE
+    if step > 0 and (workdir / runs.CLASSES_FILE).exists():
+        try:
+            matched(class_names, runs.read_class_names(workdir, len(class_names)))
+        except UserError as error:
+            raise UserError(f"the run in {workdir} continues on another data set: {error}") from error
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     try:
         if path.exists() and not starts.exists():  # of an older version

@@ -71,7 +71,7 @@ def die_at(patch: pytest.MonkeyPatch, moment: str, count: int, die: Callable[[],
         "rename": (Path, "replace"),
         "appear": (Path, "replace"),
         "delete": (Path, "unlink"),
-        "shard": (writer, "_num_records"),
+        "shard": (writer, "num_records"),
     }[moment]
     original, passed = getattr(owner, name), 0
 

@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from bvit_jax import data
-from bvit_jax.data import pipeline, transforms
+from bvit_jax.data import images, pipeline
 from bvit_jax.data.pipeline import repeated_index
 from bvit_jax.errors import UserError
 
@@ -211,8 +211,8 @@ def test_damaged_image(make_config: MakeConfig, part: str, index: int) -> None:
     config = make_config(dataset="photos", train_split=part, eval_split=part, eval_resize=32)
     with pytest.raises(UserError) as caught:
         list(data.eval_batches(config, 32, 3))
-    assert f"cannot read record {index} of split {part!r} of photos: " in str(caught.value)
-    with pytest.raises(UserError, match=r"cannot read record \d of split 'damaged"):
+    assert f"cannot decode record {index} of split {part!r} of photos (1.jpeg): " in str(caught.value)
+    with pytest.raises(UserError, match=r"cannot decode record \d of split 'damaged"):
         _take(data.train_batches(config, 32, 8, seed=0), 1)
 
 
@@ -299,7 +299,7 @@ def test_the_next_image_takes_the_place_of_a_bad_one(make_config: MakeConfig) ->
 
 def test_more_bad_images_than_allowed(make_config: MakeConfig) -> None:
     config = make_config(dataset="photos", train_split="damaged", max_bad_images=1)
-    message = "2 images of split 'damaged' of photos cannot be decoded, including records 1, 2,"
+    message = "2 images of split 'damaged' of photos .*, including record 1 .1.jpeg., record 2 .2.jpeg.,"
     with pytest.raises(UserError, match=message):
         _take(data.train_batches(config, 24, 12, seed=0), 1)
 
@@ -308,6 +308,19 @@ def test_no_image_can_be_decoded(make_config: MakeConfig) -> None:
     config = make_config(dataset="photos", train_split="damaged[1:]", max_bad_images=9)
     with pytest.raises(UserError, match=r"no image of split 'damaged\[1:\]' of photos can be decoded"):
         _take(data.train_batches(config, 24, 4, seed=0), 1)
+
+
+def test_only_decoding_makes_a_bad_image(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(dataset="photos", train_split="train", eval_split="train", max_bad_images=9)
+    source = type(data.open_split("photos", config.data_dir, "train").source)
+
+    def fails(*_: Any) -> None:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(source, "__getitem__", fails)
+    for batches in (data.train_batches(config, 24, 4, seed=0), data.eval_batches(config, 24, 4)):
+        with pytest.raises(UserError, match=r"cannot read record \d .*Input/output error; check the disk"):
+            next(batches)
 
 
 def test_bad_images_are_masked_in_evaluation(make_config: MakeConfig) -> None:
@@ -389,7 +402,7 @@ def test_evaluation_sees_each_image_once(make_config: MakeConfig, hosts: int, tm
             if keep
         ]
     source = data.open_split("digits", config.data_dir, "train").source
-    pixels = [np.asarray(transforms.decode(source[i]["image"])) for i in range(1437)]
+    pixels = [np.asarray(images.decode(source[i]["image"])) for i in range(1437)]
     assert sorted(kept) == sorted(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
 
 

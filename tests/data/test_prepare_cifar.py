@@ -184,3 +184,35 @@ def test_damaged_archive(tmp_path: Path) -> None:
     _archive(archive, {"meta": pickle.dumps([1]), "train": b"?", "test": b"cnothing"})
     with pytest.raises(UserError, match=r"meta holds a list; expected a dict"):
         cifar100_source(archive, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "its train is a link"),
+        ({"type": tarfile.SYMTYPE, "linkname": "train"}, "its train is a link"),
+        ({"type": tarfile.LNKTYPE, "linkname": "gone"}, "its train is a link"),
+        ({"size": 1 << 40}, "cannot read .*"),
+        ({"count": 200}, "it has over 100 files"),
+    ],
+)
+def test_archives_made_to_harm(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / cifar.ARCHIVE
+    with tarfile.open(path, "w:gz") as archive:
+        for number in range(change.pop("count", 1)):
+            member = tarfile.TarInfo("train" if number == 0 else str(number))
+            for name, value_ in change.items():
+                setattr(member, name, value_)
+            archive.addfile(member)
+    with pytest.raises(UserError, match=message):
+        cifar100_source(path, tmp_path / "data")
+
+
+def test_an_archive_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar, "MAX_BYTES", 1 << 20)
+    with tarfile.open(tmp_path / cifar.ARCHIVE, "w:gz") as archive:
+        member = tarfile.TarInfo("train")
+        member.size = 2 << 20
+        archive.addfile(member, io.BytesIO(bytes(member.size)))
+    with pytest.raises(UserError, match="or 1,048,576 bytes"):
+        cifar100_source(tmp_path / cifar.ARCHIVE, tmp_path / "data")

@@ -1,4 +1,6 @@
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from bvit_jax import data
 from bvit_jax.data.prepare import prepare
 from bvit_jax.data.prepare.__main__ import main
 from bvit_jax.data.prepare.imagefolder import imagefolder_source
+from bvit_jax.data.prepare.writer import SOURCE
 from bvit_jax.errors import UserError
 from tests.data.prepared import jpeg, records, value
 
@@ -84,9 +87,9 @@ def _damage(path: Path, content: bytes | None) -> None:
         (
             "pets",
             {"val/cat/1.jpg": b"GIF"},
-            r"val/cat/1\.jpg is damaged: expected an image and found 3",
+            r"val/cat/1\.jpg cannot be used: it has the format of no known image; .* found 3 bytes",
         ),
-        ("pets", {"val/cat/1.jpg": b""}, r"val/cat/1\.jpg is damaged"),
+        ("pets", {"val/cat/1.jpg": b""}, r"val/cat/1\.jpg cannot be used"),
     ],
 )
 def test_errors(folder: Path, tmp_path: Path, name: str, changes: dict[str, Any], message: str) -> None:
@@ -102,3 +105,49 @@ def test_file_that_disappears(folder: Path, tmp_path: Path) -> None:
     (folder / "val" / "cat" / "1.jpg").unlink()
     with pytest.raises(UserError, match=r"cannot read .*val/cat/1\.jpg: No such file or directory"):
         prepare(source)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: (f / "train/cat/gone.png").symlink_to("/nowhere"), r"cat/gone\.png: No such file.*a link"),
+        (lambda f: (f / "train/cow").symlink_to("/nowhere"), "cannot read .*train/cow: No such file"),
+        (lambda f: (f / "train/cat/up").symlink_to(".."), "cat/up is a link to a directory above it"),
+        (lambda f: (f / "train/cat/me.jpg").symlink_to("me.jpg"), r"me\.jpg: Too many levels"),
+        (lambda f: os.rename(f / "train/cat", f / "train/ cat"), "train/ cat' begins or ends with a space"),
+        (
+            lambda f: (f / "train/cat/new\nline.jpg").write_bytes(b""),
+            "the name of .* has a line break; rename",
+        ),
+        (
+            lambda f: os.mkdir(os.fsencode(f / "train/caf") + b"\xe9"),
+            r"the name of .*caf\\udce9 is not UTF-8",
+        ),
+        (lambda f: os.mkfifo(f / "train/cat/pipe.jpg"), r"pipe\.jpg is not a regular file"),
+        (lambda f: os.rename(f / "val", f / "val set"), "has the split 'val set'; expected letters, digits"),
+        (lambda f: os.rename(f / "val", f / "all"), "has the split 'all'"),
+        (
+            lambda f: (f / "train/cat" / "/".join("d" * 60)).mkdir(parents=True),
+            "more than 50 directories deep",
+        ),
+    ],
+)
+def test_folders_of_other_machines(
+    folder: Path, tmp_path: Path, make: Callable[[Path], Any], message: str
+) -> None:
+    make(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        imagefolder_source("pets", folder, tmp_path / "data")
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_name_that_was_prepared_from_something_else(folder: Path, tmp_path: Path) -> None:
+    path = prepare(imagefolder_source("pets", folder, tmp_path / "data"))
+    assert prepare(imagefolder_source("pets", folder, tmp_path / "data")) == path
+    same_size = (folder / "val" / "cat" / "1.jpg").read_bytes()[::-1]
+    (folder / "val" / "cat" / "1.jpg").write_bytes(same_size)
+    with pytest.raises(UserError, match=r"was prepared from other files, or these have changed since"):
+        prepare(imagefolder_source("pets", folder, tmp_path / "data"))
+    (path / SOURCE).unlink()  # as an earlier version leaves it
+    assert prepare(imagefolder_source("pets", folder, tmp_path / "data")) == path

@@ -69,6 +69,7 @@ def test_copies_records_and_order(original: Path, copy: Path, tmp_path: Path) ->
 def _contents(directory: Path) -> dict[str, Any]:
     files: dict[str, Any] = contents(directory)
     files["dataset_info.json"] = json.loads(files["dataset_info.json"])
+    files.pop(writer.SOURCE)  # they were made from different files
     files["dataset_info.json"].pop("redistributionInfo", None)  # TFDS adds an empty one when it reads
     return files
 
@@ -170,3 +171,31 @@ def test_imagenet_has_its_counts(copy: Path, tmp_path: Path, capsys: pytest.Capt
     assert "has 300 records of train; expected 1,281,167" in capsys.readouterr().err
     assert main([*arguments, "--expect", "train=300,validation=5"]) == 1
     assert "has 0 records of validation; expected 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [1 << 40, 1 << 62, (1 << 64) - 1])
+def test_a_record_that_claims_more_than_there_is(copy: Path, tmp_path: Path, length: int) -> None:
+    header = struct.pack("<Q", length)
+    content = header + struct.pack("<I", tfrecord.masked_crc32c(header)) + b"record"
+    (copy / "noise-train.tfrecord-00003-of-00008").write_bytes(content)
+    with pytest.raises(UserError, match="00003-of-00008 ends in the middle of record 0; get that file again"):
+        tfrecord.convert(copy, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"name": "noise"', '"name": "../../noise"', "calls itself|cannot read the description"),
+        ('"name": "noise"', '"configName": "../../../x", "name": "noise"', "calls itself noise/../../../x:1"),
+        ('"version": "1.2.3"', '"version": "../1"', "calls itself|cannot read the description"),
+        ('"name": "train"', '"name": "../train"', "has the split '../train'; expected|cannot read"),
+    ],
+)
+def test_names_that_leave_the_directory(copy: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+    info = copy / "dataset_info.json"
+    assert old in info.read_text()
+    info.write_text(info.read_text().replace(old, new, 1))
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        tfrecord.convert(copy, tmp_path / "new" / "deep" / "er")
+    assert set(tmp_path.rglob("*")) == before

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from bvit_jax import data
-from bvit_jax.data import randaugment, transforms
+from bvit_jax.data import images, randaugment, transforms
 from bvit_jax.data.randaugment import OPERATIONS, Canvas, apply_operation, parse_policy
 from bvit_jax.errors import UserError
 from tests.conftest import GOLDEN
@@ -297,7 +297,7 @@ def test_train_transform_augments_after_the_crop() -> None:
         return Image.new("RGB", image.size, (1, 2, 3))
 
     result = transforms.train_transform(
-        transforms.decode(buffer.getvalue()),
+        images.decode(buffer.getvalue()),
         np.random.default_rng(0),
         size=16,
         scale=(0.08, 1.0),

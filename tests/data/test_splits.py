@@ -101,3 +101,18 @@ def test_unreadable_contents(copied_dir: Path) -> None:
     features.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"has the features .*picture.*expected an image named"):
         data.open_split("photos", path, "train")
+
+
+@pytest.mark.parametrize(("keep", "message"), [(None, "is missing"), (0.5, "is damaged, truncated")])
+def test_a_shard_that_is_not_whole_is_found_at_the_start(
+    copied_dir: Path, keep: float | None, message: str
+) -> None:
+    (shard,) = copied_dir.glob("digits/1.0.0/*test.array_record*")
+    content = shard.read_bytes()
+    shard.unlink()
+    if keep is not None:
+        shard.write_bytes(content[: int(keep * len(content))])
+    assert data.open_split("digits", str(copied_dir), "train").num_examples == 1437
+    for split in ("test", "test[:10%]", "train+test", "all"):
+        with pytest.raises(UserError, match=f"split 'test' of digits: the shard .* {message}"):
+            data.open_split("digits", str(copied_dir), split)

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bvit_jax.data import transforms
+from bvit_jax.data import images, transforms
 
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 
 
 def _photo(golden: dict[str, np.ndarray], index: int) -> Image.Image:
-    return transforms.decode(golden[f"{index}/jpeg"].tobytes())
+    return images.decode(golden[f"{index}/jpeg"].tobytes())
 
 
 def _check(golden: dict[str, np.ndarray], key: str, actual: np.ndarray) -> None:

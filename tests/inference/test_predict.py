@@ -144,8 +144,8 @@ def test_images_in_several_groups(digit_files):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot identify image file"),
-        (b"hello", "cannot identify image file"),
+        (b"", "it has the format of no known image"),
+        (b"hello", "it has the format of no known image"),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "expected an image such as JPEG or PNG"),
     ],
     ids=["empty", "text", "broken"],
@@ -162,7 +162,7 @@ def test_no_image(tmp_path, capsys, content, message):
             Image.fromarray(np.full((20, 20), 30000, np.uint16)),
             "has I;16 pixels; convert it to 8 bits a colour",
         ),
-        (Image.new("RGB", (6000, 2)), "is 6000×2 pixels, too narrow to classify"),
+        (Image.new("RGB", (6000, 2)), "it has 6000×2 pixels, which is too narrow"),
     ],
     ids=["16 bits", "narrow"],
 )

@@ -447,7 +447,7 @@ def test_missing_python(tmp_path, capsys):
 
 def test_images_that_cannot_be_read(in_process, tmp_path, capsys):
     (tmp_path / "text.jpg").write_text("no image")
-    for name, message in (("text.jpg", "expected a JPEG or PNG"), ("missing.jpg", "--images: no file")):
+    for name, message in (("text.jpg", "expected a JPEG or PNG"), ("missing.jpg", "No such file")):
         assert message in refused(tmp_path, capsys, NAMED, "--images", tmp_path / name)
 
 

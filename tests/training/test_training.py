@@ -13,7 +13,7 @@ from PIL import Image
 from bvit_jax import config as config_lib
 from bvit_jax import data, models, optim, weights
 from bvit_jax.augment.normalization import Normalization
-from bvit_jax.data import transforms
+from bvit_jax.data import images as image_files
 from bvit_jax.errors import UserError
 from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch
 from bvit_jax.training.evaluation import eval_batches, eval_settings, evaluate
@@ -187,15 +187,15 @@ def test_the_whole_recipe_trains_and_continues(data_dir: Path, tmp_path: Path) -
 def test_damaged_images_are_counted_and_the_count_survives(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = transforms.decode
+    decode = image_files.decode
     damaged = {bytes(data.open_split("digits", str(data_dir), "train").source[i]["image"]) for i in (3, 77)}
 
     def fails_for_two(encoded: bytes) -> Image.Image:
         if encoded in damaged:
-            raise OSError("truncated")
+            raise image_files.ImageError("truncated")
         return decode(encoded)
 
-    monkeypatch.setattr(transforms, "decode", fails_for_two)
+    monkeypatch.setattr(image_files, "decode", fails_for_two)
     config = tiny_config(data_dir, batch_size=480, epochs=1)
     config.data.max_bad_images = 2
     train_and_evaluate(config, tmp_path / "run")

@@ -267,12 +267,66 @@ def test_a_training_checkpoint_of_the_reference(tmp_path):
         weights.load(tmp_path / "checkpoint.pth", weights_key="epoch")
 
 
-def test_the_prefix_of_data_parallel_models_is_understood(tmp_path):
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.module.",
+        "module._orig_mod.",
+        "model._orig_mod.",
+        "_forward_module.net.",
+        "student.",
+    ],
+)
+def test_prefixes_that_wrappers_add_are_taken_off_in_any_order(tmp_path, prefix):
     model = tiny_pretrained("deit_heads")
     state = foreign_state(model, "timm", np.random.default_rng(0))
-    wrapped = {f"module.{name}": array for name, array in state.items()}
+    wrapped = {f"{prefix}{name}": array for name, array in state.items()}
     path = write_safetensors(tmp_path / "x.safetensors", wrapped)
     assert_same_trees(weights.load(path, overrides=overrides_of(model)).variables, model.variables)
+    more = wrapped | {"criterion.weight": np.ones(3, np.float32), f"{prefix}extra": np.ones(3, np.float32)}
+    path = write_safetensors(tmp_path / "more.safetensors", more)
+    loaded = weights.load(path, overrides=overrides_of(model), ignored=["criterion.*", "extra"])
+    assert loaded.left_out == ("criterion.weight", "extra")
+    assert_same_trees(loaded.variables, model.variables)
+
+
+def test_checkpoints_of_other_training_loops(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = tiny_pretrained("deit_heads")
+    state = foreign_state(model, "timm", np.random.default_rng(0))
+    tensors = {f"model.{name}": torch.from_numpy(array) for name, array in state.items()}
+    options = {"overrides": overrides_of(model)}
+    torch.save({"state_dict": tensors, "pytorch-lightning_version": "2.5"}, tmp_path / "last.ckpt")
+    assert_same_trees(weights.load(tmp_path / "last.ckpt", **options).variables, model.variables)
+
+    torch.save({"epoch": 1, "weights": tensors}, tmp_path / "own.pth")
+    with pytest.raises(UserError, match=r"no state dict, but epoch, weights; name that of .* with --key"):
+        weights.load(tmp_path / "own.pth", **options)
+    loaded = weights.load(tmp_path / "own.pth", weights_key="weights", **options)
+    assert_same_trees(loaded.variables, model.variables)
+
+    (tmp_path / "state").mkdir()  # Accelerate's save_state
+    (tmp_path / "state" / "random_states_0.pkl").write_bytes(b"")
+    torch.save(tensors, tmp_path / "state" / "pytorch_model.bin")
+    assert_same_trees(weights.load(tmp_path / "state", **options).variables, model.variables)
+
+
+def test_shards_of_bin(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = tiny_pretrained("deit")
+    directory = tmp_path / "d"
+    weights.save(model, directory, "huggingface")
+    state, _ = files.read_safetensors(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names, weight_map = sorted(state), {}
+    for number, part in enumerate((names[:3], names[3:]), 1):
+        shard = f"pytorch_model-0000{number}-of-00002.bin"
+        torch.save({name: torch.from_numpy(state[name]) for name in part}, directory / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for path in (directory, directory / "pytorch_model-00001-of-00002.bin"):
+        assert_same_trees(weights.load(path).variables, model.variables)
 
 
 def test_a_thousand_classes_without_names_are_imagenet_s(tmp_path):

@@ -1,10 +1,12 @@
 """Files of arrays: every dtype, shards, and files that are damaged or malicious."""
 
 import argparse
+import collections
 import json
 import os
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -240,3 +242,55 @@ def test_without_torch_the_message_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a .pth file needs PyTorch"):
         tensor_files.write_torch(tmp_path / "x.pth", {})
     assert list(tmp_path.iterdir()) == []
+
+
+# --- files made to harm ------------------------------------------------------------------------
+
+
+def _nested(depth: int) -> list:
+    values: list = [0]
+    for _ in range(depth):
+        values = [values, values]
+    return values
+
+
+def _itself() -> list:
+    values: list = []
+    values.append(values)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda torch: {"x": argparse.Namespace(x=_nested(40))}, "more than 1,000,000 tensors and lists"),
+        (lambda torch: {"x": _itself()}, "lists in lists, more than 100 deep"),
+        (lambda torch: {"x": torch.zeros(1).expand(1 << 40)}, "claim many times the size of the file"),
+        (lambda torch: {"x": [torch.zeros(1).expand(1 << 24)] * 9}, "claim many times the size of the file"),
+    ],
+)
+def test_a_small_file_cannot_become_large(tmp_path, torch, make, message):
+    torch.save(make(torch), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=message):
+        tensor_files.read_torch(tmp_path / "x.pth")
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path, torch):
+    with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 20))
+    with pytest.raises(UserError, match=r"x\.pth is compressed, to 1,048,576 bytes"):
+        tensor_files.read_torch(tmp_path / "x.pth")
+
+
+def test_what_training_scripts_save_next_to_weights(tmp_path, torch):
+    counts = collections.defaultdict(list, a=[1])
+    content = {
+        "best": np.float64(81.25),
+        "step": np.int64(-3),
+        "flag": np.bool_(True),
+        "counts": counts,
+        "w": torch.ones(2),
+    }
+    torch.save(content, tmp_path / "x.pth")
+    read = tensor_files.read_torch(tmp_path / "x.pth")
+    assert (read["best"], read["step"], read["flag"], read["counts"]) == (81.25, -3, True, {"a": [1]})

@@ -4,8 +4,10 @@ The archive holds pickles, which could run any code; here they can only make the
 """
 
 import io
+import lzma
 import pickle
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ LABELS = {
     "coarse_label": ("coarse_labels", "coarse_label_names", 20),
 }
 PART = 10_000  # images
+MAX_MEMBERS, MAX_BYTES = 100, 1 << 29  # of the archive, which has 186 MB in 3 files
 
 # What a pickled array refers to, under the names of NumPy 1 and 2.
 ALLOWED = {
@@ -81,17 +84,23 @@ def cifar100_source(archive: Path, data_dir: Path, counts: Mapping[str, int] | N
 
 
 def _read_archive(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    found = {}
+    found: dict[str, bytes] = {}
+    left = MAX_BYTES
     try:
         with tarfile.open(path) as archive:
-            for member in archive:
+            for number, member in enumerate(archive):
+                left -= max(member.size, 0)
+                if number == MAX_MEMBERS or left < 0:
+                    raise tarfile.TarError(f"it has over {MAX_MEMBERS} files or {MAX_BYTES:,} bytes")
                 name = Path(member.name).name
+                if name in names and not member.isreg():
+                    raise tarfile.TarError(f"its {name} is a link or a directory")
                 file = archive.extractfile(member) if name in names else None
                 if file is not None:
                     found[name] = file.read()
     except FileNotFoundError:
         raise UserError(f"{path} is missing; expected {ARCHIVE} as its authors distribute it") from None
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}; get it again") from error
     missing = sorted(set(names) - set(found))
     if missing:

@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 
 import tensorflow_datasets as tfds
-from PIL import Image
 
+from bvit_jax.data import images
 from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.data.prepare.source import ARRAY_RECORD, Example, Part, Source, SplitSource, check_image, stamp
 from bvit_jax.data.prepare.tars import Member, list_members, open_tar, read_member
 from bvit_jax.data.prepare.tfds_internals import CMYK_IMAGES, PNG_IMAGES, ImageNetBuilder
-from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError, nearest
 
 NAME = "imagenet2012"
@@ -98,9 +97,8 @@ def validation_labels() -> dict[str, str]:
 
 def to_rgb_jpeg(encoded: bytes) -> bytes:
     """Re-encodes an image as RGB JPEG with the settings of TensorFlow's ``encode_jpeg``, quality 100."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "JPEG", quality=100, subsampling="4:2:0", dpi=(300, 300))
+    buffer = io.BytesIO()
+    images.decode(encoded).save(buffer, "JPEG", quality=100, subsampling="4:2:0", dpi=(300, 300))
     return buffer.getvalue()
 
 
@@ -173,8 +171,8 @@ def _image(encoded: bytes, file_name: str, name: str) -> bytes:
     check_image(encoded, name, ("JPEG", "PNG"))
     try:
         return to_rgb_jpeg(encoded)
-    except Exception as error:  # Pillow has a dozen types for damaged files
-        raise UserError(f"{name} is damaged: {one_line(error)}; get that file again") from error
+    except images.ImageError as error:
+        raise UserError(f"{name} is damaged: {error}; get that file again") from error
 
 
 def _check_size(path: Path, expected: int) -> None:

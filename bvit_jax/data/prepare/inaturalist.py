@@ -5,7 +5,7 @@ the values of one rank (``kingdom`` to ``name``), in the order of the training a
 """
 
 import hashlib
-import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,17 @@ from bvit_jax.data.prepare.source import (
     dataset_info,
     file_examples,
     file_features,
-    read_file,
 )
 from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError, nearest
+from bvit_jax.files import read_json
 
 YEARS = (2018, 2019)
 VERSION = "1.0.0"
 RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SPLITS = {"train": "train", "validation": "val"}  # names in TFDS and in the file names
 PART = 1000  # images
+MAX_JSON = 1 << 29  # bytes of annotations, which have 100 MB
 
 
 def inaturalist_source(folder: Path, year: int, data_dir: Path, category: str = "name") -> Source:
@@ -60,13 +61,13 @@ def inaturalist_source(folder: Path, year: int, data_dir: Path, category: str = 
         images = []
         num_bytes = 0
         for entry in _list(annotations[split], "images", path):
-            name, number, image, size = _located(folder, entry, path)
+            name, number, image, status = _located(folder, entry, path)
             rank = _rank(categories, number, category, path)
             if rank not in labels:
                 raise UserError(f"{path}: {name} has the {category} {rank!r}, which {train} does not have")
             images.append((name, image, labels[rank]))
-            num_bytes += size
-            digest.update(repr((name, rank, size)).encode())
+            num_bytes += status.st_size
+            digest.update(repr((name, rank, status.st_size, status.st_mtime_ns)).encode())
         parts = [
             Part(f"{path}, images {i} and following", partial(file_examples, images[i : i + PART]))
             for i in range(0, len(images), PART)
@@ -83,17 +84,17 @@ def inaturalist_source(folder: Path, year: int, data_dir: Path, category: str = 
     return Source(info, tuple(splits), fingerprint=digest.hexdigest())
 
 
-def _located(folder: Path, entry: Any, path: Path) -> tuple[str, int, Path, int]:
-    """Returns the name, class, file and bytes of an image that ``path`` lists."""
+def _located(folder: Path, entry: Any, path: Path) -> tuple[str, int, Path, os.stat_result]:
+    """Returns the name, class, file and status of an image that ``path`` lists."""
     name = _field(entry, "file_name", path)
     parts = str(name).split("/")
-    if len(parts) != 4 or not parts[2].isdecimal() or ".." in parts:
+    if len(parts) != 4 or not parts[2].isdecimal() or {"", ".."} & {*parts} or len(parts[2]) > 9:
         raise UserError(f"{path} lists {name!r}; expected <tree>/<group>/<number of the class>/<file>")
     tree, _, number, file = parts
     flat = folder / tree / number / file
     image = flat if flat.exists() else folder / str(name)
     try:
-        return name, int(number), image, image.stat().st_size
+        return name, int(number), image, image.stat()
     except OSError as error:
         raise UserError(f"cannot read {image}, which {path} lists: {error.strerror}") from error
 
@@ -106,7 +107,9 @@ def _rank(categories: list[Any], number: Any, category: str, path: Path) -> str:
 
 def _json(path: Path, kind: type) -> Any:
     try:
-        value = json.loads(read_file(path))
+        value = read_json(path, MAX_JSON)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"cannot read {path}: {one_line(error)}; get it again") from error
     if not isinstance(value, kind):

@@ -77,7 +77,8 @@ def prepare(
         key, or the disk is full.
     """
     target = Path(source.info.data_dir)
-    if is_prepared(target, {split.name: split.num_examples for split in source.splits}):
+    counts = {split.name: split.num_examples for split in source.splits}
+    if is_prepared(target, counts, source.fingerprint):
         return target
     with open_staging(source.info, source.fingerprint) as stage:
         _check_space(stage, source)

@@ -1,15 +1,13 @@
 """How a data set to be prepared is described to the writer, and checks of the files it is read from."""
 
-import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from bvit_jax.data.splits import one_line
+from bvit_jax.data import images
 from bvit_jax.errors import UserError
 
 Key = int | str
@@ -78,17 +76,15 @@ def dataset_info(
     return info
 
 
-def check_image(encoded: bytes, name: str, formats: tuple[str, ...] | None = None) -> None:
+def check_image(encoded: bytes, name: str, formats: tuple[str, ...] = images.FORMATS) -> None:
     """Raises a `UserError` about ``name`` unless it begins like an image file (of one of ``formats``)."""
     try:
-        with Image.open(io.BytesIO(encoded), formats=formats):
-            pass  # decoding the pixels of ImageNet would take days
-    except Exception as error:  # Pillow has a dozen types for damaged files
-        reason = "" if "cannot identify" in str(error) else f" ({one_line(error)})"
-        expected = " or ".join(formats) if formats else "an image"
+        images.check(encoded, formats)
+    except images.ImageError as error:
+        expected = "an image" if formats == images.FORMATS else " or ".join(formats)
         raise UserError(
-            f"{name} is damaged{reason}: expected {expected} and found {len(encoded)} bytes that begin "
-            f"with {encoded[:8]!r}; get that file again"
+            f"{name} cannot be used: {error}; expected {expected} and found {len(encoded):,} bytes that"
+            f" begin with {encoded[:8]!r}; get that file again"
         ) from error
 
 
@@ -114,14 +110,6 @@ def file_examples(files: Iterable[tuple[str, Path, int | str]]) -> Iterator[tupl
       UserError: a file cannot be read, or is no image.
     """
     for name, path, label in files:
-        encoded = read_file(path)
+        encoded = images.read(path)
         check_image(encoded, str(path))
         yield name, {"image": encoded, "label": label, "file_name": name}
-
-
-def read_file(path: Path) -> bytes:
-    """Returns the bytes of a file of the source; raises `UserError` if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error

@@ -4,6 +4,7 @@ A TFRecord file is a sequence of records, each with its length, the checksum of 
 their checksum (masked CRC-32C). Every checksum is verified.
 """
 
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import tensorflow_datasets as tfds
 from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.data.prepare.source import ARRAY_RECORD, stamp
 from bvit_jax.data.prepare.writer import is_prepared, open_staging
-from bvit_jax.data.splits import one_line
+from bvit_jax.data.splits import NAME, check_split_name, one_line
 from bvit_jax.errors import UserError
 
 TFRECORD = "tfrecord"
@@ -49,13 +50,15 @@ def convert(
         if found.get(split, 0) != count:
             raise UserError(f"{directory} has {found.get(split, 0):,} records of {split}; expected {count:,}")
     splits = dict(info.splits)
+    _check_names(info, directory)
     info = _relocated(info, data_dir)
     target = Path(info.data_dir)
     if target.absolute() == directory.absolute():
         raise UserError(f"{target} is the data set to be copied; choose another --data_dir")
-    if is_prepared(target, found):
+    fingerprint = repr(_stamps(splits))
+    if is_prepared(target, found, fingerprint):
         return target
-    with open_staging(info, fingerprint=repr(_stamps(splits))) as stage:
+    with open_staging(info, fingerprint) as stage:
         finished = {}
         for split, split_info in splits.items():
             lengths = list(split_info.shard_lengths)
@@ -74,12 +77,15 @@ def read_records(path: Path, count: int) -> Iterator[bytes]:
     """Yields the ``count`` records of a TFRecord file; raises `UserError` if it is damaged."""
     try:
         with path.open("rb", buffering=BUFFER) as file:
+            size = os.fstat(file.fileno()).st_size
             for number in range(count):
                 header = file.read(LENGTH.size)
                 if len(header) < LENGTH.size:
                     raise UserError(f"{path} ends after {number} of {count} records; get that file again")
                 length, checksum = LENGTH.unpack(header)
                 _verify(header[:8], checksum, path, number)
+                if length > size - file.tell():
+                    raise UserError(f"{path} ends in the middle of record {number}; get that file again")
                 record = file.read(length)
                 footer = file.read(CHECKSUM.size)
                 if len(footer) < CHECKSUM.size:
@@ -118,6 +124,20 @@ def _open(directory: Path) -> tfds.core.DatasetInfo:
     if not info.splits:
         raise UserError(f"{directory} describes no splits; expected a prepared data set")
     return info
+
+
+def _check_names(info: tfds.core.DatasetInfo, directory: Path) -> None:
+    """Raises `UserError` for a name in the description that would leave the directory it is made for."""
+    config = f"/{info.config_name}" if info.config_name else ""
+    if not NAME.fullmatch(f"{info.name}{config}:{info.version}"):
+        raise UserError(
+            f"{directory} calls itself {info.name}{config}:{info.version}; expected name[/config]:version of"
+            " letters, digits, underscores, dots and hyphens"
+        )
+    for split in info.splits.values():
+        check_split_name(split.name, directory)
+        if any(Path(path).parent.resolve() != directory.resolve() for path in split.filepaths):
+            raise UserError(f"{directory} names files of {split.name} that are elsewhere; get it again")
 
 
 def _relocated(info: tfds.core.DatasetInfo, data_dir: Path) -> tfds.core.DatasetInfo:

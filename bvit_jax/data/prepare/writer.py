@@ -8,6 +8,7 @@ It is ``<data_dir>/<name>/incomplete.bvit_<version>``, a name that no reader tak
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -17,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from bvit_jax.data.prepare.source import ARRAY_RECORD
-from bvit_jax.data.splits import one_line
+from bvit_jax.data.splits import num_records, one_line, shard_problem
 from bvit_jax.errors import UserError
+from bvit_jax.files import read_json
 
 WRITER_OPTIONS = "group_size:1"  # as in TFDS: every record can be read on its own
 PLAN = "plan.json"
+SOURCE = "bvit_source.json"  # in a finished data set: the digest of the fingerprint of what it was made from
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +43,7 @@ class Staging:
 
     def read_json(self, name: str) -> Any:
         """Returns the content of a JSON file of this directory, None if it does not exist."""
-        path = self.path / name
-        try:
-            return json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise UserError(f"cannot read {path}: {one_line(error)}; {_start_again(self.path)}") from error
+        return _read_json(self.path / name, self.path)
 
     def write_json(self, name: str, value: Any) -> None:
         """Replaces a JSON file of this directory; after a crash it holds the old or the new value."""
@@ -71,7 +68,7 @@ class Staging:
                 count += 1
         finally:
             error = _close(writer)  # a full disk is reported here, not earlier
-        if error is None and _num_records(temporary) != count:
+        if error is None and num_records(str(temporary)) != count:
             error = f"{count} records were written and the file does not hold them"
         if error is not None:
             raise cannot_write(self.path, error)
@@ -94,6 +91,8 @@ class Staging:
         ]
         self.info.set_splits(tfds.core.splits.SplitDict(infos))
         self.info.write_to_directory(self._dataset)
+        digest = _digest(self.read_json(PLAN)["fingerprint"])
+        (self._dataset / SOURCE).write_text(json.dumps({"fingerprint": digest}))
         counts = {name: sum(lengths) for name, (lengths, _) in splits.items()}
         problem = _problem(self._dataset, counts)
         if problem:
@@ -137,17 +136,28 @@ def staging_path(target: Path) -> Path:
     return target.parent / f"incomplete.bvit_{target.name}"  # TFDS ignores incomplete.*
 
 
-def is_prepared(target: Path, counts: Mapping[str, int]) -> bool:
+def is_prepared(target: Path, counts: Mapping[str, int], fingerprint: str) -> bool:
     """Returns whether the data set exists, and removes what a crash after its last step left behind.
 
+    Args:
+      target: the directory of the data set.
+      counts: the number of records of each split.
+      fingerprint: that of the `Source`. A data set of an earlier version, or of TFDS, has none to compare.
+
     Raises:
-      UserError: a different or damaged data set is in its place.
+      UserError: a different or damaged data set is in its place, or one made from something else.
     """
     if not target.exists():
         return False
     problem = _problem(target, counts)
     if problem:
         raise UserError(f"{target} exists and {problem}; delete it or choose another --data_dir")
+    source = target / SOURCE
+    if source.exists() and _read_json(source, target) != {"fingerprint": _digest(fingerprint)}:
+        raise UserError(
+            f"{target} was prepared from other files, or these have changed since (path, size or time);"
+            " delete it or choose another name or --data_dir"
+        )
     shutil.rmtree(staging_path(target), ignore_errors=True)
     logger.info("%s is already prepared", target)
     return True
@@ -168,6 +178,19 @@ def cannot_write(path: Path, reason: str) -> UserError:
         f"cannot write {path}: {reason}; fix that and run the same command again: it continues "
         "where it stopped"
     )
+
+
+def _read_json(path: Path, directory: Path) -> Any:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}; {_start_again(directory)}") from error
+
+
+def _digest(fingerprint: str) -> str:
+    return hashlib.sha256(fingerprint.encode(errors="surrogateescape")).hexdigest()
 
 
 def _lock(descriptor: int, path: Path) -> None:
@@ -203,25 +226,12 @@ def _problem(directory: Path, counts: Mapping[str, int]) -> str | None:
         return f"cannot be opened: {one_line(error)}"
     if found != counts:
         return f"holds {_listed(found)}; expected {_listed(counts)}"
-    for name, split in builder.info.splits.items():
-        for path, length in zip(split.filepaths, split.shard_lengths):
-            if _num_records(Path(path)) != length:
-                return f"holds the damaged shard {path} of split {name}"
-    return None
+    problems = filter(None, map(shard_problem, builder.info.splits.values()))
+    return next((f"is incomplete: {problem}" for problem in problems), None)
 
 
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
-
-
-def _num_records(path: Path) -> int | None:
-    try:
-        reader = ArrayRecordReader(str(path))
-        count = int(reader.num_records()) if reader.ok() else None
-        reader.close()
-    except (RuntimeError, ValueError):
-        return None
-    return count
 
 
 def _close(writer: Any) -> str | None:

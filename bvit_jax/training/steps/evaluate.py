@@ -23,11 +23,13 @@ class EvalSettings:
       normalize: from uint8 images to the model's input.
       images_at_once: if above 0 and a divisor of the batch, images go through the model in groups of this
         size, one after the other: a CPU keeps their activations in its caches.
+      classes: those of the model that the labels number; None for all of them in their order.
     """
 
     model: nn.Module
     normalize: Normalization
     images_at_once: int = 0
+    classes: tuple[int, ...] | None = None
 
 
 def eval_step(settings: EvalSettings, variables: object, batch: Batch) -> dict[str, Array]:
@@ -51,6 +53,8 @@ def eval_step(settings: EvalSettings, variables: object, batch: Batch) -> dict[s
         logits = logits.reshape(images.shape[0], -1)
     else:
         logits = _logits(settings, variables, images)
+    if settings.classes is not None:
+        logits = logits[:, jnp.array(settings.classes)]
     targets = label_targets(labels, logits.shape[-1], 0.0, logits.dtype)
 
     def total(values: Array) -> Array:

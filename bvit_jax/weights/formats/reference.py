@@ -12,7 +12,15 @@ import numpy as np
 
 from bvit_jax.errors import UserError
 from bvit_jax.models.binaryvit import BinaryViT
-from bvit_jax.weights.formats.base import Arrays, Config, Format, Interpretation, check_epsilon, square_side
+from bvit_jax.weights.formats.base import (
+    ASSUMED_PREPROCESSING,
+    Arrays,
+    Config,
+    Format,
+    Interpretation,
+    check_epsilon,
+    square_side,
+)
 from bvit_jax.weights.naming import REFERENCE, Naming
 from bvit_jax.weights.preprocessing import Preprocessing, deit_preprocessing
 from bvit_jax.weights.raw_checkpoint import RawCheckpoint
@@ -86,6 +94,8 @@ def interpret(raw: RawCheckpoint) -> Interpretation:
             assumed.append(f"weight_bits {settings['weight_bits']}")
     elif not raw.args:
         assumed.append(f"norm_epsilon {NORM_EPSILON}")
+        if not raw.values:  # the code's or Hugging Face's, whose ViTs have other colours
+            assumed.append(ASSUMED_PREPROCESSING)
     said = from_config_values(raw.values)
     if "num_heads" not in said:
         assumed.append(f"num_heads {settings['num_heads']} ({HEAD_SIZE} channels each)")

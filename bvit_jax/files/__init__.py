@@ -1,0 +1,82 @@
+"""Reading and writing files anywhere: JSON within limits, outputs that replace and never follow a link."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bvit_jax.errors import UserError
+
+MAX_JSON = 1 << 26  # bytes: checksums of a large model on many hosts
+
+
+def read_json(path: Path, limit: int = MAX_JSON) -> Any:
+    """Returns the JSON of a file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is no JSON, is nested deeper than Python reads, or has more than ``limit`` bytes.
+    """
+    if (size := path.stat().st_size) > limit:
+        raise ValueError(f"it has {size:,} bytes; expected at most {limit:,}")
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Returns the value of a JSON text; raises ValueError if it is none, or is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file that holds either what it held before or all of the new content; replaces a link."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields where to write a file that then takes the place of ``path``, complete or not at all.
+
+    A link there is replaced, not followed. Pipes and devices such as ``/dev/stdout`` are written to.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a file, which is made, and to no half line; it is on the disk afterwards."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    with os.fdopen(os.open(path, flags, 0o666), "rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        whole = file.read() in (b"", b"\n")
+        file.write(b"" if whole else b"\n")
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def local_path(text: str) -> Path:
+    """Returns the path that an argument names, with ``~`` expanded; raises `UserError` for an address."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise UserError(f"{text} is an address; expected a local path: copy what is there, or mount it")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text}: {error}; write the path without ~") from error
