@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_args
 
 from absl import flags
 
-from bvit_jax.errors import UserError, nearest
+from bvit_jax.errors import Interrupted, Stopped, UserError, nearest
 from bvit_jax.files import local_path
 from bvit_jax.runtime import process
 from bvit_jax.runtime.arguments import config_of, parse_with_config
@@ -104,16 +104,19 @@ def _status(action: Callable[[], int]) -> int:
         return action()
     except SystemExit as end:  # argparse's
         return end.code if isinstance(end.code, int) else 0 if end.code is None else USAGE
-    except (process.Interrupted, process.Stopped) as stop:
+    except (Interrupted, Stopped) as stop:
         return _line(str(stop), 128 + stop.number)
     except KeyboardInterrupt:
-        return _line(str(process.Stopped()), 128 + signal.SIGINT)
+        return _line(str(Stopped()), 128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output has seen enough
         process.discard_stdout()
         return 1
     except UserError as error:
         return _fail(str(error))
     except Exception as error:
+        signalled = process.stopped()
+        if signalled is not None:  # what was called has made another error of it
+            return _line(str(signalled), 128 + signalled.number)
         from bvit_jax.runtime import compilation, distributed
 
         known = compilation.as_user_error("what the run computes", error)

@@ -1,6 +1,7 @@
 """The one exception that commands turn into a one-line message."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -30,3 +31,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the process to end; raised in the main thread, like Python's own at Ctrl-C."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; run the same command again")
+        self.number = number
+
+
+class Interrupted(Exception):
+    """The run was asked to stop by a signal, and stopped after ``step``, which is saved."""
+
+    def __init__(self, step: int = 0, number: int = signal.SIGTERM) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} at step {step}; run the same command again to continue")
+        self.number = number

@@ -15,7 +15,7 @@ from absl import flags
 from PIL import Image
 
 from bvit_jax import cli
-from bvit_jax.errors import UserError
+from bvit_jax.errors import Stopped, UserError
 from bvit_jax.runtime import distributed, process
 from bvit_jax.runtime.arguments import CONFIGS, parse_config
 from bvit_jax.runtime.interruption import Interrupted
@@ -91,7 +91,7 @@ def test_argparse_refuses_with_its_status(capsys: pytest.CaptureFixture[str]) ->
     [
         (UserError("a\nb"), 1, "error: a b\n"),
         (Interrupted(7), 128 + signal.SIGTERM, "stopped by SIGTERM at step 7; run the same command again"),
-        (process.Stopped(signal.SIGHUP), 129, "stopped by SIGHUP; run the same command again\n"),
+        (Stopped(signal.SIGHUP), 129, "stopped by SIGHUP; run the same command again\n"),
         (KeyboardInterrupt(), 130, "stopped by SIGINT; run the same command again\n"),
         (FileNotFoundError(2, "No such file", "x"), 1, "error: No such file: x\n"),
         (OSError("odd"), 1, "error: odd\n"),

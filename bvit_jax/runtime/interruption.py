@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import jax
 
+from bvit_jax.errors import Interrupted
 from bvit_jax.runtime import process
-from bvit_jax.runtime.process import Interrupted
 from bvit_jax.workdir.collectives import preemption_reached
 
 __all__ = ["Interrupted", "Interruption"]

@@ -23,10 +23,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from absl import logging as absl_logging
 
+from bvit_jax.errors import Stopped
 from bvit_jax.runtime.cache import cache_directory
 
 T = TypeVar("T")
@@ -37,34 +39,24 @@ CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 STDERR = 2  # the file descriptor that C++ writes to as well
 HEAD = re.compile(rb"[IWEF]\d{4} ")  # of a message of C++
 
+
 _ours = False
 _stderr = STDERR  # where our own lines go
 _on_abort: Any = None
+_stopped: Stopped | None = None  # what a signal has raised
 _ending: int | None = None  # the exit status of `end`, once it runs
 _seen = threading.Event()  # that a signal has come; Python's handler has run
 _again = threading.Event()  # the next signal is one that comes a second time because it was swallowed
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal asks the process to end; raised in the main thread, like Python's own at Ctrl-C."""
-
-    def __init__(self, number: int = signal.SIGINT) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; run the same command again")
-        self.number = number
-
-
-class Interrupted(Exception):
-    """The run was asked to stop by a signal, and stopped after ``step``, which is saved."""
-
-    def __init__(self, step: int = 0, number: int = signal.SIGTERM) -> None:
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} at step {step}; run the same command again to continue")
-        self.number = number
-
-
 def is_ours() -> bool:
     """Returns whether `take` was called."""
     return _ours
+
+
+def stopped() -> Stopped | None:
+    """Returns what a signal has raised, also where other code made another exception of it."""
+    return _stopped
 
 
 def take() -> None:
@@ -326,7 +318,15 @@ class _StderrHandler(logging.Handler):
 
 
 def _raise(number: int) -> None:
-    raise Stopped(number)
+    """Raises `Stopped`, but in an import, which may be of C++ that dies of it, ends the process at once."""
+    global _stopped
+    _stopped = Stopped(number)
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            _end_with(str(_stopped), 128 + number)
+        frame = frame.f_back
+    raise _stopped
 
 
 def _report_unraisable(event: "sys.UnraisableHookArgs") -> None:

@@ -31,6 +31,22 @@ def in_python(arguments):
     finally:
         print("tidied", flush=True)
 
+def in_code_that_makes_an_error_of_it(arguments):
+    try:
+        in_python(arguments)
+    except BaseException:
+        raise ImportError("half imported")
+
+class SlowFinder:
+    @staticmethod
+    def find_spec(*arguments):
+        ready()
+        wait()
+
+def in_an_import(arguments):
+    sys.meta_path.insert(0, SlowFinder)
+    import slow
+
 def in_a_callback_of_the_collector(arguments):
     def callback(phase, info):
         if phase == "start":
@@ -72,12 +88,21 @@ def started(work: str, *arguments: str, patience: float = 60, before: str = "") 
 
 
 @pytest.mark.parametrize("number", process.STOPS, ids=lambda number: number.name)
-def test_a_signal_ends_a_command_which_tidies_up(number: signal.Signals) -> None:
-    child = started("in_python")
+@pytest.mark.parametrize("work", ["in_python", "in_code_that_makes_an_error_of_it"])
+def test_a_signal_ends_a_command_which_tidies_up(work: str, number: signal.Signals) -> None:
+    child = started(work)
     child.send_signal(number)
     out, err = child.communicate(timeout=20)
     assert (out, err) == ("tidied\n", f"stopped by {number.name}; run the same command again\n")
     assert child.returncode == 128 + number
+
+
+def test_ctrl_c_in_an_import() -> None:
+    """C++ code of a module may abort the process when it sees an exception."""
+    child = started("in_an_import")
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=20)
+    assert (child.returncode, err) == (130, "stopped by SIGINT; run the same command again\n")
 
 
 def test_ctrl_c_is_not_swallowed_by_a_callback_of_the_collector() -> None:
