@@ -19,6 +19,7 @@ import numpy as np
 
 from bvit_jax import models, weights
 from bvit_jax.errors import UserError
+from bvit_jax.files import local_path
 from bvit_jax.runtime import process
 from bvit_jax.runtime.arguments import add_noema, positive
 from bvit_jax.weights import resize
@@ -108,12 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bvit convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument("target", type=Path, metavar="TARGET")
+    parser.add_argument("source", type=local_path, metavar="SOURCE")
+    parser.add_argument("target", type=local_path, metavar="TARGET")
     parser.add_argument(
         "--format", default=NATIVE, metavar="FORMAT", help=f"one of {', '.join([NATIVE, *FORMATS])}"
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json for a SOURCE without one")
+    parser.add_argument("--config", type=local_path, metavar="FILE", help="config.json for SOURCE")
     parser.add_argument(
         "--set",
         type=_setting,
@@ -130,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add_noema(parser)
     parser.add_argument("--image_size", type=positive, help="interpolates the position embeddings")
     parser.add_argument("--reset_head", type=positive, metavar="CLASSES", help="a new head, initialised")
-    parser.add_argument("--class_names", type=Path, metavar="FILE", help="a name on each line")
+    parser.add_argument("--class_names", type=local_path, metavar="FILE", help="a name on each line")
     parser.add_argument("--verbose", action="store_true", help="list every array that does not fit")
     return parser
 

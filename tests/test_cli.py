@@ -59,10 +59,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["report", "cost", "--config=digtis"], "did you mean 'digits'?"),
         (["report", "curves", "/nowhere"], "cannot read /nowhere"),
         (["predict", "--checkpoint=/nowhere", "none.jpg"], "no file none.jpg"),
+        (["predict", "--checkpoint=~/nowhere", str(ROOT / "README.md")], "/nowhere; expected a checkpoint"),
+        (["convert", "~/nowhere.pth", "/nowhere/else"], f"no file or directory {Path.home()}/nowhere.pth"),
         (["convert", "/nowhere", "/nowhere/else"], "/nowhere"),
         (
             ["prepare", "imagefolder", "x", "--folder=/nowhere", "--data_dir=gs://a"],
-            "expected a local directory",
+            "gs://a is an address; expected a local path",
         ),
     ],
 )

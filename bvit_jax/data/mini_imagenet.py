@@ -20,6 +20,7 @@ from PIL import Image
 from bvit_jax.data.prepare.imagenet import TRAIN_TAR, VAL_TAR, tfds_info, validation_labels
 from bvit_jax.data.prepare.tfds_internals import CMYK_IMAGES, PNG_IMAGES
 from bvit_jax.errors import UserError
+from bvit_jax.files import local_path
 
 SIDES = (48, 129)  # range of the sides in pixels, the end excluded
 GREY_EVERY = 20
@@ -118,14 +119,14 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the tars")
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="directory for the tars")
     parser.add_argument(
         "--train_per_class", type=int, default=2, metavar="N", help="images per class, default 2"
     )
     parser.add_argument("--validation", type=int, default=500, metavar="N", help="images, default 500")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         counts = generate(arguments.out, arguments.train_per_class, arguments.validation, arguments.seed)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 from bvit_jax.errors import UserError, nearest
+from bvit_jax.files import local_path
 
 DIGITS = "digits"  # the only dataset that is prepared on first use
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w-][\w.-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -103,7 +104,7 @@ def one_line(error: Exception) -> str:
 
 def _root(data_dir: str) -> Any:
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    return tfds.core.Path(data_dir or default).expanduser()  # also understands gs://
+    return local_path(data_dir or default)
 
 
 def _find(dataset: str, root: Any) -> Any:

@@ -8,9 +8,9 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from bvit_jax.errors import UserError, printable
+from bvit_jax.files import local_path
 from bvit_jax.inference.classifier import load
 from bvit_jax.runtime.arguments import add_noema, positive
 
@@ -18,7 +18,7 @@ from bvit_jax.runtime.arguments import add_noema, positive
 def run(argv: list[str]) -> None:
     """Runs the command."""
     arguments = _parser().parse_args(argv)
-    paths = [path.expanduser() for path in arguments.images]
+    paths = arguments.images
     missing = [path for path in paths if not path.is_file()]
     if missing:  # before the model is loaded
         raise UserError(f"no file {missing[0]}; expected an image")
@@ -38,8 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bvit predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="PATH")
+    parser.add_argument("images", type=local_path, nargs="+", metavar="IMAGE")
+    parser.add_argument("--checkpoint", type=local_path, required=True, metavar="PATH")
     parser.add_argument("--kind", choices=("latest", "best"), help="of a workdir (default: latest)")
     add_noema(parser)
     parser.add_argument("--top", type=positive, default=5, help="classes to print per image")

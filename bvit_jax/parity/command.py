@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bvit_jax.errors import UserError
+from bvit_jax.files import local_path
 from bvit_jax.parity.check import check
 from bvit_jax.parity.dump import DEFAULT_BATCH, dump
 from bvit_jax.parity.layers import LayerRow, layer_rows
@@ -105,16 +106,16 @@ def _parser() -> argparse.ArgumentParser:
         ("layers", "compare layer by layer, and count flipped signs"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+        command.add_argument("files", nargs="+", type=local_path, metavar="FILE")
     dumper = commands.add_parser("dump", help="run the PyTorch code and write a golden file")
-    dumper.add_argument("out", type=Path, metavar="OUT", help="file to write; must not exist")
-    dumper.add_argument("--repo", required=True, type=Path, help="checkout of the PyTorch code")
+    dumper.add_argument("out", type=local_path, metavar="OUT", help="file to write; must not exist")
+    dumper.add_argument("--repo", required=True, type=local_path, help="checkout of the PyTorch code")
     dumper.add_argument("--python", default=sys.executable, help="its Python interpreter (default: this one)")
     dumper.add_argument("--model", help="one of our configurations, such as binaryvit_small:some_fp")
-    dumper.add_argument("--checkpoint", type=Path, metavar="PTH", help="weights (default: random ones)")
+    dumper.add_argument("--checkpoint", type=local_path, metavar="PTH", help="weights (default: random ones)")
     dumper.add_argument(
         "--images",
-        type=Path,
+        type=local_path,
         nargs="+",
         action="extend",
         default=[],

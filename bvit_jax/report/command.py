@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bvit_jax.errors import UserError
+from bvit_jax.files import local_path
 from bvit_jax.runtime.arguments import add_noema, parse_config
 
 
@@ -37,13 +38,13 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     curves = add("curves", _curves, "draw the training curves of runs as a PNG file.")
-    curves.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR")
+    curves.add_argument("workdirs", nargs="+", type=local_path, metavar="WORKDIR")
     _add_output(curves, "curves.png", "FILE")
 
     _add_network(add("network", _network, "draw the weights, signs, attention and positions of a model."))
 
     cost = add("cost", _cost, "what a model costs: parameters, operations, memory.", takes_config=True)
-    cost.add_argument("--checkpoint", type=Path, help="a run or a checkpoint, instead of --config")
+    cost.add_argument("--checkpoint", type=local_path, help="a run or a checkpoint, instead of --config")
     cost.add_argument("--depth", type=int, default=0, help="add deeper modules to the one above them")
     cost.add_argument("--json", action="store_true", help="print JSON")
 
@@ -60,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="PATH", help="a workdir, or what convert reads"
+        "--checkpoint",
+        type=local_path,
+        required=True,
+        metavar="PATH",
+        help="a run, or what convert reads",
     )
     parser.add_argument(
         "--kind", choices=("latest", "best"), help="checkpoint of a workdir (default: latest)"
@@ -68,7 +73,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     add_noema(parser)
     parser.add_argument(
         "--image",
-        type=Path,
+        type=local_path,
         nargs="+",
         metavar="FILE",
         help="input images (default: ten digits for a model of digits, else a portrait)",
@@ -78,7 +83,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser, default: str, metavar: str) -> None:
     parser.add_argument(
-        "--output", type=Path, default=Path(default), metavar=metavar, help=f"default: {default}"
+        "--output", type=local_path, default=Path(default), metavar=metavar, help=f"default: {default}"
     )
 
 
@@ -105,7 +110,7 @@ def _cost(arguments: argparse.Namespace) -> None:
     if arguments.depth < 0:
         raise UserError(f"--depth is {arguments.depth}; expected 0, for every module, or more")
     if arguments.checkpoint is not None:
-        subject = cost.read_subject(arguments.checkpoint.expanduser())
+        subject = cost.read_subject(arguments.checkpoint)
     else:
         subject = cost.subject_of(parse_config(config_flags))
     report = cost.figures(subject, arguments.depth)

@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from bvit_jax.errors import UserError
+from bvit_jax.files import local_path
 from bvit_jax.models import same_layers
 from bvit_jax.weights.naming import path_name
 from bvit_jax.weights.pretrained import Pretrained
@@ -105,7 +106,7 @@ def load(config: ConfigDict, abstract: Variables) -> Initial:
     Raises:
       UserError: the weights cannot be read, or do not fit the model.
     """
-    path = Path(config.init.path).expanduser()
+    path = local_path(config.init.path)
     try:
         source = runs.load_model(path)
     except UserError as error:

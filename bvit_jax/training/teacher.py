@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 from bvit_jax import models, weights
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
+from bvit_jax.files import local_path
 from bvit_jax.losses.ranking import Ranking
 
 
@@ -57,7 +57,7 @@ def load_teacher(config: ConfigDict) -> Teacher:
     check_heads(config)
     if not path:
         return Teacher(None, {}, "", None)
-    origin = Path(config.teacher.path).expanduser()
+    origin = local_path(config.teacher.path)
     try:
         teacher = weights.load(origin)
     except UserError as error:

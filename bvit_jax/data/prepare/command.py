@@ -16,6 +16,7 @@ from bvit_jax.data.prepare.imagenet import imagenet_source
 from bvit_jax.data.prepare.inaturalist import inaturalist_source
 from bvit_jax.data.prepare.shuffle import prepare
 from bvit_jax.errors import UserError, nearest
+from bvit_jax.files import local_path
 
 
 def prepare_dataset(arguments: argparse.Namespace) -> Path:
@@ -25,9 +26,6 @@ def prepare_dataset(arguments: argparse.Namespace) -> Path:
       UserError: the source is incomplete or damaged, or the data set cannot be written.
     """
     data_dir = arguments.data_dir
-    if ":/" in str(data_dir):
-        raise UserError(f"--data_dir is {data_dir}; expected a local directory; copy the result afterwards")
-    data_dir = data_dir.expanduser()
     if arguments.kind == "tfrecord":
         return tfrecord.convert(arguments.directory, data_dir)
     if arguments.kind == "imagefolder":
@@ -83,9 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     kind = kinds.add_parser("imagenet2012", help="ILSVRC 2012 from its two tars, or from TFRecord files")
     source = kind.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--tars", type=Path, metavar="DIR", help=f"holds {imagenet.TRAIN_TAR} and {imagenet.VAL_TAR}"
+        "--tars", type=local_path, metavar="DIR", help=f"holds {imagenet.TRAIN_TAR} and {imagenet.VAL_TAR}"
     )
-    source.add_argument("--from_tfrecord", type=Path, metavar="DIR", help="a copy that TFDS prepared")
+    source.add_argument("--from_tfrecord", type=local_path, metavar="DIR", help="a copy that TFDS prepared")
     kind.add_argument(
         "--expect", metavar="train=N,validation=N", help="counts, if the tars are not the official ones"
     )
@@ -93,10 +91,10 @@ def _parser() -> argparse.ArgumentParser:
 
     kind = kinds.add_parser("imagefolder", help="directories <split>/<class> of image files")
     kind.add_argument("name", metavar="NAME", help="name of the data set")
-    kind.add_argument("--folder", type=Path, required=True, metavar="DIR", help="the directory of the splits")
+    kind.add_argument("--folder", type=local_path, required=True, metavar="DIR", help="holds the splits")
 
     kind = kinds.add_parser("cifar100", help=f"CIFAR-100 from {cifar.ARCHIVE}")
-    kind.add_argument("--tar", type=Path, required=True, metavar="FILE", help="the archive")
+    kind.add_argument("--tar", type=local_path, required=True, metavar="FILE", help="the archive")
     kind.add_argument(
         "--expect", metavar="train=N,test=N", help="counts, if the archive is not the official one"
     )
@@ -104,15 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     kind = kinds.add_parser("inaturalist", help="iNaturalist 2018 or 2019")
     kind.add_argument("--year", type=int, required=True, choices=inaturalist.YEARS)
     kind.add_argument(
-        "--folder", type=Path, required=True, metavar="DIR", help="the directory of the annotations"
+        "--folder", type=local_path, required=True, metavar="DIR", help="the directory of the annotations"
     )
     kind.add_argument("--category", default="name", help=f"label rank: {', '.join(inaturalist.RANKS)}")
 
     kind = kinds.add_parser("tfrecord", help="any data set that TFDS prepared as TFRecord files")
-    kind.add_argument("directory", type=Path, metavar="DIR", help="the directory with dataset_info.json")
+    kind.add_argument("directory", type=local_path, metavar="DIR", help="holds dataset_info.json")
 
     for kind in kinds.choices.values():
-        kind.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="TFDS directory")
+        kind.add_argument("--data_dir", type=local_path, required=True, metavar="DIR", help="TFDS directory")
     return parser
 
 
