@@ -14,9 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from bvit_jax import models, weights
 from bvit_jax.errors import UserError
 from bvit_jax.files import local_path
@@ -25,7 +22,6 @@ from bvit_jax.runtime.arguments import add_noema, positive
 from bvit_jax.weights import resize
 from bvit_jax.weights.class_names import default_class_names, readable_class_names
 from bvit_jax.weights.formats import FORMATS
-from bvit_jax.weights.naming import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.saving import NATIVE
 from bvit_jax.weights.state_dicts import StateDictError
@@ -89,9 +85,7 @@ def _report(model: Pretrained, target: Path, file_format: str) -> None:
     if model.bookkeeping and file_format not in (NATIVE, model.bookkeeping_format):
         kinds = sorted({name.rpartition(".")[2] for name in model.bookkeeping})
         print(f"  left out, no place in this format: {len(model.bookkeeping)} arrays {', '.join(kinds)}")
-    leaves = jax.tree_util.tree_leaves_with_path(model.variables)
-    damaged = [path_name(path) for path, a in leaves if not np.isfinite(np.asarray(a, np.float32)).all()]
-    if damaged:
+    if damaged := model.not_finite():
         print(f"  {len(damaged)} arrays hold numbers that are not finite, the first is {damaged[0]}")
 
 

@@ -37,7 +37,6 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.depth, config.model.width = (1, 1, 1, 1), (16, 32, 64, 128)
         sizes = {"mlp_dim": (64, 128, 128, 256), "reduction": (4, 2, 1, 1)}
     config.model = model_config(**{**config.model.to_dict(), **sizes, "image_size": IMAGE_SIZE})
-    config.data.eval_resize = IMAGE_SIZE * 256 // 224
     config.batch_size = config.eval_batch_size = 100
     config.epochs = 20
     config.optim.learning_rate = 1e-2  # 400 steps are few for that of the full run

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from bvit_jax import cli
-from bvit_jax.config import SECTIONS, SETTINGS, check_section, default_config, validate
+from bvit_jax.config import SECTIONS, SETTINGS, check_section, default_config, eval_resize, validate
 from bvit_jax.errors import UserError
 from bvit_jax.report import settings as report
 
@@ -58,7 +58,16 @@ def test_a_model_must_be_named():
             "expected two ascending numbers above 0",
         ),
         ("data.color_jitter", ((-1.0, 0.0), (0.0,) * 5, (0.0, 0.0, 0.0, 0.6), ()), "expected brightness"),
-        ("data.mean", ((0.5, 0.5), (0.5,) * 4), "expected a number for each of three colours"),
+        (
+            "data.mean",
+            ((0.5,), (0.5,) * 4, (float("nan"),) * 3, (123.7, 116.3, 103.5), (-0.1, 0.5, 0.5)),
+            "expected three numbers from 0 to 1",
+        ),
+        ("data.std", ((0.5, 0.5, 0.0), (58.4, 57.1, 57.4), (float("inf"),) * 3), "expected three numbers"),
+        ("data.eval_resize", (-1,), "expected a whole number of at least 0"),
+        ("optim.learning_rate", (float("inf"), float("nan"), 0.0), "expected a number above 0"),
+        ("optim.b2", (1.0, -0.1), "expected a number from 0 to below 1"),
+        ("epochs", (2**31, True, 10**30), "expected a whole number of at least 1, below 2^31"),
         ("data.num_workers", (-2,), "expected a whole number of at least -1"),
         ("mix.prob", (-0.1, 1.1, float("nan")), "expected a number from 0 to 1"),
         ("mix.cutmix_minmax", ((0.8, 0.2), (0.2,), (0.2, 1.2)), "expected () or two ascending numbers"),
@@ -115,6 +124,23 @@ def test_settings_that_exclude_each_other():
     validate(config)
     config.loss.ranking_weight = 1.0
     with pytest.raises(UserError, match=r"^config.loss.ranking_every is 4; .* the 10 images of a microbatch"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "used"), [(224, 0, 256), (384, 0, 438), (32, 0, 36), (224, 256, 256)]
+)
+def test_evaluation_resizes_in_proportion_to_the_image_size(size, given, used):
+    config = with_model()
+    config.model.image_size, config.data.eval_resize = size, given
+    validate(config)
+    assert eval_resize(config.data, size) == used
+
+
+def test_evaluation_has_no_black_borders():
+    config = with_model()
+    config.model.image_size, config.data.eval_resize = 384, 256
+    with pytest.raises(UserError, match=r"^config.data.eval_resize is 256; expected at least .*, 384, since"):
         validate(config)
 
 

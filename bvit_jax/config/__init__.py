@@ -12,6 +12,7 @@ from bvit_jax.config.settings import (
     check,
     check_section,
     default_config,
+    eval_resize,
     settings_of,
     validate,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "check",
     "check_section",
     "default_config",
+    "eval_resize",
     "load",
     "save",
     "settings_of",

@@ -10,20 +10,22 @@ from ml_collections import ConfigDict, FieldReference
 
 from bvit_jax.config.values import (
     AUTO_FLAG,
+    BELOW_ONE,
     BLOCKS,
     COLOR_JITTER,
-    COLOURS,
     CROP_RATIO,
     CROP_SCALE,
     CUTMIX_MINMAX,
     DECAY,
     FLAG,
     FRACTION,
+    MEANS,
     NOT_NEGATIVE,
     POSITIVE,
     PROFILE_STEPS,
     RULES,
     SEED,
+    STDS,
     TEXT,
     Values,
     one_of,
@@ -149,15 +151,17 @@ SETTINGS = {
     ),
     "data.repeats": Setting(1, whole(1), "Copies of an image in a batch, augmented differently."),
     "data.eval_resize": Setting(
-        256, whole(1), "Short side in pixels to which evaluation resizes before its centre crop.", free=True
+        0,
+        whole(0),
+        "Short side in pixels to which evaluation resizes before its centre crop, at least the image size; 0:"
+        " as 256 to 224.",
+        free=True,
     ),
     "data.eval_interpolation": Setting(
         "bicubic", one_of("bilinear", "bicubic"), "How evaluation resizes.", free=True
     ),
-    "data.mean": Setting(IMAGENET_MEAN, COLOURS, "Mean of each colour, subtracted from pixels in [0, 1]."),
-    "data.std": Setting(
-        IMAGENET_STD, COLOURS, "Standard deviation of each colour, by which they are divided."
-    ),
+    "data.mean": Setting(IMAGENET_MEAN, MEANS, "Mean of each colour, subtracted from pixels in [0, 1]."),
+    "data.std": Setting(IMAGENET_STD, STDS, "Standard deviation of each colour, by which they are divided."),
     "data.max_bad_images": Setting(
         0, whole(0), "Different images per host that may be undecodable before the run stops.", free=True
     ),
@@ -206,8 +210,8 @@ SETTINGS = {
     "optim.weight_decay": Setting(
         0.0, NOT_NEGATIVE, "Decoupled weight decay, of arrays of two or more dimensions."
     ),
-    "optim.b1": Setting(0.9, FRACTION, "Decay of Adam's first moment."),
-    "optim.b2": Setting(0.999, FRACTION, "Decay of Adam's second moment."),
+    "optim.b1": Setting(0.9, BELOW_ONE, "Decay of Adam's first moment."),
+    "optim.b2": Setting(0.999, BELOW_ONE, "Decay of Adam's second moment."),
     "optim.eps": Setting(1e-8, POSITIVE, "Adam's epsilon."),
     "optim.clip_grad_norm": Setting(0.0, NOT_NEGATIVE, "Largest norm of all gradients together; 0: off."),
     "optim.rules": Setting((), RULES, "For parameters whose path matches; the first match counts."),
@@ -284,10 +288,25 @@ def validate(config: ConfigDict) -> None:
     """
     for section in SECTIONS:
         check_section(section, config[section] if section else config)
+    _check_resize(config)
     _check_mixing(config)
     _check_ranking(config)
     if "name" not in config.model:
         raise UserError("config.model has no name; build it with bvit_jax.models.model_config")
+
+
+def eval_resize(data: ConfigDict, image_size: int) -> int:
+    """Returns the short side in pixels to which evaluation resizes, by default as 256 to 224."""
+    return data.eval_resize or image_size * 256 // 224
+
+
+def _check_resize(config: ConfigDict) -> None:
+    size, resize = config.model.get("image_size", 0), config.data.eval_resize
+    if isinstance(size, int) and 0 < resize < size:
+        raise UserError(
+            f"config.data.eval_resize is {resize}; expected at least config.model.image_size, {size}, since"
+            " what is missing would be black; 0 follows the image size"
+        )
 
 
 def _check_mixing(config: ConfigDict) -> None:

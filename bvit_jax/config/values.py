@@ -1,5 +1,6 @@
 """The kinds of values that settings have: what is accepted, and how a message says it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -26,7 +27,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return type(value) is not bool and issubclass(type(value), Real) and -math.inf < value < math.inf
 
 
 def _are_numbers(values: Any, count: int) -> bool:
@@ -50,7 +51,11 @@ def one_of(*choices: str) -> Values:
 
 
 def whole(at_least: int) -> Values:
-    return Values(f"a whole number of at least {at_least}", lambda x: _is_whole(x) and x >= at_least)
+    """Returns whole numbers that also fit the counters of JAX."""
+    return Values(
+        f"a whole number of at least {at_least}, below 2^31",
+        lambda x: _is_whole(x) and at_least <= x < 1 << 31,
+    )
 
 
 FLAG = Values("True or False", lambda x: isinstance(x, bool))
@@ -64,11 +69,19 @@ DECAY = Values(
     "a number from 0 to below 1, since 1 would keep the initial weights",
     lambda x: _is_number(x) and 0 <= x < 1,
 )
+BELOW_ONE = Values("a number from 0 to below 1", lambda x: _is_number(x) and 0 <= x < 1)
 PROFILE_STEPS = Values(
     "() or two ascending whole numbers from 1, such as (10, 15)",
     lambda x: x in ((), []) or (_are_ascending(x) and all(map(_is_whole, x)) and x[0] >= 1),
 )
-COLOURS = Values("a number for each of three colours", lambda x: _are_numbers(x, 3))
+MEANS = Values(
+    "three numbers from 0 to 1, of pixels from 0 to 1",
+    lambda x: _are_numbers(x, 3) and min(x) >= 0 and max(x) <= 1,
+)
+STDS = Values(
+    "three numbers above 0 and at most 1, of pixels from 0 to 1",
+    lambda x: _are_numbers(x, 3) and min(x) > 0 and max(x) <= 1,
+)
 CROP_SCALE = Values(
     "two ascending numbers above 0, at most 1", lambda x: _are_numbers(x, 2) and 0 < x[0] <= x[1] <= 1
 )

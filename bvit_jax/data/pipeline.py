@@ -158,7 +158,7 @@ def eval_batches(
     transform = partial(
         transforms.eval_transform,
         size=_checked_size(image_size),
-        resize=config.eval_resize,
+        resize=config_lib.eval_resize(config, image_size),
         interpolation=config.eval_interpolation,
     )
     split = open_eval_split(config)

@@ -73,7 +73,7 @@ def parse_with_config(values: flags.FlagValues, arguments: Sequence[str], defaul
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # of ml_collections
             parse_flags(values, arguments)
-    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, OverflowError, OSError) as error:
         # What ml_collections raises for a wrong key, value or path of --config.
         message = str(error.args[0] if error.args else error)
         kind = "unknown key " if isinstance(error, KeyError | AttributeError) else ""

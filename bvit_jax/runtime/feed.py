@@ -1,6 +1,8 @@
 """From the host's batches to the devices, in a thread of its own, while the devices compute."""
 
 import contextlib
+import logging
+import math
 import queue
 import threading
 import time
@@ -17,6 +19,9 @@ from bvit_jax.runtime.mesh import shard_batch
 AHEAD = 2  # batches that wait on the devices
 POLL_SECONDS = 0.5
 CLOSE_SECONDS = 10
+WARN_SECONDS = 60.0
+
+logger = logging.getLogger(__name__)
 
 
 class Feed:
@@ -47,7 +52,7 @@ class Feed:
 
     def next(self, stop: Callable[[], bool]) -> tuple[dict[str, jax.Array], int] | None:
         """Returns the next batch, or None if ``stop`` returned True while there was none."""
-        start = time.perf_counter()
+        start, warn = time.perf_counter(), WARN_SECONDS
         while True:
             try:
                 item = self._queue.get(timeout=POLL_SECONDS)
@@ -55,6 +60,11 @@ class Feed:
             except queue.Empty:
                 if stop():
                     return None
+                if (waited := time.perf_counter() - start) > warn:
+                    logger.warning(
+                        "no images have come for %.0f seconds; does the data's disk answer?", waited
+                    )
+                    warn = math.inf
         self.waited += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item

@@ -67,7 +67,7 @@ def take() -> None:
     raise_at_signals()
     sys.unraisablehook = _report_unraisable
     # Orbax and Grain log every call, and each part of a failure that is raised here as one error.
-    absl_logging.set_verbosity(absl_logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="PIL")  # about broken EXIF data; what matters is an error
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding does not have

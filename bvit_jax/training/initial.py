@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from bvit_jax.errors import UserError
 from bvit_jax.files import local_path
 from bvit_jax.models import same_layers
+from bvit_jax.training.teacher import finite
 from bvit_jax.weights.naming import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import StateDict, StateDictError, Variables, check_fit
@@ -108,7 +109,7 @@ def load(config: ConfigDict, abstract: Variables) -> Initial:
     """
     path = local_path(config.init.path)
     try:
-        source = runs.load_model(path)
+        source = finite(runs.load_model(path), path)
     except UserError as error:
         raise UserError(f"config.init.path: {error}") from error
     arrays = {name: np.asarray(a) for name, a in _flat(source.variables).items()}

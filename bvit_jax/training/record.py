@@ -1,7 +1,7 @@
 """What a run carries from step to step in addition to its arrays, and when its events are due."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,10 @@ from ml_collections import ConfigDict
 
 from bvit_jax.errors import UserError
 from bvit_jax.training.evaluation import deciding_top1
+from bvit_jax.workdir.checkpoint_files import FOLDER, complete_steps
 from bvit_jax.workdir.metrics import MetricWindow
+
+VERSION = 1  # of a record in a checkpoint; higher where an older reader would misread it
 
 
 @dataclass
@@ -55,9 +58,8 @@ class Record:
         if self.window.not_finite is not None:
             name, step = self.window.not_finite
             raise UserError(
-                f"{name} is not finite at step {step}; the last checkpoint before is kept in {workdir}: lower"
-                " config.optim.learning_rate or set config.optim.clip_grad_norm; --debug_nans names the"
-                " operation"
+                f"{name} is not finite at step {step}; {_kept(workdir)}: lower config.optim.learning_rate or"
+                " set config.optim.clip_grad_norm; --debug_nans names the operation"
             )
         return means
 
@@ -67,14 +69,28 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the record as JSON values, exactly."""
-        return {**vars(self), "window": self.window.state()}
+        return {**vars(self), "version": VERSION, "window": self.window.state()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Record":
-        """Returns the record that `to_json` described."""
+        """Returns the record that `to_json` described, of this version or an earlier one.
+
+        Raises:
+          UserError: a later version wrote it.
+        """
+        if values.get("version", 1) > VERSION:
+            raise UserError("the run was continued by a later version of this package, which must go on")
         window = MetricWindow()
         window.restore(values["window"])
-        return cls(**{**values, "window": window})
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known} | {"window": window})
+
+
+def _kept(workdir: Path) -> str:
+    steps = complete_steps(workdir / FOLDER)
+    return (
+        f"the newest checkpoint in {workdir} is of step {steps[-1]}" if steps else "nothing was saved before"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
 from bvit_jax.files import local_path
 from bvit_jax.losses.ranking import Ranking
+from bvit_jax.weights.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def load_teacher(config: ConfigDict) -> Teacher:
         return Teacher(None, {}, "", None)
     origin = local_path(config.teacher.path)
     try:
-        teacher = weights.load(origin)
+        teacher = finite(weights.load(origin), origin)
     except UserError as error:
         raise UserError(f"config.teacher.path: {error}") from error
     for key in ("num_classes", "image_size"):
@@ -72,6 +73,15 @@ def load_teacher(config: ConfigDict) -> Teacher:
     execution = models.Execution(scan_blocks=config.scan_blocks is True)
     model = models.create_model(teacher.config, jnp.dtype(config.compute_dtype), execution)
     return Teacher(model, teacher.arrays(), teacher.digest(), Normalization(p.mean, p.std))
+
+
+def finite(source: Pretrained, path: Path) -> Pretrained:
+    """Returns what was read from a path; raises `UserError` if a value of it is NaN or infinite."""
+    if bad := source.not_finite():
+        raise UserError(
+            f"{path} holds NaN or infinite values in {len(bad)} arrays, such as {bad[0]}; use another file"
+        )
+    return source
 
 
 def needs_teacher(config: ConfigDict) -> bool:

@@ -53,6 +53,11 @@ class Pretrained:
         naming = FORMATS[self.bookkeeping_format].naming(self.config)
         return tuple(sorted(filter(naming.is_unused, self.bookkeeping)))
 
+    def not_finite(self) -> tuple[str, ...]:
+        """Returns the names of the arrays that hold NaN or infinite values, sorted."""
+        arrays = sorted(flatten(self.variables).items())
+        return tuple(name for name, a in arrays if not np.isfinite(np.asarray(a, np.float32)).all())
+
     def digest(self) -> str:
         """Returns a SHA-256 of the weights, which does not depend on the file that they came from."""
         total = hashlib.sha256()

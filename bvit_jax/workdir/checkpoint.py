@@ -28,6 +28,8 @@ from bvit_jax.errors import UserError
 from bvit_jax.workdir.checkpoint_files import (
     FOLDER,
     ITEMS,
+    arrays_of,
+    check_written,
     clear_unfinished,
     complete_steps,
     delete,
@@ -110,7 +112,9 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(content))
         _writing(self._folder, lambda: self._writer.save(path, args=arguments, force=True))
         self._current, self._content = step, content
-        self._finisher = threading.Thread(target=self._finish, args=(step, best_step), name="checkpoint")
+        self._finisher = threading.Thread(
+            target=self._finish, args=(step, arrays_of(state), best_step), name="checkpoint"
+        )
         self._finisher.start()
 
     def replace_metadata(self, step: int, metadata: dict[str, Any], best_step: int | None = None) -> None:
@@ -194,10 +198,11 @@ class Checkpoints:
         finally:
             _writing(self._folder, self._writer.close)
 
-    def _finish(self, step: int, best_step: int | None) -> None:
+    def _finish(self, step: int, wanted: dict[str, str], best_step: int | None) -> None:
         try:
             self._writer.wait_until_finished()
             if jax.process_index() == 0:
+                check_written(self._folder / str(step), wanted)
                 write_checksums(self._folder / str(step), ITEMS)
                 self._steps = self._prune(step, best_step)
                 logger.info("saved step %d", step)
@@ -261,7 +266,7 @@ def _step_of_kind(folder: Path, kind: Kind) -> int:
     steps = complete_steps(folder)
     step: int | None = max(steps, default=None)
     if step is not None and kind == "best":
-        verify_checksums(folder / str(step), ITEMS)
+        verify_checksums(folder / str(step), ITEMS, only="metadata/")
         step = read_metadata(folder / str(step))["best_step"]
     return step if step in steps else NONE
 

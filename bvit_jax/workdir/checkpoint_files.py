@@ -1,5 +1,6 @@
 """The files of checkpoints: which there are, what may be deleted, and how one is read."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from bvit_jax.workdir.checksums import CHECKSUMS, read_replacement
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "metadata")
+PATTERN = "*?[\\"  # Orbax looks for the parts of a checkpoint with a pattern that begins with its path
 DELETED = "deleted.json"  # the checksums of a checkpoint that is being deleted
 METADATA = "metadata/metadata"  # where Orbax puts JSON values
 KEYS = {"best_step", "run"}  # of those values
@@ -99,6 +101,32 @@ def _left_by_us(path: Path) -> bool:
         return False
 
 
+def check_path(folder: Path) -> None:
+    """Raises `UserError` for a path below which Orbax could not find again what it has written."""
+    wrong = sorted({*str(folder)} & {*PATTERN})
+    if wrong or str(folder).encode(errors="replace") != os.fsencode(folder):
+        found = f"{' '.join(wrong)} in it" if wrong else "names in it that are not UTF-8"
+        raise UserError(
+            f"checkpoints below {ascii(str(folder))[1:-1]} could not be read again, because of {found};"
+            " choose a --workdir of letters, digits and - _ = . ,"
+        )
+
+
+def check_written(path: Path, wanted: dict[str, str]) -> None:
+    """Raises `UserError` unless Orbax finds these `arrays_of` a state in what it has written."""
+    try:
+        saved = arrays_of(ocp.PyTreeCheckpointHandler().metadata(path / ITEMS[0]).tree)
+        missing = sorted(set(wanted.items()) ^ set(saved.items()))
+        problem = f"{missing[0][0]} is another one" if missing else ""
+    except (OSError, ValueError) as error:
+        problem = str(error).splitlines()[0].partition(" [")[0]
+    if problem:
+        raise UserError(
+            f"checkpoint {path} was written and cannot be read back: {problem}; the ones before are kept:"
+            " check the disk, or choose another workdir"
+        )
+
+
 def read(path: Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, Any]]:
     """Returns the arrays and the JSON of a checkpoint, whose checksums have been verified.
 
@@ -111,11 +139,16 @@ def read(path: Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, An
       UserError: the arrays are not those of ``abstract``.
     """
     metadata = read_metadata(path)
+    if (path / "state/ocdbt.process_0").exists() and not (path / "state/manifest.ocdbt").exists():
+        raise UserError(
+            f"the arrays of checkpoint {path} are in parts that were not put together, because the workdir"
+            " had a path with brackets; the parts are in state/ocdbt.process_*: use another checkpoint"
+        )
     with ocp.Checkpointer(handler()) as reader:
         saved = reader.metadata(path).item_metadata["state"].tree
         if partial:
             saved = {name: saved[name] for name in abstract if name in saved}
-        _check_arrays(path, _arrays(saved), _arrays(abstract))
+        _check_arrays(path, arrays_of(saved), arrays_of(abstract))
         restored = reader.restore(
             path,
             args=ocp.args.Composite(
@@ -142,7 +175,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _arrays(tree: Any) -> dict[str, str]:
+def arrays_of(tree: Any) -> dict[str, str]:
     """Returns ``{"params/head/kernel": "float32[384,10]", ...}``."""
 
     def describe(leaf: Any) -> str:

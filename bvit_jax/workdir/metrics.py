@@ -16,6 +16,7 @@ from bvit_jax import files
 from bvit_jax.errors import UserError
 
 Number = int | float
+STEPS_AHEAD = 2  # a step whose batch waits on the devices holds its memory
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ logger = logging.getLogger(__name__)
 class MetricWindow:
     """Means of scalars over the steps since the last `reset`.
 
-    `add` only keeps references, so that the device runs ahead; `mean` and `state` wait for it.
+    `add` keeps references and waits for an earlier step, so that the host runs ahead, by few batches; `mean`
+    and `state` wait for all.
     Values are summed step by step in float64, so the means do not depend on whether the window was
     saved and restored on the way.
 
@@ -39,6 +41,8 @@ class MetricWindow:
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Adds the scalars of one step, on the device or not."""
         self._pending.append((step, dict(metrics)))
+        if len(self._pending) > STEPS_AHEAD:
+            jax.block_until_ready(self._pending[-1 - STEPS_AHEAD][1])
 
     def mean(self) -> dict[str, float]:
         """Returns the mean of every metric; empty without steps."""
@@ -139,17 +143,28 @@ class MetricWriter:
     def truncate(self, lines: int, step: int) -> None:
         """Keeps the first lines only; call it when a run resumes.
 
+        Lines that are missing or cannot be read are logged; of a file with such lines a copy is kept.
+
         Args:
           lines: to keep, as `lines` was when the state was saved.
           step: of that state; TensorBoard hides what an earlier process wrote after it.
         """
         if not self._active:
             return
-        temporary = self.path.with_suffix(".tmp")
         try:
-            kept = self.path.read_bytes().splitlines(keepends=True)[:lines]
-            temporary.write_bytes(b"".join(kept))
-            os.replace(temporary, self.path)
+            content = self.path.read_bytes()
+            found = content.split(b"\n")[:lines]  # the last may be half a line
+            kept = [line for line in found if _is_line(line, step)]
+            if len(kept) < lines:
+                copy = self.path.with_name(f"{self.path.name}.damaged")
+                unreadable = any(line and not _is_line(line, math.inf) for line in found)
+                kept_in = f"; a copy of it is {copy.name}" if unreadable else ""
+                logger.warning(
+                    "%s has lost %d of %d lines of this run%s", self.path, lines - len(kept), lines, kept_in
+                )
+                if unreadable:
+                    files.replace_file(copy, content)
+            files.replace_file(self.path, b"".join(line + b"\n" for line in kept))
         except OSError as error:
             raise _user_error(self.path, error) from error
         self.lines = len(kept)
@@ -172,6 +187,8 @@ class MetricWriter:
             with self.path.open(mode) as file:
                 file.seek(0, os.SEEK_END)
                 file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # before a checkpoint counts these lines
         except OSError as error:
             raise _user_error(self.path, error) from error
         self.lines += text.count("\n")
@@ -181,6 +198,15 @@ class MetricWriter:
         if self._tensorboard is None:
             self._tensorboard = _summary_writer(self.path.parent / "tensorboard", self._purge_step)
         return self._tensorboard
+
+
+def _is_line(line: bytes, step: float) -> bool:
+    """Returns whether a line holds metrics of a step up to this one."""
+    try:
+        values = json.loads(line)
+        return 0 <= values["step"] <= step
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def _user_error(path: Path, error: OSError) -> UserError:

@@ -176,7 +176,8 @@ def read_class_names(workdir: Path, num_classes: int) -> tuple[str, ...]:
 def _preprocessing(config: ConfigDict, workdir: Path) -> Preprocessing:
     try:
         data, size = config.data, config.model.image_size
-        return Preprocessing(data.eval_resize, size, data.eval_interpolation, data.mean, data.std)
+        resize = config_lib.eval_resize(data, size)
+        return Preprocessing(resize, size, data.eval_interpolation, data.mean, data.std)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the config.json in {workdir} does not describe the images: {error}") from error
 

@@ -16,7 +16,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.files import append_line
 from bvit_jax.weights.class_names import matched
 from bvit_jax.workdir import runs
-from bvit_jax.workdir.checkpoint_files import FOLDER, complete_steps, foreign_steps
+from bvit_jax.workdir.checkpoint_files import FOLDER, check_path, complete_steps, foreign_steps
 
 CONFIG_FILE, STARTS_FILE = "config.json", "starts.jsonl"
 OTHERS = (runs.CLASSES_FILE, "metrics.jsonl", "batch.png", STARTS_FILE)  # written after the configuration
@@ -32,6 +32,7 @@ def check(workdir: Path, config: ConfigDict, *, allow_changes: bool) -> None:
         else, and ``allow_changes`` does not allow that.
     """
     try:
+        check_path((workdir / FOLDER).absolute())
         foreign = foreign_steps(workdir / FOLDER)
         continues = bool(complete_steps(workdir / FOLDER))
         found = [name for name in OTHERS if (workdir / name).exists()]

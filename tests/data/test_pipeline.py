@@ -250,7 +250,7 @@ def test_wrong_settings_of_training(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval_resize": 0}, r"config\.data\.eval_resize is 0"),
+        ({"eval_resize": -1}, r"config\.data\.eval_resize is -1"),
         ({"eval_interpolation": "lanczos"}, r"config\.data\.eval_interpolation is 'lanczos'"),
         ({"eval_split": "validation"}, "no split 'validation' in digits"),
     ],

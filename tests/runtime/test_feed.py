@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bvit_jax.errors import UserError
+from bvit_jax.runtime import feed as feed_module
 from bvit_jax.runtime.feed import AHEAD, Feed
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh
 
@@ -88,4 +89,20 @@ def test_batches_stay_on_the_device(mesh):
     feed = Feed(batches([], 1), mesh)
     batch, _ = next(feed)
     assert all(isinstance(array, jax.Array) for array in batch.values())
+    feed.close()
+
+
+def test_a_disk_that_hangs_is_said_once(mesh, monkeypatch, caplog):
+    for name in ("POLL_SECONDS", "WARN_SECONDS"):
+        monkeypatch.setattr(feed_module, name, 0.02)
+    release, asked = threading.Event(), []
+
+    def hanging():
+        release.wait(30)
+        yield from batches([], 1)
+
+    feed = Feed(hanging(), mesh)
+    assert feed.next(lambda: len(asked) == 4 or asked.append(0)) is None
+    assert caplog.text.count("no images have come for") == 1
+    release.set()
     feed.close()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from bvit_jax import config as config_lib
 from bvit_jax import models, weights
@@ -66,7 +67,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def config_of(data_dir: Path, teacher: Path) -> config_lib.ConfigDict:
+def config_of(data_dir: Path, teacher: Path) -> ConfigDict:
     config = from_teacher.get_config()
     config.data.data_dir, config.teacher.path = str(data_dir), str(teacher)
     return config

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from bvit_jax import config as config_lib
@@ -35,7 +36,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
-def tiny_config(data_dir: Path, **settings: object) -> config_lib.ConfigDict:
+def tiny_config(data_dir: Path, **settings: object) -> ConfigDict:
     config = tiny.get_config()
     config.data.data_dir = str(data_dir)
     for key, value in settings.items():
@@ -93,6 +94,22 @@ def test_a_teacher_with_other_classes_is_refused() -> None:
     config = digits.get_config()
     config.model.num_classes = 11
     with pytest.raises(UserError, match=r"the teacher in .* has num_classes 10 and the student 11"):
+        load_teacher(config)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_teacher_with_nan_is_named_before_the_first_step(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = digits.get_config()
+    source = weights.load(Path(config.teacher.path))
+    variables = jax.tree.map(np.array, source.variables)
+    variables["params"]["head"]["bias"][3] = value
+    damaged = dataclasses.replace(source, variables=variables)
+    monkeypatch.setattr(weights, "load", lambda path: damaged)
+    with pytest.raises(
+        UserError, match=r"^config.teacher.path: .*deit_digits holds NaN or .* in 1 arrays, such as"
+    ):
         load_teacher(config)
 
 
@@ -211,7 +228,7 @@ def test_damaged_images_are_counted_and_the_count_survives(
 # --- devices -----------------------------------------------------------------------------------
 
 
-def two_headed(data_dir: Path, weight: float) -> config_lib.ConfigDict:
+def two_headed(data_dir: Path, weight: float) -> ConfigDict:
     config = tiny_config(data_dir)
     config.model = models.model_config(
         "deit",
@@ -276,7 +293,7 @@ def test_the_teacher_s_images_are_normalised_as_it_says(data_dir: Path, tmp_path
     assert loaded.digest == teacher.digest()
 
 
-def ten_steps(config: config_lib.ConfigDict, num_devices: int, dtype: type) -> tuple:
+def ten_steps(config: ConfigDict, num_devices: int, dtype: type) -> tuple:
     """Returns the losses and the final state on a number of devices."""
     model = models.create_model(config.model, dtype)
     schedule = optim.make_schedule(config.optim, batch_size=16, steps_per_epoch=10, epochs=2)

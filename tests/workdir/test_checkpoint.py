@@ -20,7 +20,7 @@ import pytest
 from bvit_jax.errors import UserError
 from bvit_jax.workdir import checkpoint, checksums
 from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
-from bvit_jax.workdir.checkpoint_files import delete, foreign_steps
+from bvit_jax.workdir.checkpoint_files import check_path, delete, foreign_steps
 
 METADATA = {"mean": 0.1 + 0.2, "window": {"loss": [1e-300, 3]}, "best": None, "name": "ü"}
 
@@ -255,6 +255,79 @@ def test_damaged_files(checkpoints, tmp_path, damage, caplog):
         shutil.rmtree(path)
         shutil.copytree(whole, path)
     assert_identical(checkpoints().restore(abstract(make_state()))[0], make_state(2))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"state/../../../x": "", "metadata/metadata": ""}',
+        '{"/etc/passwd": ""}',
+        "7",
+    ],
+)
+def test_damaged_checksums(checkpoints, tmp_path, content, caplog):
+    run = checkpoints()
+    for step in (1, 2):
+        run.save(step, make_state(step), METADATA)
+    run.wait()
+    (tmp_path / "checkpoints" / "2" / "checksums.json").write_text(content)
+    assert_identical(checkpoints().restore(abstract(make_state()))[0], make_state(1))
+    (message,) = caplog.messages
+    assert "2 is damaged: " in message
+    assert len(message) < 1000
+
+
+def test_the_best_is_found_though_the_latest_is_damaged(checkpoints, tmp_path):
+    run = checkpoints()
+    run.save(1, make_state(1), {}, best_step=1)
+    run.save(2, make_state(2), {}, best_step=1)
+    run.wait()
+    next((tmp_path / "checkpoints" / "2" / "state").rglob("d/*")).write_bytes(b"")
+    assert restore_variables(tmp_path, abstract(make_state()), "best")[2] == 1
+    with pytest.raises(UserError, match="2 is damaged"):
+        restore_variables(tmp_path, abstract(make_state()), "latest")
+
+
+def test_what_cannot_be_read_back_replaces_nothing(checkpoints, tmp_path):
+    first, brackets = tmp_path / "run", tmp_path / "lr=[0.1]"
+    run = Checkpoints(first, keep=1)
+    run.save(1, make_state(1), {})
+    run.close()
+    first.rename(brackets)
+    run = Checkpoints(brackets, keep=1)
+    run.save(2, make_state(2), {})
+    with pytest.raises(
+        UserError, match=r"2 was written and cannot be read back: .* the ones before are kept"
+    ):
+        run.close()
+    again = Checkpoints(brackets, keep=1)
+    assert_identical(again.restore(abstract(make_state()))[0], make_state(1))
+    again.close()
+    assert steps_of(brackets) == ["1"]
+
+
+def test_an_older_version_may_have_saved_what_cannot_be_read(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "check_written", lambda path, wanted: None)
+    run = Checkpoints(tmp_path / "a[1]", keep=1)
+    run.save(1, make_state(1), {})
+    run.close()
+    with pytest.raises(UserError, match=r"are in parts that were not put together, because .* brackets"):
+        restore_variables(tmp_path / "a[1]", {}, "latest")
+
+
+@pytest.mark.parametrize(
+    "name", ["lr=[0.1,0.2]", "a[b", "a\\b", "a*b", "**", "really?", os.fsdecode(b"a\xff")]
+)
+def test_paths_that_orbax_takes_for_patterns_are_refused(name):
+    with pytest.raises(
+        UserError, match=r"could not be read again, because of .*; choose a --workdir of"
+    ) as error:
+        check_path(Path("/") / name / "checkpoints")
+    str(error.value).encode()
 
 
 def test_after_a_damaged_checkpoint_the_run_replaces_it(checkpoints, tmp_path):
@@ -510,7 +583,7 @@ import jax, jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
-from bvit_jax.workdir.checkpoint_files import delete, foreign_steps
+from bvit_jax.workdir.checkpoint_files import check_path, delete, foreign_steps
 
 def mesh(*shape):
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from bvit_jax.errors import UserError
+from bvit_jax.workdir import metrics
 from bvit_jax.workdir.metrics import MetricWindow, MetricWriter
 from bvit_jax.workdir.progress import ProgressLine, format_line
 
@@ -48,11 +49,14 @@ def test_window_resumes_bit_identically():
     assert second.state() == whole.state()
 
 
-def test_window_add_does_not_wait_for_the_device():
+def test_window_add_waits_for_no_more_than_an_earlier_step(monkeypatch):
     window = MetricWindow()
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
     with jax.transfer_guard_device_to_host("disallow"):
         for step in steps(3):
             window.add(0, step)
+    assert [len(waited), *waited] == [1, window._pending[0][1]]  # of three steps, for the first
     window.add(1, {"loss": 0.5, "accuracy": np.float32(1)})
     assert window.state()["loss"][1] == 4
 
@@ -100,6 +104,46 @@ def test_writer_truncates_when_a_run_resumes(tmp_path):
     writer.truncate(0, 0)
     assert path.read_text() == ""
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "left", "copied"),
+    [
+        (lambda text: text[:-8], [1, 2], True),  # power loss
+        (lambda text: text[: text.index('{"step": 3')], [1, 2], False),
+        (lambda text: "", [], False),
+        (lambda text: text.replace('{"step": 2', "\x00\x00"), [1, 3], True),
+        (lambda text: text.replace('{"step": 2}', "[" * 100_000), [1, 3], True),
+        (lambda text: text.replace("2", '"2"'), [1, 3], True),
+        (lambda text: text.replace('{"step": 2}\n', "") + '{"step": 9}\n', [1, 3], False),  # of a later step
+    ],
+)
+def test_lines_that_are_lost_are_said_and_nothing_is_glued_to_half_a_line(
+    tmp_path, caplog, damage, left, copied
+):
+    path = tmp_path / "metrics.jsonl"
+    whole = "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3))
+    path.write_text(damage(whole))
+    before = path.read_text()
+    writer = MetricWriter(tmp_path, active=True)
+    writer.truncate(3, 3)
+    writer.write(4, {})
+    writer.close()
+    assert [line["step"] for line in lines(tmp_path)] == [*left, 4]
+    assert writer.lines == len(left) + 1
+    assert f"has lost {3 - len(left)} of 3 lines" in caplog.text
+    assert (tmp_path / "metrics.jsonl.damaged").exists() == copied
+    if copied:
+        assert (tmp_path / "metrics.jsonl.damaged").read_text() == before
+
+
+def test_lines_are_on_the_disk_before_a_checkpoint_counts_them(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        metrics.os, "fsync", lambda file: synced.append((tmp_path / "metrics.jsonl").read_text())
+    )
+    MetricWriter(tmp_path, active=True).write(4, {})
+    assert synced[-1] == '{"step": 4}\n'
 
 
 def test_inactive_writer_writes_nothing(tmp_path):

@@ -48,6 +48,11 @@ def test_files_of_others_are_refused_untouched(files: dict[str, str], message: s
     assert content_of(tmp_path) == before
 
 
+def test_a_path_with_brackets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"because of \[ in it; choose a --workdir"):
+        starts.check(tmp_path / "lr=[0.1]", tiny.get_config(), allow_changes=False)
+
+
 def test_a_step_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "15").symlink_to(tmp_path / "not mounted")
