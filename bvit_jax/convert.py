@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bvit_jax import models, weights
+from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.files import local_path
 from bvit_jax.runtime import process
@@ -36,6 +37,16 @@ def convert(arguments: argparse.Namespace) -> Pretrained:
     """
     if os.path.lexists(arguments.target):  # before the work
         raise UserError(f"{arguments.target} exists; delete it or choose another target")
+    with ProgressBar("converting", 2) as bar:
+        model = _changed(arguments)
+        bar.advance()
+        weights.save(model, arguments.target, arguments.format)
+        bar.advance()
+    return model
+
+
+def _changed(arguments: argparse.Namespace) -> Pretrained:
+    """Returns the source with the image size, head and names that are asked for."""
     model = runs.load_model(
         arguments.source,
         kind=arguments.checkpoint,
@@ -52,7 +63,6 @@ def convert(arguments: argparse.Namespace) -> Pretrained:
         model = resize.with_new_head(model, names or default_class_names(arguments.reset_head))
     elif names:
         model = dataclasses.replace(model, class_names=names)
-    weights.save(model, arguments.target, arguments.format)
     return model
 
 

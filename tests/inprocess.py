@@ -1,5 +1,6 @@
 """Runs in this process, on programs that are compiled once: stopped or copied at any of their events."""
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,14 @@ EVENTS: dict[str, tuple[Any, str]] = {
     "evaluation": (loop, "evaluate_state"),
     "record": (checkpoint, "write_replacement"),
 }
+
+
+class Terminal(io.StringIO):
+    """Stands in for a stderr on which progress is shown."""
+
+    def isatty(self) -> bool:
+        """Says that it is one."""
+        return True
 
 
 class Notice(Interruption):

@@ -16,9 +16,12 @@ from PIL import Image
 
 from bvit_jax import cli
 from bvit_jax.errors import Stopped, UserError
+from bvit_jax.parity import command as parity
+from bvit_jax.report import models as report_models
 from bvit_jax.runtime import distributed, process
 from bvit_jax.runtime.arguments import CONFIGS, parse_config
 from bvit_jax.runtime.interruption import Interrupted
+from tests.inprocess import Terminal
 from tests.processes import ROOT, TIMEOUT, environment
 
 
@@ -115,6 +118,23 @@ def test_one_policy_for_errors(
     monkeypatch.setitem(cli.COMMANDS, "fails", cli.Command("", fails))
     assert cli.main(["fails"]) == status
     assert capsys.readouterr().err.startswith(line)
+
+
+def test_commands_show_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_models, "ROWS", report_models.ROWS[-1:])
+    monkeypatch.chdir(ROOT)
+    for arguments, shown in (
+        (["convert", "bvit_jax/assets/deit_digits", str(tmp_path / "x")], "converting"),
+        (["report", "table"], "models"),
+    ):
+        terminal = Terminal()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal)
+            assert cli.main(arguments) == 0
+        assert shown in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert parity._computed(iter([1, 2])) == [1, 2]
+    assert "running the model" in terminal.getvalue()
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

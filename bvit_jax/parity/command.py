@@ -3,10 +3,11 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.files import local_path
 from bvit_jax.parity.check import check
@@ -14,15 +15,24 @@ from bvit_jax.parity.dump import DEFAULT_BATCH, dump
 from bvit_jax.parity.layers import LayerRow, layer_rows
 from bvit_jax.runtime import process
 
+Row = TypeVar("Row")
 EXIT_FAILED, EXIT_UNREADABLE = 1, 2
 FLIPS = ("torch float32", "float32", "bfloat16")
+
+
+def _computed(rows: Iterable[Row]) -> list[Row]:
+    """Returns the rows, with a sign of life on the terminal while they are computed."""
+    with ProgressBar("running the model", 1) as bar:
+        done = list(rows)
+        bar.advance()
+    return done
 
 
 def _check(path: Path) -> bool:
     """Prints the table of one file and returns whether all of it passes."""
     print(path)
     rows = []
-    for row in check(path):
+    for row in _computed(check(path)):
         rows.append(row)
         verdict = "pass" if row.passed else "FAIL"
         name = row.where or row.group
@@ -33,7 +43,7 @@ def _check(path: Path) -> bool:
 def _layers(path: Path) -> bool:
     """Prints the layers of one file and returns whether all of them pass."""
     print(path)
-    rows = list(layer_rows(path))
+    rows = _computed(layer_rows(path))
     width = max(len(row.name) for row in rows)
     print(f"  {'':<{width}}  {'':9}  {'':4}  share of flipped signs")
     print(f"  {'layer':<{width}}  {'error':>9}  {'':4}" + "".join(f"{title:>15}" for title in FLIPS))

@@ -5,6 +5,7 @@ Each report is imported when it is asked for.
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def _curves(arguments: argparse.Namespace) -> None:
     from bvit_jax.report import curves
 
     curves.save_picture(curves.read_runs(arguments.workdirs), arguments.output)
+    sys.stdout.write(f"{arguments.output}\n")
 
 
 def _network(arguments: argparse.Namespace) -> None:
@@ -114,7 +116,13 @@ def _cost(arguments: argparse.Namespace) -> None:
     else:
         subject = cost.subject_of(parse_config(config_flags))
     report = cost.figures(subject, arguments.depth)
-    sys.stdout.write(json.dumps(report, indent=2) + "\n" if arguments.json else cost.as_text(report))
+    text = json.dumps(report, indent=2) + "\n" if arguments.json else cost.as_text(report, _columns())
+    sys.stdout.write(text)
+
+
+def _columns() -> int:
+    """Returns the width of the terminal, 0 where stdout is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
 
 
 def _capability(arguments: argparse.Namespace) -> None:

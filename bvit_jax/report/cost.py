@@ -1,6 +1,8 @@
 """The report on what a model costs, as JSON and as text."""
 
 import dataclasses
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +134,16 @@ def _packed_by_kind(cost: ModelCost) -> dict[str, dict[str, int]]:
 # --- for people --------------------------------------------------------------------------------
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """Returns the report of `figures` as text."""
-    total = report["total"]
+def as_text(report: dict[str, Any], columns: int = 0) -> str:
+    """Returns the report of `figures` as text: the sums, then the layers.
+
+    Args:
+      report: the figures.
+      columns: the table of the layers leaves out what does not fit into so many; 0 for all of it.
+    """
     parts = [
         f"{report['model']}, {report['image_size']}×{report['image_size']} pixels, one image,"
         f" {report['compute_dtype']}",
-        _layers_table(report["layers"], total),
         _parameters(report),
         _operations(report),
         _memory(report),
@@ -146,10 +151,18 @@ def as_text(report: dict[str, Any]) -> str:
     if "speedups" in report:
         parts.append(speedup_table(report["speedups"], report["backbone"]))
     parts.append(_uncounted(report["uncounted"]))
+    parts.append(_layers_table(report["layers"], report["total"], columns))
     return "\n\n".join(parts) + "\n"
 
 
-def _layers_table(layers: list[dict[str, Any]], total: dict[str, Any]) -> str:
+# Columns of the table of layers, in the order in which they are left out.
+_LEAST = (
+    *("float32 kB", "1-bit input", "1-bit weight", "MACs/byte", "saved kB", "element-wise"),
+    *("other params", "module", "real MACs", "binary MACs", "packed kB", "binary params"),
+)
+
+
+def _layers_table(layers: list[dict[str, Any]], total: dict[str, Any], columns: int) -> str:
     head = (
         "layer",
         "module",
@@ -182,7 +195,21 @@ def _layers_table(layers: list[dict[str, Any]], total: dict[str, Any]) -> str:
                 f"{layer['macs_per_byte']:.1f}",
             )
         )
-    return table(head, rows, left=2)
+    return _fitting(head, rows, columns)
+
+
+def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], columns: int) -> str:
+    """Returns the table without the columns for which there is no room, and says which."""
+    text, left_out = table(head, rows, left=2), 0
+    while columns and max(map(len, text.splitlines())) > columns and left_out < len(_LEAST):
+        left_out += 1
+        kept = [i for i, name in enumerate(head) if name not in _LEAST[:left_out]]
+        shown = [[row[i] for i in kept] for row in (head, *rows)]
+        text = table(shown[0], shown[1:], left=2 if 1 in kept else 1)
+    if left_out:
+        names = f"left out for want of room: {', '.join(_LEAST[:left_out])}; see --json"
+        text += "\n\n" + textwrap.fill(names, columns)
+    return text
 
 
 def _parameters(report: dict[str, Any]) -> str:
@@ -217,8 +244,8 @@ def _operations(report: dict[str, Any]) -> str:
     return (
         f"multiply-accumulates (MACs)\n{_counts(macs)}\n"
         f"  {short(total['ops'])} OPs: binary / 64 + all others\n"
-        f"  {total['macs_per_byte']:.1f} MACs per byte of operands and results as computed,"
-        f" {total['macs_per_packed_byte']:.1f} with binary operands packed\n\n"
+        f"  {total['macs_per_byte']:.1f} MACs per byte of operands and results as computed,\n"
+        f"  {total['macs_per_packed_byte']:.1f} with binary operands packed\n\n"
         f"element-wise operations\n{_counts(total['elementwise_by'])}\n"
         f"  {short(total['ops_with_elementwise'])} OPs with them"
     )

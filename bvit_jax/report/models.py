@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax import models
 from bvit_jax.cost import cost_of
+from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.report.text import markdown
 from bvit_jax.runtime.arguments import parse_config
 
@@ -96,7 +97,11 @@ def as_markdown(configs: Path = Path("configs")) -> str:
     Raises:
       UserError: an experiment is missing.
     """
-    rows = [_cells(row, configs) for row in ROWS]
+    rows = []
+    with ProgressBar("models", len(ROWS)) as bar:
+        for row in ROWS:
+            rows.append(_cells(row, configs))
+            bar.advance()
     return f"{BEGIN}\n{markdown(HEAD, rows)}\n{END}"
 
 

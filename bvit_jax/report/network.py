@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from bvit_jax import files
+from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.inference.images import model_input, prepared
 from bvit_jax.models import same_layers
@@ -58,14 +59,18 @@ def save_report(
       UserError: weights are not finite, matplotlib is not installed, or a file cannot be written.
     """
     _check_finite(model, origin)
-    seen = figures.look(model, np.stack([sample.pixels for sample in samples]))
+    with ProgressBar("running the model", 1) as bar:
+        seen = figures.look(model, np.stack([sample.pixels for sample in samples]))
+        bar.advance()
     pictures = describe(model, samples, seen, lines)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for picture in pictures:
-            if picture.draw is not None:
-                with files.replacing(directory / f"{picture.name}.png") as temporary:
-                    picture.draw().savefig(temporary, dpi=DPI)
+        with ProgressBar("pictures", len(pictures)) as bar:
+            for picture in pictures:
+                if picture.draw is not None:
+                    with files.replacing(directory / f"{picture.name}.png") as temporary:
+                        picture.draw().savefig(temporary, dpi=DPI)
+                bar.advance()
         page = directory / "index.html"
         files.replace_file(page, index_html(model, pictures, origin).encode(errors="replace"))
     except OSError as error:

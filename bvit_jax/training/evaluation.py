@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from bvit_jax import config as config_lib
 from bvit_jax import data
 from bvit_jax.augment.normalization import Normalization
+from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.models import choose
 from bvit_jax.runtime import process
@@ -117,6 +118,19 @@ def eval_batches(config: ConfigDict, mesh: Mesh) -> Iterable[data.Batch]:
     return data.eval_batches(config.data, config.model.image_size, config.eval_batch_size, rows)
 
 
+def _shown(config: ConfigDict, mesh: Mesh) -> Iterator[data.Batch]:
+    """Yields the batches of `eval_batches` under the progress bar of the first process."""
+    batches = eval_batches(config, mesh)
+    if jax.process_index() > 0:
+        yield from batches
+        return
+    total = -(-data.open_eval_split(config.data).num_examples // config.eval_batch_size)
+    with ProgressBar("evaluating, batches", total) as bar:
+        for batch in batches:
+            yield batch
+            bar.advance()
+
+
 def eval_settings(config: ConfigDict, mesh: Mesh, model: nn.Module | None = None) -> EvalSettings:
     """Returns the evaluation step of a run's model, or of another model on the same images."""
     model = runs.create_model(config, mesh, train=False) if model is None else model
@@ -160,7 +174,7 @@ def evaluate_workdir(
     variables, number = runs.restore(workdir, config, kind, replicated(mesh), ema=ema)
     what = "moving average in the " if ema else ""
     logger.info("evaluating the %s%s checkpoint, step %d", what, kind, number)
-    figures = evaluate(step, variables, eval_batches(config, mesh), mesh)
+    figures = evaluate(step, variables, _shown(config, mesh), mesh)
     kept = {"ema": ema} if config.ema.decay else {}
     return {"checkpoint": kind, "step": number, **kept, **figures}
 
@@ -197,7 +211,7 @@ def evaluate_model(path: Path, config: ConfigDict, classes: Matching = "same") -
     mesh = make_mesh()
     step = _step(config, model.class_names, classes, mesh)
     variables = jax.device_put({"batch_stats": {}, **model.arrays()}, replicated(mesh))
-    return evaluate(step, variables, eval_batches(config, mesh), mesh)
+    return evaluate(step, variables, _shown(config, mesh), mesh)
 
 
 def _step(config: ConfigDict, names: Sequence[str], classes: Matching, mesh: Mesh) -> Any:

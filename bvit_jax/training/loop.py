@@ -196,6 +196,7 @@ def _needed(run: Run, start: int, record: Record, given: Any) -> list[Program]:
 def _compile(programs: Sequence[Program], interruption: Interruption, step: int) -> None:
     for program in programs:
         if not program.compiled:
+            logger.info("tracing %s", program.name)
             lowered = lower(program.function, *program.arguments)
             compiled = compile_ahead(program.name, lowered, lambda: interruption.noticed)
             if compiled is None:

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from bvit_jax.workdir.metrics import Number
 
 UNSHOWN = ("images_per_second_per_chip", "memory_gb")
+BAR = 20  # columns
 
 
 class ProgressLine:
@@ -25,9 +26,8 @@ class ProgressLine:
         self._total = total
         if self.active:
             self._progress = Progress(
+                BarColumn(bar_width=BAR),
                 TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=20),
-                TimeRemainingColumn(),
                 console=Console(stderr=True),
                 refresh_per_second=2,
             )
@@ -36,10 +36,16 @@ class ProgressLine:
             self._progress.start()
 
     def update(self, step: int, metrics: Mapping[str, Number]) -> None:
-        """Shows the step and the latest means, see `format_line`; the bar adds the time left."""
+        """Shows the bar, the step, the time left, and of the latest means what the terminal has room for."""
         if self.active:
+            left = f"{_duration(metrics['seconds_left'])} left" if "seconds_left" in metrics else ""
             shown = {name: value for name, value in metrics.items() if name != "seconds_left"}
-            description = format_line(step, self._total, shown)
+            first, *others = _parts(step, self._total, shown)
+            description = "  ".join(filter(None, (first, left)))
+            for part in others:
+                if BAR + 2 + len(description) + len(part) >= self._progress.console.width:
+                    break
+                description += f"  {part}"
             self._progress.update(self._task, completed=step, description=description)
 
     def close(self) -> None:
@@ -55,6 +61,10 @@ def format_line(step: int, total: int, metrics: Mapping[str, Number]) -> str:
     of the network's health, shown in that order; the others follow as given, except for some that only the
     files hold.
     """
+    return "  ".join(_parts(step, total, metrics))
+
+
+def _parts(step: int, total: int, metrics: Mapping[str, Number]) -> list[str]:
     known = {
         "epoch": lambda x: f"epoch {x:.2f}",
         "loss": lambda x: f"loss {x:.4f}",
@@ -73,7 +83,7 @@ def format_line(step: int, total: int, metrics: Mapping[str, Number]) -> str:
     if not others.get("bad_images", 1):
         del others["bad_images"]
     parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in others.items()]
-    return "  ".join(parts)
+    return parts
 
 
 def _duration(seconds: Number) -> str:

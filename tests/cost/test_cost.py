@@ -24,7 +24,7 @@ from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.models.factory import MODELS
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.report.__main__ import main
-from bvit_jax.report.cost import Subject, measure, speedup_table
+from bvit_jax.report.cost import Subject, as_text, figures, measure, speedup_table, subject_of
 from bvit_jax.runtime.arguments import parse_config
 from bvit_jax.weights.state_dicts import abstract_variables
 from bvit_jax.workdir.checkpoint import FOLDER
@@ -539,6 +539,17 @@ def test_the_command_prints_text(capsys):
     text = capsys.readouterr().out
     assert "uncounted: nothing" in text
     assert "OPs: binary / 64 + all others" in text
+    assert text.index("parameters\n") < text.index("uncounted") < text.index("block0")
+    assert "MACs/byte" in text
+
+
+@pytest.mark.parametrize("columns", [80, 120, 400])
+def test_the_text_fits_the_terminal(columns):
+    config = parse_config([DIGITS, "--config.model.depth=(1, 1)"])
+    text = as_text(figures(subject_of(config)), columns)
+    assert max(map(len, text.splitlines())) <= columns
+    assert ("left out for want of room: float32 kB" in text) == (columns < 400)
+    assert "binary MACs" in text
 
 
 def test_the_command_reads_a_checkpoint(capsys):

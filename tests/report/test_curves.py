@@ -120,10 +120,11 @@ def strange_runs(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def test_the_picture_of_strange_names(tmp_path: Path) -> None:
+def test_the_picture_of_strange_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     output = tmp_path / "curves.png"
     assert main(["curves", *map(str, strange_runs(tmp_path)), f"--output={output}"]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
     with Image.open(output) as image:
         assert image.width > 1000
 

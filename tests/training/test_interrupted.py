@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from bvit_jax.training import evaluation, loop
 from bvit_jax.training.loop import train_and_evaluate
 from bvit_jax.training.setup import open_splits
 from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
-from tests.inprocess import Notice, Trained, at_events, copy_as_it_is, short_config
+from tests.inprocess import Notice, Terminal, Trained, at_events, copy_as_it_is, short_config
 from tests.processes import metrics_of
 
 
@@ -279,10 +280,12 @@ def test_debug_nans_names_the_operation(data_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_evaluation_gives_the_same_figures(whole: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "make_mesh", lambda: whole.run.mesh)
+    monkeypatch.setattr(sys, "stderr", Terminal())
     for kind, step in (("latest", "step"), ("best", "best_step")):
         figures = evaluation.evaluate_workdir(whole.workdir, kind, {})
         assert figures["step"] == whole.printed[step]
         assert figures["top1"] == whole.printed["top1" if kind == "latest" else "best_top1"]
+    assert "evaluating, batches" in sys.stderr.getvalue()
     latest = evaluation.evaluate_workdir(whole.workdir, "latest", {})
     assert {name: latest[name] for name in ("top5", "loss", "images")} == {
         name: whole.printed[name] for name in ("top5", "loss", "images")

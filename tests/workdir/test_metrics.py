@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import struct
 import sys
 
@@ -287,7 +288,23 @@ def test_progress_on_a_terminal(monkeypatch):
     progress = ProgressLine(total=100, step=40)
     progress.update(50, {"loss": 1.25, "learning_rate": 1e-3, "seconds_left": 9.0})
     progress.close()
-    assert "step 50/100  loss 1.2500  learning rate 0.001" in terminal.getvalue()
+    assert "step 50/100  0:00:09 left  loss 1.2500  learning rate 0.001" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("columns", [80, 120, 160])
+def test_bar_and_time_left_are_seen_whatever_is_logged(columns, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    known = {"epoch": 1.5, "loss": 2.25, "learning_rate": 1e-3, "images_per_second": 123.4}
+    metrics = {**known, "seconds_left": 3725.0, **{f"an example of a metric {i}": i for i in range(9)}}
+    progress = ProgressLine(total=75_000, step=0)
+    progress.update(37_500, metrics)
+    progress.close()
+    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", terminal.getvalue()).splitlines()[-1]
+    assert re.match(r"\r?[━╸╺ ]{20} step 37500/75000  1:02:05 left  epoch 1.50  loss 2.2500", last), last
+    assert columns - 30 < len(last.strip()) <= columns
 
 
 def test_no_progress_without_a_terminal(monkeypatch):

@@ -1,4 +1,4 @@
-"""Progress of a preparation: a bar on a terminal, elsewhere a line in the log every 30 seconds."""
+"""Progress of a command that counts: a bar on a terminal, elsewhere a line in the log every 30 seconds."""
 
 import logging
 import sys
@@ -6,7 +6,14 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 LOG_SECONDS = 30.0
 
@@ -30,12 +37,14 @@ class ProgressBar:
     def __enter__(self) -> "ProgressBar":
         if sys.stderr.isatty():
             self._bar = Progress(
+                SpinnerColumn("line"),  # something happens, also during a long step
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=30),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
                 refresh_per_second=4,
+                redirect_stdout=False,
             )
             self._task = self._bar.add_task(self._title, total=self._total, completed=self._done)
             self._bar.start()
