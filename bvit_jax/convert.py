@@ -55,6 +55,7 @@ def _changed(arguments: argparse.Namespace) -> Pretrained:
         overrides=dict(arguments.set),
         weights_key=arguments.key,
         ignored=arguments.ignore,
+        new_classes=arguments.reset_head,
     )
     if arguments.image_size:
         model = resize.resized(model, arguments.image_size)

@@ -21,6 +21,7 @@ from bvit_jax.weights import tensor_files
 from bvit_jax.weights.class_names import default_class_names
 from bvit_jax.weights.document import Document
 from bvit_jax.weights.formats import FORMATS, Format, Interpretation
+from bvit_jax.weights.headless import with_head
 from bvit_jax.weights.naming import Naming, path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.raw_checkpoint import CONFIG_FILE, RawCheckpoint, read_raw, unwrapped
@@ -41,6 +42,7 @@ def load(
     overrides: Mapping[str, Any] | None = None,
     weights_key: str | None = None,
     ignored: Sequence[str] = (),
+    new_classes: int | None = None,
 ) -> Pretrained:
     """Reads a model from a directory or file of any format.
 
@@ -50,6 +52,7 @@ def load(
       overrides: settings of the model that take precedence over those in the files.
       weights_key: the entry of a ``.pth`` that holds the weights, such as "model_ema".
       ignored: patterns of the names of arrays to leave out, such as "vit.pooler.*".
+      new_classes: for a backbone without a classifier, the classes of one that is all zeros.
 
     Raises:
       UserError: a file is missing, damaged or malicious, its format is unknown, or its arrays do
@@ -60,6 +63,9 @@ def load(
     raw, left_out = read_raw(path, config_file, weights_key)
     state, skipped = unwrapped(raw.state, ignored)
     raw = dataclasses.replace(raw, state=state)
+    if new_classes:
+        raw, pooler = with_head(raw, new_classes)
+        skipped = [*skipped, *pooler]
     with _prefixing(raw.origin):
         if any(name.startswith("params/") for name in raw.state):
             model = _from_native(raw, overrides or {})

@@ -39,7 +39,12 @@ def create_model(config: ConfigDict, mesh: Mesh, *, train: bool) -> nn.Module:
 
 
 def load_model(
-    path: Path, *, kind: Kind | None = None, ema: bool | None = None, **options: Any
+    path: Path,
+    *,
+    kind: Kind | None = None,
+    ema: bool | None = None,
+    new_classes: int | None = None,
+    **options: Any,
 ) -> Pretrained:
     """Reads a model from a run's directory, or from whatever `bvit_jax.weights.load` reads.
 
@@ -47,6 +52,7 @@ def load_model(
       path: the directory of a run, or another directory or file.
       kind: which checkpoint of a run, the latest if None.
       ema: whether to take the moving average of a run; if None, where it keeps one.
+      new_classes: see `bvit_jax.weights.load`; a run has a classifier.
       options: for `bvit_jax.weights.load`.
 
     Raises:
@@ -59,7 +65,7 @@ def load_model(
             raise UserError(
                 f"{path} is no training run, which could keep a moving average; leave out --noema"
             )
-        return weights.load(path, **options)
+        return weights.load(path, new_classes=new_classes, **options)
     if any(options.values()):
         raise UserError(f"{path} is a training run, which describes itself; leave out the options for files")
     return load_run(path, kind or "latest", ema)

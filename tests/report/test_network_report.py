@@ -321,7 +321,7 @@ def test_errors(run, tmp_path, capsys):
     assert "--image: no file" in error_of(capsys, checkpoint, f"--output={tmp_path}", "--image", "no.png")
     (tmp_path / "file").write_text("no image")
     assert "is a file; name a directory" in error_of(capsys, checkpoint, f"--output={tmp_path / 'file'}")
-    assert "cannot read" in error_of(capsys, checkpoint, f"--output={tmp_path}", "--image", tmp_path / "file")
+    assert "cannot use" in error_of(capsys, checkpoint, f"--output={tmp_path}", "--image", tmp_path / "file")
     assert "no best checkpoint" in error_of(capsys, checkpoint, "--kind=best", f"--output={tmp_path}")
     assert "is no training run" in error_of(capsys, f"--checkpoint={TEACHER}", "--kind=best")
     assert "no/such" in error_of(capsys, "--checkpoint=no/such")

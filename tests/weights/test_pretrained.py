@@ -177,6 +177,47 @@ def bare(tmp_path, name, file_format, **settings):
     return write_safetensors(tmp_path / f"{name}.safetensors", state)
 
 
+def test_the_size_of_a_swin_without_masks_is_that_of_whole_windows(tmp_path):
+    for size, window in ((32, 4), (96, 12)):
+        path = bare(tmp_path, "swin", "timm", image_size=size, window_size=window)
+        loaded = weights.load(path)
+        patch, stages = loaded.config.patch_size, len(loaded.config.depth)
+        expected = patch * window * 2 ** (stages - 1)
+        assert loaded.config.image_size == expected
+        assert f"image_size {expected}" in loaded.assumed
+
+
+@pytest.mark.parametrize(
+    ("name", "file_format"),
+    [
+        ("deit", "timm"),
+        ("deit_heads", "timm"),
+        ("swin", "microsoft"),
+        ("swin", "timm"),
+        ("deit", "huggingface"),
+    ],
+)
+def test_a_backbone_without_a_classifier_gets_one(tmp_path, name, file_format):
+    model = tiny_pretrained(name)
+    weights.save(model, tmp_path / "whole", file_format)
+    state, _ = files.read_safetensors(tmp_path / "whole" / "model.safetensors")
+    backbone = {n: a for n, a in state.items() if not n.startswith(("head", "classifier", "cls_classifier"))}
+    if file_format == "huggingface":  # as ViTModel saves it
+        backbone = {n.partition(".")[2]: a for n, a in backbone.items()}
+        backbone["pooler.dense.bias"] = np.ones(3, np.float32)
+    (tmp_path / "whole" / "model.safetensors").write_bytes(files.encode_safetensors(backbone, {}))
+    edit_json(tmp_path / "whole" / "config.json", bvit_jax=None)
+    options = {"overrides": overrides_of(model)}
+    with pytest.raises(UserError):
+        weights.load(tmp_path / "whole", **options)
+    loaded = weights.load(tmp_path / "whole", new_classes=5, **options)
+    assert loaded.config.num_classes == 5
+    assert loaded.left_out == (("pooler.dense.bias",) if file_format == "huggingface" else ())
+    heads = {"head", "distillation_head"}
+    for part in model.variables["params"].keys() - heads:
+        assert_same_trees(loaded.variables["params"][part], model.variables["params"][part])
+
+
 def test_heads_of_64_channels_are_assumed(tmp_path):
     path = bare(tmp_path, "deit", "timm", width=128)
     loaded = weights.load(path)

@@ -33,7 +33,6 @@ MICROSOFT_MODELS = ("swin",)
 HEAD_SIZE = 64
 DEIT_NORM_EPSILON = 1e-6
 SWIN_NORM_EPSILON = 1e-5
-SWIN_IMAGE_SIZE = 224
 CROP_PCT = 0.9  # timm's default for these models
 
 _MODEL_ARGS = {
@@ -84,9 +83,11 @@ def interpret(raw: RawCheckpoint) -> Interpretation:
     settings["patch_size"] = raw.shape("patch_embed.proj.weight")[-1]
     if _is_swin(raw):
         size = _swin_image_size(raw, settings)
-        settings["image_size"] = size or SWIN_IMAGE_SIZE
+        # The smallest size whose last stage has a whole window: 224 for windows of 7, 384 for 12.
+        whole = settings["patch_size"] * settings["window_size"] * 2 ** (len(settings["depth"]) - 1)
+        settings["image_size"] = size or whole
         if size is None:
-            assumed.append(f"image_size {SWIN_IMAGE_SIZE}")
+            assumed.append(f"image_size {whole}")
     else:
         tokens = raw.shape("pos_embed")[1] - 1 - settings["distillation_token"]
         settings["image_size"] = square_side(tokens, raw.origin) * settings["patch_size"]
