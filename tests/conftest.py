@@ -1,4 +1,4 @@
-"""What all tests share: eight CPU devices, quick compilation, float64 on request, the golden files."""
+"""What all tests share: checked shapes, eight CPU devices, quick compilation, float64, the golden files."""
 
 import gc
 import os
@@ -20,8 +20,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
+
+# Before bvit_jax is imported: every call in these rooms is checked against its signature.
+CHECKED = ("augment", "binary", "layers", "losses", "optim", "models.windows")
+jaxtyping.install_import_hook(
+    [f"bvit_jax.{room}" for room in CHECKED],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float too
+)
 
 jax.config.update("jax_disable_most_optimizations", True)
 # Tracing makes millions of objects, through which the collector goes again and again.
@@ -34,6 +42,30 @@ GOLDEN = Path(__file__).parent / "golden"
 def x64() -> Iterator[None]:
     """Runs the test with 64-bit types."""
     with jax.enable_x64(True):
+        yield
+
+
+# Where nothing may be promoted implicitly. Elsewhere it is meant: layers and models add (channels,) in the
+# dtype of parameters to (..., channels) in the compute dtype, and optax raises floats to integer powers.
+STRICT_DTYPES = {"augment", "binary", "losses"}
+STRICT_RANKS = {"augment", "optim"}
+
+
+@pytest.fixture(autouse=True)
+def promote_explicitly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Refuses implicit promotion of dtypes and ranks in the tests of some rooms."""
+    room = request.path.parent.name
+    with (
+        jax.numpy_dtype_promotion("strict" if room in STRICT_DTYPES else "standard"),
+        jax.numpy_rank_promotion("raise" if room in STRICT_RANKS else "allow"),
+    ):
+        yield
+
+
+@pytest.fixture
+def promotion() -> Iterator[None]:
+    """Allows implicit promotion of dtypes to the test of a whole model in a room that refuses it."""
+    with jax.numpy_dtype_promotion("standard"):
         yield
 
 

@@ -90,13 +90,13 @@ def spread_variables(model: nn.Module, config: ConfigDict, dtype: DTypeLike = np
     """Returns random variables that use the whole of every nonlinearity, without compiling anything."""
     rng = np.random.default_rng(0)
 
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values = rng.standard_normal(leaf.shape) * 0.5
         if path[-1].key == "var":
             values = 0.1 + np.abs(values)
         if path[-1].key == "prob_scale":
             values = 0.03 + 0.05 * np.abs(values)
-        return np.asarray(values, dtype)
+        return jnp.asarray(values, dtype)
 
     return jax.tree_util.tree_map_with_path(fill, abstract_variables(model, config.image_size))
 

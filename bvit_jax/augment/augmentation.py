@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float32, Key, Num, UInt8
 
 from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing, mix_images
@@ -18,17 +19,16 @@ class Augmentation:
     erasing: Erasing
     mixing: Mixing
 
-    def __call__(self, key: Array, images: Array, normalize: Normalization) -> tuple[Array, Array | None]:
+    def __call__(
+        self, key: Key[Array, ""], images: UInt8[Array, "batch height width 3"], normalize: Normalization
+    ) -> tuple[Num[Array, "batch height width 3"], Float32[Array, " n"] | None]:
         """Augments images before normalisation, so that a teacher with other means sees the same images.
 
-        Args:
-          key: key of this step.
-          images: uint8 [B, H, W, 3].
-          normalize: the student's, which defines the unit of the noise of erasing.
+        ``normalize`` is the student's, which defines the unit of the noise of erasing.
 
         Returns:
           The images, float32 from 0 to 255 if anything is on, and the share of its own pixels and label
-          that each image keeps, float32 [B] or [1], or None if nothing is mixed.
+          that each image keeps, one for all or one each, or None if nothing is mixed.
         """
         key_erase, key_mix = jax.random.split(key)
         partners = images[::-1]

@@ -7,8 +7,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float32, Key, Num, UInt32
 
-from bvit_jax.augment.boxes import box_at, inside_box
+from bvit_jax.augment.boxes import Box, box_at, inside_box
 from bvit_jax.augment.normalization import Normalization
 
 Mode = Literal["pixel", "rand", "const"]
@@ -16,18 +17,20 @@ ATTEMPTS = 10
 NOISE_BITS = 10  # per colour, so that the three fit into one random word
 
 
-def first_fitting_box(areas: Array, aspects: Array, places: Array, height: int, width: int) -> Array:
+def first_fitting_box(
+    areas: Float32[Array, " n"],
+    aspects: Float32[Array, " n"],
+    places: Float32[Array, "n 2"],
+    height: int,
+    width: int,
+) -> Box:
     """Returns the first candidate that fits into the image, or an empty box if none does.
 
     Args:
-      areas: float32 [n], shares of the image's area.
-      aspects: float32 [n], height / width.
-      places: float32 [n, 2] in [0, 1): top and left, as fractions of the range that fits.
-      height: of the image, in pixels.
-      width: of the image, in pixels.
-
-    Returns:
-      int32 [4], see `bvit_jax.augment.boxes`.
+      areas: shares of the image's area.
+      aspects: height / width.
+      places: in [0, 1): top and left, as fractions of the range that fits.
+      height, width: of the image, in pixels.
     """
     limits = jnp.array([height, width], jnp.int32)[None, :]
     pixels = areas * (height * width)
@@ -39,8 +42,8 @@ def first_fitting_box(areas: Array, aspects: Array, places: Array, height: int, 
     return box_at(starts[first], jnp.where(fits[first], sizes[first], 0))
 
 
-def pixel_noise(words: Array) -> Array:
-    """Returns normal noise, three values per random word: uint32 [H, W] -> float32 [H, W, 3].
+def pixel_noise(words: UInt32[Array, "height width"]) -> Float32[Array, "height width 3"]:
+    """Returns normal noise, three values per random word.
 
     Each value is one of 1024 equally probable quantiles of the normal distribution, the outermost at
     ±3.3. Continuous noise needs three times as many random bits, which would cost more than everything
@@ -74,16 +77,15 @@ class Erasing:
     area: tuple[float, float] = (0.02, 1 / 3)
     min_aspect: float = 0.3
 
-    def __call__(self, keys: Array, images: Array, normalize: Normalization) -> Array:
-        """Erases a box in some of the images.
+    def __call__(
+        self,
+        keys: Key[Array, " batch"],
+        images: Num[Array, "batch height width 3"],
+        normalize: Normalization,
+    ) -> Float32[Array, "batch height width 3"]:
+        """Erases a box in some of the images, which are from 0 to 255; noise may exceed this scale.
 
-        Args:
-          keys: [B], one key per image.
-          images: [B, H, W, 3], from 0 to 255.
-          normalize: the normalisation that follows.
-
-        Returns:
-          float32 [B, H, W, 3] on the same scale, which noise may exceed.
+        ``normalize`` is the normalisation that follows.
         """
         return jax.vmap(lambda key, image: self._erase(key, image, normalize))(keys, images)
 
@@ -94,8 +96,8 @@ class Erasing:
         fill = normalize.inverse(self._draw_fill(key_fill, height, width))
         return jnp.where(erased, fill, image.astype(jnp.float32))
 
-    def draw_box(self, key: Array, height: int, width: int) -> Array:
-        """Draws the box of one image, empty if nothing is erased: int32 [4]."""
+    def draw_box(self, key: Key[Array, ""], height: int, width: int) -> Box:
+        """Draws the box of one image, empty if nothing is erased."""
         key_erased, key_area, key_aspect, key_place = jax.random.split(key, 4)
         low, high = self.area
         areas = jax.random.uniform(key_area, (ATTEMPTS,), jnp.float32, low, high)

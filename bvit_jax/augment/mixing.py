@@ -11,31 +11,34 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int32, Key
 
-from bvit_jax.augment.boxes import box_area, box_at, inside_box
-from bvit_jax.losses.classification import label_targets
+from bvit_jax.augment.boxes import Box, box_area, box_at, inside_box
+from bvit_jax.losses.classification import Labels, Targets, label_targets
 
 Mode = Literal["batch", "pair", "elem"]
+Images = Float[Array, "batch height width channels"]
+Shares = Float[Array, " n"]
 
 
 class Mix(NamedTuple):
     """How images are mixed with their partners; n is 1, for the whole batch, or B.
 
     Attributes:
-      use_cutmix: bool [n], whether a box of the partner replaces that of the image.
-      box: int32 [n, 4], see `bvit_jax.augment.boxes`.
-      lam: float32 [n], the share of pixels and label that the image keeps; the partner has the rest.
+      use_cutmix: whether a box of the partner replaces that of the image.
+      box: see `bvit_jax.augment.boxes`.
+      lam: the share of pixels and label that the image keeps; the partner has the rest.
     """
 
-    use_cutmix: Array
-    box: Array
-    lam: Array
+    use_cutmix: Bool[Array, " n"]
+    box: Int32[Array, "n 4"]
+    lam: Shares
 
 
-def cutmix_box(lam: Array, centre: Array, height: int, width: int) -> Array:
+def cutmix_box(lam: Float32[Array, ""], centre: Int32[Array, "2"], height: int, width: int) -> Box:
     """Returns a box with the share ``1 - lam`` of the image's area, cut off at its borders.
 
-    As timm's ``rand_bbox``: a float32 scalar, and the row and column int32 [2] -> int32 [4].
+    As timm's ``rand_bbox``.
     """
     sizes = jnp.array([height, width], jnp.int32)
     half = (sizes.astype(jnp.float32) * jnp.sqrt(1 - lam)).astype(jnp.int32) // 2
@@ -43,8 +46,8 @@ def cutmix_box(lam: Array, centre: Array, height: int, width: int) -> Array:
     return box_at(start, end - start)
 
 
-def mix_images(images: Array, partners: Array, mix: Mix) -> Array:
-    """Mixes float images with their partners: [B, H, W, C], [B, H, W, C] -> [B, H, W, C]."""
+def mix_images(images: Images, partners: Images, mix: Mix) -> Images:
+    """Mixes images with their partners."""
     height, width = images.shape[1:3]
     outside = ~jax.vmap(inside_box, (0, None, None))(mix.box, height, width)
     lam = mix.lam.astype(images.dtype)[:, None, None, None]
@@ -53,22 +56,19 @@ def mix_images(images: Array, partners: Array, mix: Mix) -> Array:
 
 
 def mix_targets(
-    labels: Array, lam: Array, num_classes: int, smoothing: float, partners: Array | None = None
-) -> Array:
-    """Returns the smoothed targets of mixed images: int [B], float32 [n] -> float32 [B, C].
+    labels: Labels, lam: Shares, num_classes: int, smoothing: float, partners: Labels | None = None
+) -> Targets:
+    """Returns the smoothed targets of mixed images.
 
-    ``partners`` are the labels of the partners, int [B], needed if the images are only a part of the batch.
+    ``partners`` are the labels of the partners, needed if the images are only a part of the batch.
     """
     partners = labels[::-1] if partners is None else partners
     own, others = (label_targets(kind, num_classes, smoothing, jnp.float32) for kind in (labels, partners))
     return own * lam[:, None] + others * (1 - lam[:, None])
 
 
-def dominant_labels(labels: Array, lam: Array, partners: Array | None = None) -> Array:
-    """Returns the label with the larger share, the image's own in a tie: int [B], [n] -> int [B].
-
-    ``partners`` is as in `mix_targets`.
-    """
+def dominant_labels(labels: Labels, lam: Shares, partners: Labels | None = None) -> Labels:
+    """Returns the label with the larger share, the image's own in a tie; ``partners`` as in `mix_targets`."""
     return jnp.where(lam >= 0.5, labels, labels[::-1] if partners is None else partners)
 
 
@@ -100,7 +100,7 @@ class Mixing:
         """Whether anything is ever mixed."""
         return bool(self.prob and (self.mixup_alpha or self.cutmix_alpha or self.cutmix_minmax))
 
-    def draw(self, key: Array, batch: int, height: int, width: int) -> Mix:
+    def draw(self, key: Key[Array, ""], batch: int, height: int, width: int) -> Mix:
         """Draws how ``batch`` images are mixed; for pairs their number must be even."""
         number = {"batch": 1, "pair": batch // 2, "elem": batch}[self.mode]
         keys = jax.random.split(key, number)

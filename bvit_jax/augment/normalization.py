@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float32, Num
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,8 @@ class Normalization:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, images: Array) -> Array:
-        """Normalises images (batch, height, width, 3), from 0 to 255 in any dtype, to float32.
+    def __call__(self, images: Num[Array, "batch height width 3"]) -> Float32[Array, "batch height width 3"]:
+        """Normalises images, which are from 0 to 255.
 
         Bit-identical to torchvision's ``ToTensor`` and ``Normalize`` wherever division rounds correctly.
         """
@@ -25,8 +26,8 @@ class Normalization:
         zero = jnp.minimum(jnp.abs(values), 0)
         return (values / (255 + zero) - mean) / (std + zero)
 
-    def inverse(self, normalised: Array) -> Array:
-        """Returns float32 values (..., 3) on the scale from 0 to 255, which they may exceed."""
+    def inverse(self, normalised: Float32[Array, "*rest channels"]) -> Float32[Array, "*rest channels"]:
+        """Returns the values on the scale from 0 to 255, which they may exceed."""
         mean, std = self._broadcastable(normalised.ndim)
         return (normalised * std + mean) * 255
 

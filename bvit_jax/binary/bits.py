@@ -14,25 +14,26 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float, Int32, Shaped, UInt32
 
 WORD = 32  # bits
 ALL_BITS = np.uint32(2**WORD - 1)
 
 
 class Bits(NamedTuple):
-    """Packed signs of (channels, positions); both planes are uint32 (ceil(channels / 32), positions).
+    """Packed signs; their bits beyond the last channel are not set.
 
     Attributes:
       negative: set where a sign is negative.
-      nonzero: set where a sign is not zero; not set beyond the last channel.
+      nonzero: set where a sign is not zero.
     """
 
-    negative: Array
-    nonzero: Array
+    negative: UInt32[Array, "words positions"]
+    nonzero: UInt32[Array, "words positions"]
 
 
-def pack(x: Array) -> Bits:
-    """Packs the signs of real numbers, (channels, positions); the sign of a NaN is 1."""
+def pack(x: Float[Array, "channels positions"]) -> Bits:
+    """Packs the signs of real numbers, 32 channels in a word; the sign of a NaN is 1."""
     missing = -x.shape[0] % WORD
     if missing:
         x = jnp.pad(x, ((0, missing), (0, 0)))
@@ -45,17 +46,14 @@ def _to_words(bits: Array) -> Array:
     return jnp.sum(bits.astype(jnp.uint32) << places, axis=1, dtype=jnp.uint32)
 
 
-def product(a: Bits, b: Bits, then: Callable[[Array], Array] = lambda y: y) -> Array:
+def product(
+    a: Bits, b: Bits, then: Callable[[Int32[Array, "rows columns"]], Array] = lambda y: y
+) -> Shaped[Array, "rows columns"]:
     """Returns ``then(y)`` of the exact product of the signs, ``y = sign(a).T @ sign(b)``.
 
     It is fastest where no sign of ``a`` is zero and its channels fill their words, which holds for weights.
-
-    Args:
-      a: of (channels, rows).
-      b: of (channels, columns).
-      then: maps the product, int32 (rows, columns), to the result. XLA fuses both, and nothing else with
-        them, because they are inside a conditional: the product is computed once for all readers of the
-        result.
+    XLA fuses the product with ``then``, and nothing else with them, because they are inside a conditional:
+    the product is computed once for all readers of the result.
     """
     full = jnp.all(a.nonzero == ALL_BITS)
     branches = (lambda a, b, zeros=zeros: then(_product(a, b, zeros)) for zeros in (False, True))

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 from jax import Array
+from jaxtyping import Float, Key
 
 
 class Codes(NamedTuple):
@@ -11,20 +12,16 @@ class Codes(NamedTuple):
 
     Products are taken of the values, which are small integers and therefore exact in bfloat16, and scaled
     afterwards.
-
-    Attributes:
-      values: integers in a floating-point dtype, any shape.
-      scale: real; broadcasts against ``values``.
     """
 
-    values: Array
-    scale: Array
+    values: Float[Array, "*shape"]
+    scale: Float[Array, "*#shape"]
 
-    def dequantize(self) -> Array:
-        """Returns the real tensor, in the shape of the values."""
+    def dequantize(self) -> Float[Array, "*shape"]:
+        """Returns the real tensor."""
         return self.values * self.scale
 
-    def dropped(self, rate: float, key: Array) -> "Codes":
+    def dropped(self, rate: float, key: Key[Array, ""]) -> "Codes":
         """Returns the codes after dropout: some values are 0, and the scale makes up for them."""
         kept = jax.random.bernoulli(key, 1 - rate, self.values.shape)
-        return Codes(self.values * kept, self.scale / (1 - rate))
+        return Codes(self.values * kept.astype(self.values.dtype), self.scale / (1 - rate))

@@ -12,11 +12,14 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
+
+Elementwise = Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A sign and its gradient. Both are functions of an array that return its shape and dtype.
+    """A sign and its gradient. Both return the dtype of their argument.
 
     Every binary product, the attention, the packed feed-forward branch and the health metrics take the
     estimator that they are given, so that another ``slope`` here changes all of their gradients.
@@ -26,8 +29,8 @@ class Estimator:
       forward: x to its code, -1, 0 or 1; the model chooses what the sign of zero is.
     """
 
-    slope: Callable[[Array], Array]
-    forward: Callable[[Array], Array] = jnp.sign
+    slope: Elementwise
+    forward: Elementwise = jnp.sign
 
     @property
     def bit(self) -> "Estimator":
@@ -35,17 +38,17 @@ class Estimator:
         return replace(self, forward=bit)
 
 
-def bit(x: Array) -> Array:
-    """Returns -1 or 1 with the sign of ``x``, 1 for 0 and NaN for NaN, in the shape and dtype of ``x``."""
+def bit(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns -1 or 1 with the sign of ``x``, 1 for 0 and NaN for NaN."""
     return jnp.where(x == 0, 1, jnp.sign(x))
 
 
 @cache
-def straight_through(estimator: Estimator) -> Callable[[Array], Array]:
+def straight_through(estimator: Estimator) -> Elementwise:
     """Returns the sign of an estimator as a function that automatic differentiation sees with its slope."""
 
     @jax.custom_vjp
-    def sign(x: Array) -> Array:
+    def sign(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return estimator.forward(x)
 
     sign.defvjp(lambda x: (estimator.forward(x), x), lambda x, gradient: (gradient * estimator.slope(x),))

@@ -8,21 +8,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 
-def quantize_weight(w: Array, bits: int, clip: float) -> Array:
+def quantize_weight(w: Float[Array, "*shape"], bits: int, clip: float) -> Float[Array, "*shape"]:
     """Returns weights clipped to ±``clip`` and quantised, with one scale for the whole tensor.
 
     Two bits give {-s, 0, s} (`_ternary`), more of them 2^bits - 1 evenly spaced levels (`_symmetric`), and 32
     the weights as they are. The gradient passes on the open interval (-clip, clip).
 
-    Args:
-      w: latent weights, any shape.
-      bits: 2 to 8, or 32.
-      clip: above 0.
-
     Raises:
-      ValueError: ``bits`` is another number.
+      ValueError: ``bits`` is neither 2 to 8 nor 32.
     """
     if bits == 32:
         return w

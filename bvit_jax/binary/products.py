@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from bvit_jax.binary.estimators import PARABOLA, Estimator
 from bvit_jax.binary.weights import WeightRule
@@ -28,7 +29,7 @@ PRODUCT = "binary_product"  # the name by which a rematerialisation policy finds
 
 def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Returns the dtype of sums over values of ``dtype``: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def integer_dtype(terms: int) -> jnp.dtype:
@@ -52,27 +53,33 @@ class ProductConfig(NamedTuple):
     binary_input: bool = True
     integer_products: bool = False
 
-    def signs(self, x: Array) -> Array:
+    def signs(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Returns the signs of ``x`` in the dtype of codes."""
         return self.estimator.forward(x).astype(CODE_DTYPE)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def binary_product(x: Array, move: Array, kernel: Array, rule: WeightRule, config: ProductConfig) -> Array:
+def binary_product(
+    x: Float[Array, "*batch inputs"],
+    move: Float[Array, " inputs"],
+    kernel: Float[Array, "*kernel outputs"],
+    rule: WeightRule,
+    config: ProductConfig,
+) -> Float[Array, "*batch outputs"]:
     """Returns ``sign(x + move) @ W``, with W the kernel as ``rule`` quantises it.
 
     The sum ``x + move`` is taken in float32 at least, so that rounding makes no zeros before the sign.
     Only the arguments are saved for the backward pass.
 
     Args:
-      x: (..., in), real; its gradient and that of ``move`` have the slope of the estimator.
-      move: the shift of each input channel, (in,).
-      kernel: latent weights (..., out) with ``in`` values per output channel; the gradient is the rule's.
+      x: real; its gradient and that of ``move`` have the slope of the estimator.
+      move: the shift of each input channel.
+      kernel: latent weights, ``inputs`` values per output channel; the gradient is the rule's.
       rule: how weights are quantised.
       config: without ``binary_input`` the sign is left out.
 
     Returns:
-      (..., out) in the accumulator of ``config.dtype``.
+      The product in the accumulator of ``config.dtype``.
     """
     return _binary_product_forward(x, move, kernel, rule, config)[0]
 
@@ -115,16 +122,14 @@ binary_product.defvjp(_binary_product_forward, _binary_product_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def binary_scores(q: Array, k: Array, config: ProductConfig) -> Array:
+def binary_scores(
+    q: Float[Array, "batch queries heads size"],
+    k: Float[Array, "batch keys heads size"],
+    config: ProductConfig,
+) -> Float[Array, "batch heads queries keys"]:
     """Returns the products of the signs of queries and keys, head by head.
 
-    Args:
-      q: (batch, queries, heads, size), real.
-      k: (batch, keys, heads, size), real.
-      config: of the product.
-
-    Returns:
-      (batch, heads, queries, keys), integers, in the accumulator of ``config.dtype``.
+    They are integers, in the accumulator of ``config.dtype``.
     """
     return _binary_scores_forward(q, k, config)[0]
 
@@ -164,16 +169,14 @@ def _through_sign(gradient: Array, x: Array, estimator: Estimator) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def binary_context(codes: Array, v: Array, config: ProductConfig) -> Array:
+def binary_context(
+    codes: Float[Array, "batch heads queries keys"],
+    v: Float[Array, "batch keys heads size"],
+    config: ProductConfig,
+) -> Float[Array, "batch queries heads size"]:
     """Returns the sums of the signs of the values that each query attends to, head by head.
 
-    Args:
-      codes: attention codes in {0, 1}, (batch, heads, queries, keys).
-      v: (batch, keys, heads, size), real.
-      config: of the product.
-
-    Returns:
-      (batch, queries, heads, size), integers, in the accumulator of ``config.dtype``.
+    Codes are in {0, 1}. The sums are integers, in the accumulator of ``config.dtype``.
     """
     return _binary_context_forward(codes, v, config)[0]
 
@@ -207,7 +210,9 @@ binary_context.defvjp(_binary_context_forward, _binary_context_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def code_product(a: Array, b: Array, equation: str, dtype: DTypeLike) -> Array:
+def code_product(
+    a: Float[Array, "..."], b: Float[Array, "..."], equation: str, dtype: DTypeLike
+) -> Float[Array, "..."]:
     """Returns the exact product of integers of magnitude at most 256, which bfloat16 holds.
 
     Args:
@@ -240,6 +245,8 @@ code_product.defvjp(
 )
 
 
-def real_product(x: Array, kernel: Array) -> Array:
-    """Returns ``x @ kernel`` in the accumulator of x's dtype; x (..., in), kernel (in, out)."""
+def real_product(
+    x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]
+) -> Float[Array, "*batch outputs"]:
+    """Returns ``x @ kernel`` in the accumulator of x's dtype."""
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=accumulator_dtype(x.dtype))

@@ -14,13 +14,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float
 
 from bvit_jax.binary.codes import Codes
-from bvit_jax.binary.estimators import bit
+from bvit_jax.binary.estimators import Elementwise, bit
+
+Kernel = Float[Array, "*inputs outputs"]
 
 
-def weight_scale(kernel: Array) -> Array:
-    """Returns the mean magnitude of each output channel of (..., out), shape (out,); no gradient passes."""
+def weight_scale(kernel: Kernel) -> Float[Array, " outputs"]:
+    """Returns the mean magnitude of each output channel; no gradient passes."""
     return lax.stop_gradient(jnp.mean(jnp.abs(kernel), axis=_row_axes(kernel)))
 
 
@@ -34,33 +37,30 @@ def _without_mean(kernel: Array) -> Array:
 
 @dataclass(frozen=True)
 class WeightRule:
-    """How latent weights (..., out) become one bit, and which of them get a gradient.
+    """How latent weights become one bit, and which of them get a gradient.
 
     Attributes:
       centred: the kernel to what the sign is taken of; linear and symmetric, so that it is its own transpose.
       forward: the sign.
     """
 
-    centred: Callable[[Array], Array] = lambda kernel: kernel
-    forward: Callable[[Array], Array] = jnp.sign
+    centred: Callable[[Kernel], Kernel] = lambda kernel: kernel
+    forward: Elementwise = jnp.sign
 
-    def codes(self, kernel: Array) -> Array:
-        """Returns the sign of the centred weights, in the shape of the kernel."""
+    def codes(self, kernel: Kernel) -> Kernel:
+        """Returns the sign of the centred weights."""
         return self.forward(self.centred(kernel))
 
-    def quantize(self, kernel: Array) -> Codes:
+    def quantize(self, kernel: Kernel) -> Codes:
         """Returns the kernel as a matrix of codes (in, out) with the scale of each output channel (out,)."""
         return Codes(self.codes(kernel).reshape(-1, kernel.shape[-1]), weight_scale(kernel))
 
-    def window(self, kernel: Array) -> Array:
-        """Returns which weights get a gradient, those whose centred value is in [-1, 1]; bool."""
+    def window(self, kernel: Kernel) -> Bool[Array, "*inputs outputs"]:
+        """Returns which weights get a gradient, those whose centred value is in [-1, 1]."""
         return jnp.abs(self.centred(kernel)) <= 1
 
-    def gradient(self, kernel: Array, gradient: Array) -> Array:
-        """Returns the gradient of the latent weights from that of the quantised ones, in the kernel's shape.
-
-        Their scale is a constant for it.
-        """
+    def gradient(self, kernel: Kernel, gradient: Kernel) -> Kernel:
+        """Returns the gradient of the latent weights from that of the quantised ones, of fixed scale."""
         return self.centred(jnp.where(self.window(kernel), gradient, 0))
 
 
@@ -70,8 +70,8 @@ BITS = WeightRule(forward=bit)  # where every sign is a bit
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def binarize(kernel: Array, rule: WeightRule) -> Array:
-    """Returns the codes of a kernel, differentiable by the rule's gradient; the shape of the kernel."""
+def binarize(kernel: Kernel, rule: WeightRule) -> Kernel:
+    """Returns the codes of a kernel, differentiable by the rule's gradient."""
     return rule.codes(kernel)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from bvit_jax.binary.probabilities import sum_to
 
@@ -23,19 +24,15 @@ MOMENTUM = 0.1  # weight of the first batch in the zero point, which starts at 0
 
 
 @jax.custom_vjp
-def zero_point_codes(x: Array, scale: Array, zero_point: Array) -> Array:
+def zero_point_codes(
+    x: Float[Array, "*shape"], scale: Float[Array, "*#shape"], zero_point: Float[Array, "*#shape"]
+) -> Float[Array, "*shape"]:
     """Returns the codes of a tensor: its sign around a learned zero, less that zero.
 
     The gradient of ``x`` is that of the codes over ``scale`` where |u| <= 1; ``scale`` receives
     ``-x / scale²`` of it there, ``zero_point`` minus the gradient outside.
 
-    Args:
-      x: real, any shape.
-      scale: α, not zero; broadcasts against ``x``.
-      zero_point: z, in the shape of ``scale``.
-
-    Returns:
-      Integers in the shape and dtype of ``x``, at most |round(z)| + 1 in magnitude.
+    The scale must not be zero. Codes are at most |round(z)| + 1 in magnitude.
     """
     return jnp.sign(_position(x, scale, zero_point)) - jnp.round(zero_point)
 
@@ -61,8 +58,8 @@ zero_point_codes.defvjp(_codes_forward, _codes_backward)
 
 
 @jax.custom_vjp
-def scale_gradient(x: Array, factor: Array) -> Array:
-    """Returns ``x`` unchanged and multiplies its gradient by ``factor``, a scalar without gradient."""
+def scale_gradient(x: Float[Array, "*shape"], factor: Float[Array, ""]) -> Float[Array, "*shape"]:
+    """Returns ``x`` unchanged and multiplies its gradient by ``factor``, which has none."""
     del factor
     return x
 
@@ -73,13 +70,13 @@ scale_gradient.defvjp(
 )
 
 
-def learned_step(parameter: Array, size: int) -> Array:
+def learned_step(parameter: Float[Array, "*shape"], size: int) -> Float[Array, "*shape"]:
     """Returns a scale or zero point of a tensor of ``size`` elements, its gradient over sqrt(size)."""
     return scale_gradient(parameter, jnp.asarray(1 / math.sqrt(size), parameter.dtype))
 
 
 class FirstValues(NamedTuple):
-    """The values of a quantiser after the first batch, each of shape ().
+    """The values of a quantiser after the first batch.
 
     Attributes:
       scale: twice the mean magnitude of the whole tensor.
@@ -87,24 +84,24 @@ class FirstValues(NamedTuple):
       signed: 1 if there are negative values, else 0; saved in checkpoints, not used.
     """
 
-    scale: Array
-    zero_point: Array
-    signed: Array
+    scale: Float[Array, ""]
+    zero_point: Float[Array, ""]
+    signed: Float[Array, ""]
 
 
-def first_scale(x: Array) -> Array:
-    """Returns twice the mean magnitude of a tensor, shape ()."""
+def first_scale(x: Float[Array, "..."]) -> Float[Array, ""]:
+    """Returns twice the mean magnitude of a tensor."""
     return 2 * jnp.mean(jnp.abs(x))
 
 
-def first_values(x: Array) -> FirstValues:
-    """Returns the values that a quantiser takes from the first batch, any shape; no gradient passes."""
+def first_values(x: Float[Array, "..."]) -> FirstValues:
+    """Returns the values that a quantiser takes from the first batch; no gradient passes."""
     x = lax.stop_gradient(x)
     scale, least = first_scale(x), jnp.min(x)
     return FirstValues(scale, MOMENTUM * (least + scale), (least < UNSIGNED).astype(x.dtype))
 
 
-def clip_output(x: Array) -> Array:
-    """Returns ``x`` clipped to ±10, any shape; the gradient passes on the closed interval."""
+def clip_output(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns ``x`` clipped to ±10; the gradient passes on the closed interval."""
     clipped = lax.stop_gradient(jnp.clip(x, -OUTPUT_LIMIT, OUTPUT_LIMIT))
     return jnp.where(jnp.abs(x) <= OUTPUT_LIMIT, x, clipped)

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jaxtyping import Float
 
 from bvit_jax.layers import closed_form
+from bvit_jax.layers.closed_form import Channels
 
 # Scopes by which `bvit_jax.cost` attributes operations to layers.
 ACTIVATION_SCOPE = "activation"
@@ -13,13 +15,10 @@ SOFTMAX_SCOPE = "softmax"
 
 
 class RPReLU(nn.Module):
-    """``prelu(x - move1) + move2`` with a slope per channel; slopes start at 0.25, moves at 0.
-
-    Takes and returns (..., channels).
-    """
+    """``prelu(x - move1) + move2`` with a slope per channel; slopes start at 0.25, moves at 0."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Channels) -> Channels:
         channels = (x.shape[-1],)
         move1 = self.param("move1", nn.initializers.zeros, channels)
         slope = self.param("slope", nn.initializers.constant(0.25), channels)
@@ -28,27 +27,27 @@ class RPReLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """The affine map before a residual addition, ``x * alpha + move`` per channel of (..., channels)."""
+    """The affine map before a residual addition, ``x * alpha + move`` per channel."""
 
     alpha_init: float
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Channels) -> Channels:
         channels = (x.shape[-1],)
         alpha = self.param("alpha", nn.initializers.constant(self.alpha_init), channels)
         return x * alpha + self.param("move", nn.initializers.zeros, channels)
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch, (batch, ...), per sample with probability ``rate`` (stochastic depth).
+    """Drops a residual branch per sample with probability ``rate`` (stochastic depth).
 
     A rate that is an array, as in a scan over blocks, may be traced; it must be below 1.
     """
 
-    rate: float | Array
+    rate: float | Float[Array, ""]
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
+    def __call__(self, x: Float[Array, "*shape"], *, train: bool) -> Float[Array, "*shape"]:
         if not isinstance(self.rate, Array):
             drop = nn.Dropout(self.rate, broadcast_dims=tuple(range(1, x.ndim)))
             return drop(x, deterministic=not train)
@@ -65,6 +64,6 @@ def drop_path_rates(last: float, depth: int) -> tuple[float, ...]:
 
 
 @jax.named_scope(SOFTMAX_SCOPE)
-def softmax(scores: Array) -> Array:
+def softmax(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns the softmax along the last axis."""
     return nn.softmax(scores)

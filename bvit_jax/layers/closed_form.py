@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
 
 STATISTICS = "batch_statistics"  # the name by which a rematerialisation policy finds means and variances
 BATCH_NORM_SCOPE = "batch_norm"  # the scope by which `bvit_jax.plan.hlo` finds the collectives of batch norms
+
+Channels = Float[Array, "*batch channels"]
+Vector = Float[Array, " channels"]
 
 
 def _sum_to_channels(x: Array) -> Array:
@@ -20,8 +24,8 @@ def _sum_to_channels(x: Array) -> Array:
 
 
 @jax.custom_vjp
-def rprelu(x: Array, move1: Array, slope: Array, move2: Array) -> Array:
-    """Returns ``prelu(x - move1) + move2``; x (..., channels), the parameters (channels,)."""
+def rprelu(x: Channels, move1: Vector, slope: Vector, move2: Vector) -> Channels:
+    """Returns ``prelu(x - move1) + move2``."""
     shifted = x - move1
     return jnp.where(shifted > 0, shifted, slope * shifted) + move2
 
@@ -45,15 +49,13 @@ rprelu.defvjp(_rprelu_forward, _rprelu_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 @jax.named_scope(BATCH_NORM_SCOPE)
 def batch_norm(
-    x: Array, scale: Array, bias: Array, epsilon: float, shift: Array | None = None
-) -> tuple[Array, Array, Array]:
+    x: Channels, scale: Vector, bias: Vector, epsilon: float, shift: Vector | None = None
+) -> tuple[Channels, Vector, Vector]:
     """Normalises by the mean and the biased variance over every axis but the last.
 
     Args:
-      x: (..., C).
-      scale, bias: (C,).
       epsilon: added to the variance.
-      shift: None, or an estimate of the mean, (C,), to compute mean and variance in one pass; see `moments`.
+      shift: None, or an estimate of the mean, to compute mean and variance in one pass; see `moments`.
 
     Returns:
       The normalised input, the mean and the variance; no gradient passes through the latter two.
@@ -61,7 +63,7 @@ def batch_norm(
     return _batch_norm(x, scale, bias, epsilon, shift)
 
 
-def moments(x: Array, axes: tuple[int, ...], shift: Array | None = None) -> tuple[Array, Array]:
+def moments(x: Channels, axes: tuple[int, ...], shift: Vector | None = None) -> tuple[Array, Array]:
     """Returns the mean and the biased variance over ``axes``, named `STATISTICS`.
 
     Without a ``shift`` in two passes: the second needs the mean from the first, which on many devices costs a
@@ -113,13 +115,12 @@ batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 def grouped_batch_norm(
-    x: Array, scale: Array, bias: Array, epsilon: float, groups: int, shift: Array | None = None
-) -> tuple[Array, Array, Array]:
+    x: Channels, scale: Vector, bias: Vector, epsilon: float, groups: int, shift: Vector | None = None
+) -> tuple[Channels, Float[Array, "{groups} channels"], Float[Array, "{groups} channels"]]:
     """Normalises each of ``groups`` equal parts of the first axis as `batch_norm` does the whole.
 
     Returns:
-      The normalised input, and mean and variance of each group, (groups, C); no gradient passes through the
-      latter two.
+      The normalised input, and mean and variance of each group; no gradient passes through the latter two.
     """
     parts = x.reshape(groups, -1, x.shape[-1])
     y, mean, var = jax.vmap(lambda part: batch_norm(part, scale, bias, epsilon, shift))(parts)

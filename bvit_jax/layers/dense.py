@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from bvit_jax.binary import products
 from bvit_jax.binary.estimators import PARABOLA, Estimator, straight_through
@@ -17,14 +18,14 @@ from bvit_jax.binary.multibit import quantize_weight
 from bvit_jax.binary.products import ProductConfig, accumulator_dtype
 from bvit_jax.binary.weights import BITS, CONV, DENSE, WeightRule
 from bvit_jax.layers import sown
-from bvit_jax.layers.grid import extract_patches
+from bvit_jax.layers.grid import Grid, extract_patches
 from bvit_jax.layers.init import WeightInit, bias_init, kernel_init
 
 
 class BinaryDense(nn.Module):
     """A linear layer without bias whose shifted input and weights are quantised, ``W · sign(x + move)``.
 
-    Takes (..., channels) and returns (..., features) in the accumulator of ``dtype``.
+    Returns the accumulator of ``dtype``.
 
     Attributes:
       features: output channels.
@@ -50,7 +51,7 @@ class BinaryDense(nn.Module):
     rule: WeightRule = DENSE
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch {self.features}"]:
         fan_in = x.shape[-1]
         move = self.param("move", nn.initializers.zeros, (fan_in,))
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), (fan_in, self.features))
@@ -60,9 +61,8 @@ class BinaryDense(nn.Module):
 class UncentredDense(nn.Module):
     """A linear layer without bias and shift whose input and weights are binarised, as in Bi-ViT.
 
-    ``mean|W| · sign(W) · sign(x)``, the mean that of each output channel. Takes (..., channels) and returns
-    (..., features) in the accumulator of ``dtype``. For the attributes see `BinaryDense`; weights have one
-    bit.
+    ``mean|W| · sign(W) · sign(x)``, the mean that of each output channel, in the accumulator of ``dtype``.
+    For the attributes see `BinaryDense`; weights have one bit.
     """
 
     features: int
@@ -73,7 +73,7 @@ class UncentredDense(nn.Module):
     rule: WeightRule = CONV
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch {self.features}"]:
         fan_in = x.shape[-1]
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), (fan_in, self.features))
         if self.act_bits == 1:
@@ -93,8 +93,8 @@ class BitDense(UncentredDense):
 class BinaryPatchConv(nn.Module):
     """A convolution whose stride is its kernel size, shifted input and weights quantised, no bias.
 
-    Takes (batch, height, width, channels) and returns (batch, tokens, features) in the accumulator of
-    ``dtype``. For the attributes see `BinaryDense`; ``patch_size`` must divide height and width.
+    Returns the accumulator of ``dtype``. For the attributes see `BinaryDense`; ``patch_size`` must divide
+    height and width.
     """
 
     features: int
@@ -109,7 +109,7 @@ class BinaryPatchConv(nn.Module):
     rule: WeightRule = CONV
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Grid) -> Float[Array, "batch tokens {self.features}"]:
         size, channels = self.patch_size, x.shape[-1]
         fan_in = size * size * channels
         shape = (size, size, channels, self.features)

@@ -7,30 +7,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float
 
 POOLING_SCOPE = "pooling"
 
+Grid = Float[Array, "batch height width channels"]
+Tokens = Float[Array, "batch tokens channels"]
+Channels = Float[Array, "*batch channels"]
+Averaged = Float[Array, "*batch channels//{size}"]
 
-def extract_patches(x: Array, size: int) -> Array:
-    """Splits (batch, height, width, channels) into (batch, tokens, size * size * channels)."""
+
+def extract_patches(x: Grid, size: int) -> Float[Array, "batch tokens {size}**2*channels"]:
+    """Splits a grid into squares, each of which becomes a token."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // size, size, width // size, size, channels)
     return x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
 
 
-def to_grid(x: Array) -> Array:
-    """Lays (batch, tokens, channels) out as the square (batch, side, side, channels)."""
+def to_grid(x: Tokens) -> Float[Array, "batch side side channels"]:
+    """Lays tokens out as a square."""
     side = math.isqrt(x.shape[1])
     return x.reshape(x.shape[0], side, side, x.shape[2])
 
 
-def to_tokens(x: Array) -> Array:
-    """Flattens (batch, height, width, channels) to (batch, tokens, channels)."""
+def to_tokens(x: Grid) -> Float[Array, "batch height*width channels"]:
+    """Lays the rows of a grid side by side."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 @jax.named_scope(POOLING_SCOPE)
-def average_pool(x: Array, size: int) -> Array:
+def average_pool(x: Tokens, size: int) -> Float[Array, "batch tokens//{size}**2 channels"]:
     """Averages each ``size``×``size`` square of a square token grid, stride ``size``."""
     batch, tokens, channels = x.shape
     side = math.isqrt(tokens) // size
@@ -39,20 +45,17 @@ def average_pool(x: Array, size: int) -> Array:
     )
 
 
-def upsample(x: Array, factor: int) -> Array:
+def upsample(x: Tokens, factor: int) -> Float[Array, "batch tokens*{factor}**2 channels"]:
     """Repeats each token of a square grid ``factor``×``factor`` times (nearest neighbour)."""
     return to_tokens(jnp.repeat(jnp.repeat(to_grid(x), factor, axis=1), factor, axis=2))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 @jax.named_scope(POOLING_SCOPE)
-def average_line(x: Array, size: int, axis: int) -> Array:
+def average_line(x: Grid, size: int, axis: int) -> Grid:
     """Averages ``size`` neighbours along one axis with stride 1; zeros beyond the ends count in the mean.
 
-    Args:
-      x: (batch, height, width, channels).
-      size: odd.
-      axis: 1 or 2.
+    The size is odd, the axis 1 or 2.
     """
     reach = size // 2
     padding = [(0, 0)] * x.ndim
@@ -71,15 +74,15 @@ average_line.defvjp(
 )
 
 
-def tile_channels(x: Array, times: int) -> Array:
-    """Repeats the channels ``times`` times: (..., channels) to (..., times * channels)."""
+def tile_channels(x: Channels, times: int) -> Float[Array, "*batch {times}*channels"]:
+    """Repeats the channels ``times`` times."""
     return jnp.tile(x, (1,) * (x.ndim - 1) + (times,))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 @jax.named_scope(POOLING_SCOPE)
-def average_row(x: Array, size: int, axis: int) -> Array:
-    """Computes `average_line` of a square grid whose tokens are in a row, (batch, tokens, channels).
+def average_row(x: Tokens, size: int, axis: int) -> Tokens:
+    """Computes `average_line` of a square grid whose tokens are in a row.
 
     Neighbours along axis 1 of the grid are one side of the grid apart in the row; those along axis 2 are
     adjacent, except at the ends of a line. On a TPU this saves the copies between row and grid, and several
@@ -107,12 +110,12 @@ average_row.defvjp(
 
 
 @jax.named_scope(POOLING_SCOPE)
-def average_channels(x: Array, size: int) -> Array:
-    """Averages each ``size`` neighbouring channels: (..., channels) to (..., channels / size)."""
+def average_channels(x: Channels, size: int) -> Averaged:
+    """Averages each ``size`` neighbouring channels."""
     return jnp.mean(x.reshape(*x.shape[:-1], -1, size), axis=-1)
 
 
 @jax.named_scope(POOLING_SCOPE)
-def average_channel_slices(x: Array, size: int) -> Array:
+def average_channel_slices(x: Channels, size: int) -> Averaged:
     """Does what `average_channels` does by a sum of slices, in another order of the sum."""
     return sum((x[..., i::size] for i in range(1, size)), x[..., ::size]) / size

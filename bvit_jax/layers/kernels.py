@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
+from jaxtyping import Float32
 
 from bvit_jax.binary.weights import WeightRule
 
@@ -53,8 +54,8 @@ def pack_signs(params: Any, kernels: Kernels) -> Signs:
     return unflatten_dict(packed)
 
 
-def flipped(signs: Signs, params: Any, kernels: Kernels) -> dict[str, Array]:
-    """Returns for each kernel of one bit the share of signs that differ from ``signs``, float32 ()."""
+def flipped(signs: Signs, params: Any, kernels: Kernels) -> dict[str, Float32[Array, ""]]:
+    """Returns for each kernel of one bit the share of signs that differ from ``signs``."""
     before, after = flatten_dict(signs), flatten_dict(pack_signs(params, kernels))
     return {
         "/".join(path): _share(lax.population_count(before[path] ^ after[path]), _kernel(params, path))
@@ -62,8 +63,8 @@ def flipped(signs: Signs, params: Any, kernels: Kernels) -> dict[str, Array]:
     }
 
 
-def active_weights(params: Any, kernels: Kernels) -> dict[str, Array]:
-    """Returns for each kernel of one bit the share of weights that its rule gives a gradient, float32 ()."""
+def active_weights(params: Any, kernels: Kernels) -> dict[str, Float32[Array, ""]]:
+    """Returns for each kernel of one bit the share of weights that its rule gives a gradient."""
     shares = {}
     for path, rule in kernels.items():
         kernel = _kernel(params, path)

@@ -8,10 +8,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array, lax
+from jax import lax
 
 from bvit_jax.binary.products import accumulator_dtype
 from bvit_jax.layers import closed_form
+from bvit_jax.layers.closed_form import Channels, Vector
 
 NormName = Literal["batch_norm", "layer_norm"]
 
@@ -23,7 +24,7 @@ class BatchNorm(nn.Module):
 
     The batch is normalised by its biased variance, and the running variance is the unbiased one, n / (n - 1),
     unlike that of linen's BatchNorm. Under jit over a sharded batch the statistics are those of the global
-    batch. Takes (batch, ..., channels) and returns that shape in the accumulator of the input's dtype.
+    batch. Returns the accumulator of the input's dtype.
 
     Attributes:
       epsilon: added to the variance.
@@ -42,7 +43,7 @@ class BatchNorm(nn.Module):
     one_pass: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
+    def __call__(self, x: Channels, *, train: bool) -> Channels:
         channels = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
@@ -73,11 +74,13 @@ class BatchNorm(nn.Module):
         return images // self.group if self.group else 0
 
 
-def advance_statistics(running: Mapping[str, Array], mean: Array, var: Array, count: int) -> dict[str, Array]:
+def advance_statistics(
+    running: Mapping[str, Vector], mean: Vector, var: Vector, count: int
+) -> dict[str, Vector]:
     """Returns the running statistics of a batch norm after another batch.
 
     Args:
-      running: ``mean`` and ``var``, the latter unbiased, each (channels,).
+      running: ``mean`` and ``var``, the latter unbiased.
       mean, var: of the batch, the latter biased.
       count: number of values per channel in the batch.
     """
@@ -92,7 +95,7 @@ class LayerNorm(nn.LayerNorm):
     epsilon: float = 1e-5
     use_fast_variance: bool = False
 
-    def __call__(self, x: Array, *, train: bool = False) -> Array:  # type: ignore[override]
+    def __call__(self, x: Channels, *, train: bool = False) -> Channels:  # type: ignore[override]
         return super().__call__(x.astype(accumulator_dtype(x.dtype)))
 
 

@@ -10,6 +10,7 @@ import operator
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jaxtyping import Bool, Float, Float32
 
 from bvit_jax.binary.estimators import Estimator
 
@@ -22,12 +23,12 @@ def watched(module: nn.Module) -> bool:
     return _wanted(module, COLLECTION) or _wanted(module, BALANCE)
 
 
-def watch_sign(module: nn.Module, x: Array, estimator: Estimator, part: str = "") -> None:
+def watch_sign(module: nn.Module, x: Float[Array, "batch ..."], estimator: Estimator, part: str = "") -> None:
     """Sows the shares of the input of a sign that get a gradient and that are exactly zero, and its balance.
 
     Args:
       module: the module that takes the sign.
-      x: the input of the sign, (batch, ...).
+      x: the input of the sign.
       estimator: the sign; an input gets a gradient where its slope is above 0.
       part: distinguishes several signs in one module.
     """
@@ -38,12 +39,14 @@ def watch_sign(module: nn.Module, x: Array, estimator: Estimator, part: str = ""
         watch_balance(module, estimator.forward(x), part)
 
 
-def watch_balance(module: nn.Module, signs: Array, part: str = "", axis: int | None = None) -> None:
+def watch_balance(
+    module: nn.Module, signs: Float[Array, "batch tokens ..."], part: str = "", axis: int | None = None
+) -> None:
     """Sows the share of +1 among signs, per channel.
 
     Args:
       module: the module that takes the signs.
-      signs: -1, 0 or 1: (batch, tokens, channels), or with the channels split into heads.
+      signs: -1, 0 or 1; channels may be split into heads.
       part: distinguishes several signs in one module.
       axis: the share is per slice of this axis instead.
     """
@@ -53,20 +56,15 @@ def watch_balance(module: nn.Module, signs: Array, part: str = "", axis: int | N
         _sow(module, BALANCE, "positive", part, shares.reshape(-1))
 
 
-def watch_heads(module: nn.Module, codes: Array) -> None:
-    """Sows the number of heads that attend to nothing.
-
-    Args:
-      module: the attention.
-      codes: attention codes in {0, 1} before dropout, (batch, heads, queries, keys).
-    """
+def watch_heads(module: nn.Module, codes: Float[Array, "batch heads queries keys"]) -> None:
+    """Sows the number of heads that attend to nothing, from their codes before dropout."""
     if watched(module):
         dead = ~jnp.any(codes != 0, axis=(0, 2, 3))
         _sow(module, COLLECTION, "dead_heads", "", jnp.sum(dead, dtype=jnp.float32))
 
 
-def share(mask: Array) -> Array:
-    """Returns the share of True in (batch, ...), float32 ()."""
+def share(mask: Bool[Array, "batch ..."]) -> Float32[Array, ""]:
+    """Returns the share of True."""
     # Counted per sample as integers: in float32 a sum of ones stops at 2^24, less than a layer of a batch
     # has.
     counts = jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)

@@ -5,17 +5,22 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
 
-Array = jax.Array
 TeacherTargets = Literal["soft", "hard"]
+Logits = Float[Array, "batch classes"]
+Targets = Float[Array, "batch classes"]
+Labels = Int[Array, " batch"]
+Loss = Float[Array, ""]
 
 
 def _at_least_float32(x: Array) -> Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def label_targets(labels: Array, num_classes: int, smoothing: float, dtype: Any) -> Array:
-    """Returns smoothed one-hot targets: integer labels [B] -> [B, C].
+def label_targets(labels: Labels, num_classes: int, smoothing: float, dtype: Any) -> Targets:
+    """Returns smoothed one-hot targets.
 
     Every class gets ``smoothing / C``, and the label ``1 - smoothing`` in addition, as in timm's
     ``mixup_target``; timm's ``LabelSmoothingCrossEntropy`` is the cross-entropy with these targets.
@@ -24,22 +29,22 @@ def label_targets(labels: Array, num_classes: int, smoothing: float, dtype: Any)
     return (1 - smoothing) * one_hot + smoothing / num_classes
 
 
-def cross_entropy(logits: Array, targets: Array) -> Array:
-    """Returns -Σ targets · log_softmax(logits) per example: [B, C], [B, C] -> [B]."""
+def cross_entropy(logits: Logits, targets: Targets) -> Float[Array, " batch"]:
+    """Returns -Σ targets · log_softmax(logits) per example."""
     log_probabilities = jax.nn.log_softmax(_at_least_float32(logits), axis=-1)
     return -jnp.sum(targets.astype(log_probabilities.dtype) * log_probabilities, axis=-1)
 
 
-def soft_cross_entropy(logits: Array, target_logits: Array) -> Array:
-    """Returns -Σ softmax(target) · log_softmax(logits) per example: [B, C], [B, C] -> [B].
+def soft_cross_entropy(logits: Logits, target_logits: Logits) -> Float[Array, " batch"]:
+    """Returns -Σ softmax(target) · log_softmax(logits) per example.
 
     The distillation loss of BinaryViT (``losses.py`` of its code), at temperature 1.
     """
     return cross_entropy(logits, jax.nn.softmax(_at_least_float32(target_logits), axis=-1))
 
 
-def hard_cross_entropy(logits: Array, target_logits: Array) -> Array:
-    """Returns the cross-entropy with the class that the target prefers: [B, C], [B, C] -> [B].
+def hard_cross_entropy(logits: Logits, target_logits: Logits) -> Float[Array, " batch"]:
+    """Returns the cross-entropy with the class that the target prefers, per example.
 
     The hard distillation of DeiT (Touvron et al., 2021, section 4).
     """
@@ -49,15 +54,15 @@ def hard_cross_entropy(logits: Array, target_logits: Array) -> Array:
 
 
 def training_loss(
-    head_logits: Sequence[Array],
-    labels: Array,
-    teacher_logits: Array | None,
+    head_logits: Sequence[Logits],
+    labels: Labels,
+    teacher_logits: Logits | None,
     *,
     distillation_weight: float,
     label_smoothing: float,
     teacher_targets: TeacherTargets = "soft",
-    targets: Array | None = None,
-) -> tuple[Array, dict[str, Array]]:
+    targets: Targets | None = None,
+) -> tuple[Loss, dict[str, Loss]]:
     """Returns the batch mean of the loss, and its terms without their weights.
 
     With a teacher the loss is ``w · distillation + (1 - w) · label``, and at w = 1 the label term is left
@@ -65,18 +70,18 @@ def training_loss(
     the last one from the teacher.
 
     Args:
-      head_logits: [B, C] of each head.
-      labels: integers [B].
-      teacher_logits: [B, C], or None for training on labels.
+      head_logits: of each head.
+      labels: of the images.
+      teacher_logits: None for training on labels.
       distillation_weight: w, from 0 to 1.
       label_smoothing: see `label_targets`.
       teacher_targets: "soft" for the teacher's probabilities, "hard" for its preferred class.
-      targets: [B, C], smoothed already, in place of ``labels``: what mixing images makes of them.
+      targets: smoothed already, in place of ``labels``: what mixing images makes of them.
 
     Returns:
-      A scalar, float32 or wider, and those of ``{"distillation_loss", "label_loss"}`` that are computed.
+      The loss, float32 or wider, and those of ``{"distillation_loss", "label_loss"}`` that are computed.
     """
-    terms: dict[str, Array] = {}
+    terms: dict[str, Loss] = {}
     weight = 0.0 if teacher_logits is None else distillation_weight
     if teacher_logits is not None:
         distillation = soft_cross_entropy if teacher_targets == "soft" else hard_cross_entropy
@@ -91,8 +96,8 @@ def training_loss(
     return weight * terms["distillation_loss"] + (1 - weight) * terms["label_loss"], terms
 
 
-def topk_correct(logits: Array, labels: Array, k: int) -> Array:
-    """Returns whether the label is among the k largest logits: [B, C], [B] -> bool [B].
+def topk_correct(logits: Logits, labels: Labels, k: int) -> Bool[Array, " batch"]:
+    """Returns whether the label is among the k largest logits.
 
     Among equal logits the lower class comes first. A NaN comes before every number, so a diverged model
     does not count as correct. A k above the number of classes means all of them.

@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float, Int32
 
 
-def order_by_sort(x: Array) -> Array:
-    """Returns the indices that sort each row of probabilities: (rows, keys) -> int32 (rows, keys).
+def order_by_sort(x: Float[Array, "rows keys"]) -> Int32[Array, "rows keys"]:
+    """Returns the indices that sort each row of probabilities.
 
     Sorts one array of integers, each the upper bits of a probability followed by its index, because sorting
     values together with indices takes five times as long on a CPU. The bits of positive floats are ordered
@@ -26,7 +27,7 @@ def _packed_keys(x: Array) -> tuple[Array, Array]:
     return (bits & ~index) | lax.broadcasted_iota(jnp.uint32, x.shape, x.ndim - 1), index
 
 
-def order_by_network(x: Array) -> Array:
+def order_by_network(x: Float[Array, "rows keys"]) -> Int32[Array, "rows keys"]:
     """Returns the same as `order_by_sort`, using vector instructions of a CPU across rows.
 
     It is the bitonic sorting network (Batcher, 1968), in the form whose comparisons all have one direction.

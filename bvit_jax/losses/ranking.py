@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Key
 
 from bvit_jax.losses.ordering import order_by_network, order_by_sort
 
@@ -24,6 +25,9 @@ from bvit_jax.losses.ordering import order_by_network, order_by_sort
 FLOOR = 1e-30
 
 BLOCK_ROWS = 48  # rows that a CPU processes together; 16 to 150 are about equally fast
+
+# One array a layer, whose sizes differ; with windows the batch is images * windows.
+Probabilities = Sequence[Float[Array, "_batch _heads _queries _keys"]]
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,8 @@ class Ranking:
     layers: tuple[int, ...] = ()
     every: int = 1
 
-    def chosen(self, probabilities: Sequence[Array], images: int) -> list[Array]:
-        """Selects the layers and images that are ranked.
-
-        Args:
-          probabilities: per block, (images, heads, queries, keys) or (images * windows, ...).
-          images: number of images, a multiple of ``every``.
-        """
+    def chosen(self, probabilities: Probabilities, images: int) -> Probabilities:
+        """Selects the layers and images that are ranked; ``every`` divides the number of images."""
         layers = [probabilities[i] for i in self.layers] if self.layers else probabilities
         return [self._some_images(x, images) for x in layers]
 
@@ -62,32 +61,28 @@ class Ranking:
 
 
 def ranking_loss(
-    student: Sequence[Array], teacher: Sequence[Array], key: Array, *, margin: float = 0.1
-) -> Array:
+    student: Probabilities, teacher: Probabilities, key: Key[Array, ""], *, margin: float = 0.1
+) -> Float[Array, ""]:
     """Returns how far the student is from ordering the keys of each query as the teacher does.
 
     For a row of N probabilities, S of the student and T of the teacher, it is the mean over pairs (j, k) of
-    ``max(0, margin - (S_j - S_k) · sign(T_j - T_k) · N)``, averaged over rows and layers. The pairs are
-    those adjacent in the teacher's order, and every j with ``(j + r) mod N``, where r is drawn per layer.
-    Pairs with equal T have no order and are left out.
+    ``max(0, margin - (S_j - S_k) · sign(T_j - T_k) · N)``, averaged over rows and layers, float32 or
+    wider. The pairs are those adjacent in the teacher's order, and every j with ``(j + r) mod N``, where r is
+    drawn per layer. Pairs with equal T have no order and are left out.
 
     Args:
-      student: per layer, probabilities before binarisation, (batch, heads, queries, keys), or with windows
-        (batch * windows, heads, queries, keys).
+      student: probabilities before binarisation.
       teacher: likewise, without gradient. If the numbers of heads differ, both sides are averaged over
         heads.
       key: for the random pairs.
       margin: in units of the mean probability, 1 / N.
-
-    Returns:
-      A scalar, float32 or wider.
     """
     layers = zip(student, teacher, jax.random.split(key, len(student)), strict=True)
     return jnp.mean(jnp.stack([_layer_loss(s, t, layer_key, margin) for s, t, layer_key in layers]))
 
 
 def _layer_loss(student: Array, teacher: Array, key: Array, margin: float) -> Array:
-    dtype = jnp.promote_types(student.dtype, jnp.float32)
+    dtype = jnp.float64 if student.dtype == jnp.float64 else jnp.float32
     student, teacher = student.astype(dtype), lax.stop_gradient(teacher.astype(dtype))
     if student.shape[1] != teacher.shape[1]:
         student, teacher = jnp.mean(student, axis=1), jnp.mean(teacher, axis=1)
@@ -127,7 +122,7 @@ def _forward(
 
 def _backward(margin: float, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
     slopes, scale = residuals
-    return slopes * (gradient * scale)[..., None], None, None
+    return slopes.astype(scale.dtype) * (gradient * scale)[..., None], None, None
 
 
 _mean_loss.defvjp(_forward, _backward)

@@ -10,8 +10,13 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Int64, Shaped
 
 MASKED = -100.0  # added to the scores of pairs that only the cyclic shift made neighbours
+
+Tokens = Shaped[Array, "batch {self.side}**2 channels"]
+Windows = Shaped[Array, "windows {self.size}**2 channels"]
+Scores = Float[Array, "windows heads {self.size}**2 {self.size}**2"]
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,14 @@ class Window:
         """The number of relative positions of two tokens in a window."""
         return (2 * self.size - 1) ** 2
 
-    def split(self, x: Array) -> Array:
-        """Divides (batch, side², channels) into (batch * windows, size², channels)."""
+    def split(self, x: Tokens) -> Windows:
+        """Divides the tokens of a grid into windows, those of one image one after the other."""
         grid = x.reshape(x.shape[0], self.side, self.side, x.shape[-1])
         if self.shift:
             grid = jnp.roll(grid, (-self.shift, -self.shift), axis=(1, 2))
         return _divide(grid, self.size).reshape(-1, self.size**2, x.shape[-1])
 
-    def join(self, x: Array) -> Array:
+    def join(self, x: Windows) -> Tokens:
         """Undoes `split`."""
         count, channels = self.side // self.size, x.shape[-1]
         grid = x.reshape(-1, count, count, self.size, self.size, channels).swapaxes(2, 3)
@@ -49,13 +54,8 @@ class Window:
             grid = jnp.roll(grid, (self.shift, self.shift), axis=(1, 2))
         return grid.reshape(-1, self.side**2, channels)
 
-    def add_bias(self, scores: Array, table: Array) -> Array:
-        """Adds the bias of each relative position, and the mask of a shifted grid.
-
-        Args:
-          scores: (batch * windows, heads, size², size²).
-          table: (num_offsets, heads).
-        """
+    def add_bias(self, scores: Scores, table: Float[Array, "{self.num_offsets} heads"]) -> Scores:
+        """Adds the bias of each relative position, and the mask of a shifted grid."""
         rows = relative_positions(self.size).astype(np.int32)  # what jax takes with and without 64-bit types
         bias = table[rows].transpose(2, 0, 1)
         scores = scores + bias
@@ -67,8 +67,8 @@ class Window:
 
 
 @functools.cache
-def relative_positions(size: int) -> np.ndarray:
-    """Returns the row of the bias table for each (query, key) of a window, int64 (size², size²)."""
+def relative_positions(size: int) -> Int64[np.ndarray, "{size}**2 {size}**2"]:
+    """Returns the row of the bias table for each (query, key) of a window."""
     y, x = np.divmod(np.arange(size**2), size)
     dy = y[:, None] - y + size - 1
     dx = x[:, None] - x + size - 1
@@ -76,8 +76,8 @@ def relative_positions(size: int) -> np.ndarray:
 
 
 @functools.cache
-def shift_mask(window: Window) -> np.ndarray:
-    """Returns what is added to the scores of a shifted grid, float32 (windows, size², size²).
+def shift_mask(window: Window) -> Float32[np.ndarray, "windows {window.size}**2 {window.size}**2"]:
+    """Returns what is added to the scores of a shifted grid.
 
     Rolling brings rows and columns from the far edge into the last windows; a pair of tokens attends
     only if both come from the same side of the seam.

@@ -2,19 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
+from jaxtyping import Float, PyTree
 
 from bvit_jax.optim.rules import Rule, factors, parse_rules
 
-if TYPE_CHECKING:  # the optimiser also runs where ml-collections is not installed
-    from ml_collections import ConfigDict
 
-
-def decay_mask(params: Any) -> Any:
+def decay_mask(params: PyTree) -> PyTree[bool]:
     """Returns a tree like ``params``, True where weight decay applies.
 
     As in the PyTorch scripts, parameters of at most one dimension and those named ``bias`` do not
@@ -28,14 +27,14 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def global_norm(tree: Any) -> jax.Array:
-    """Returns the Euclidean norm of all arrays of a tree together, a scalar of their dtype.
+def global_norm(tree: PyTree[Float[Array, "..."]]) -> Float[Array, ""]:
+    """Returns the Euclidean norm of all arrays of a tree together, in their dtype.
 
     The squares of arrays of equal shape are added before they are summed. A model has a thousand small
     arrays of about thirty shapes; one sum per array, as in ``optax.tree.norm``, means a thousand kernels
     to compile and load.
     """
-    squares: dict[tuple[int, ...], list[jax.Array]] = {}
+    squares: dict[tuple[int, ...], list[Array]] = {}
     for leaf in jax.tree.leaves(tree):
         squares.setdefault(leaf.shape, []).append(jnp.square(leaf))
     return jnp.sqrt(sum(jnp.sum(sum(same[1:], start=same[0])) for same in squares.values()))
@@ -47,7 +46,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     The formula of ``torch.nn.utils.clip_grad_norm_``; that of optax lacks the 1e-6.
     """
 
-    def clip(gradients: Any, params: Any = None) -> Any:
+    def clip(gradients: PyTree, params: PyTree = None) -> PyTree:
         del params
         scale = jnp.minimum(max_norm / (global_norm(gradients) + 1e-6), 1)
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
@@ -56,9 +55,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    optim: "ConfigDict",
-    schedule: optax.Schedule,
-    mask: Any | Callable[[Any], Any] = decay_mask,
+    optim: Any, schedule: optax.Schedule, mask: PyTree[bool] | Callable[[PyTree], PyTree[bool]] = decay_mask
 ) -> optax.GradientTransformation:
     """Returns AdamW with decoupled weight decay, as ``torch.optim.AdamW`` computes it.
 
@@ -88,7 +85,7 @@ def make_optimizer(
 
 
 def _scale_by_rules(
-    rules: tuple[Rule, ...], weight_decay: float, mask: Any | Callable[[Any], Any]
+    rules: tuple[Rule, ...], weight_decay: float, mask: PyTree[bool] | Callable[[PyTree], PyTree[bool]]
 ) -> optax.GradientTransformation:
     """Returns ``add_decayed_weights`` with the factors of rules; its state has the same structure."""
 

@@ -1,23 +1,19 @@
 """Learning-rate schedules."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
+from jaxtyping import Float, Integer
 
 from bvit_jax.errors import UserError, nearest
-
-if TYPE_CHECKING:  # the optimiser also runs where ml-collections is not installed
-    from ml_collections import ConfigDict
 
 SCHEDULES = ("cosine", "cosine_by_epoch")
 
 
-def make_schedule(
-    optim: "ConfigDict", *, batch_size: int, steps_per_epoch: int, epochs: int
-) -> optax.Schedule:
+def make_schedule(optim: Any, *, batch_size: int, steps_per_epoch: int, epochs: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step, which may be traced.
 
     At epoch e, of E epochs with W of warm-up (timm's ``CosineLRScheduler``)::
@@ -50,7 +46,7 @@ def make_schedule(
     )
     by_epoch = optim.schedule == "cosine_by_epoch"
 
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+    def schedule(step: int | Integer[Array, "..."]) -> Float[Array, "..."]:
         step = jnp.asarray(step)
         if by_epoch:
             epoch = jnp.maximum(step // steps_per_epoch - 1, 0).astype(float)
@@ -66,7 +62,7 @@ def make_schedule(
     return schedule
 
 
-def _check_schedule(optim: "ConfigDict", peak: float, epochs: int) -> None:
+def _check_schedule(optim: Any, peak: float, epochs: int) -> None:
     if optim.schedule not in SCHEDULES:
         raise UserError(
             f"config.optim.schedule is {optim.schedule!r}, unknown" + nearest(str(optim.schedule), SCHEDULES)

@@ -1,6 +1,7 @@
 """From images to a model's input."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,5 +21,5 @@ def test_every_value_equals_torchvisions_bit_for_bit(dtype: type) -> None:
 
 def test_inverse_takes_values_beyond_an_image() -> None:
     normalize = Normalization(MEAN, STD)
-    values = np.float32([[[[-40.0, 0.0, 300.0]]]])
+    values = jnp.array([[[[-40.0, 0.0, 300.0]]]])
     np.testing.assert_allclose(normalize.inverse(normalize(values)), values, atol=1e-4)

@@ -190,8 +190,8 @@ def test_gradients_of_a_block_follow_the_slope(monkeypatch):
 
 def test_a_sign_of_bits_is_not_packed(monkeypatch):
     monkeypatch.setitem(ESTIMATORS, "bits", PARABOLA.bit)
-    block = BinaryBlock(1, 16, 1, 0.0, BlockConfig(estimator="bits", execution=Execution(packed=True)))
-    x = jnp.zeros((2, 16, 8), jnp.float32)
+    config = BlockConfig(estimator="bits", dtype=jnp.float64, execution=Execution(packed=True))
+    block, x = BinaryBlock(1, 16, 1, 0.0, config), jnp.zeros((2, 16, 8))
     variables = jax.eval_shape(lambda: block.init(jax.random.key(0), x, train=True))
     assert "popcnt" not in jax.jit(lambda v, x: block.apply(v, x, train=False)).lower(variables, x).as_text()
 

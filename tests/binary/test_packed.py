@@ -59,7 +59,7 @@ def test_product_is_that_of_the_signs(channels: int, zeros: bool) -> None:
     y = bits.product(bits.pack(a), bits.pack(b))
     assert y.dtype == jnp.int32
     np.testing.assert_array_equal(y, expected)
-    doubled = bits.product(bits.pack(a), bits.pack(b), lambda y: 2.0 * y)
+    doubled = bits.product(bits.pack(a), bits.pack(b), lambda y: 2.0 * y.astype(float))
     np.testing.assert_array_equal(doubled, 2 * expected)
 
 
@@ -143,6 +143,7 @@ def test_statistics_are_not_rounded_on_accelerators() -> None:
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
+@pytest.mark.usefixtures("promotion")
 @pytest.mark.parametrize(
     ("settings", "tokens"),
     [
@@ -165,6 +166,7 @@ def test_what_is_packed_in_training(settings: dict, tokens: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("promotion")
 def test_model_equals_the_plain_one() -> None:
     """In a scan over its blocks with rematerialisation, as on one CPU."""
     images = values(2, 16, 16, 3)

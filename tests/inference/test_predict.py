@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -108,7 +109,7 @@ def test_a_photograph_from_a_converted_checkpoint(tmp_path, photograph, capsys):
     classes = json.loads(done.stdout)["classes"]
 
     pixels = model_input(photograph, Preprocessing(256, 224))
-    normalized = Normalization(source.preprocessing.mean, source.preprocessing.std)(pixels[None])
+    normalized = Normalization(source.preprocessing.mean, source.preprocessing.std)(jnp.asarray(pixels[None]))
     expected = jax.nn.softmax(model.apply(variables, normalized).logits[0])
     order = np.argsort(-expected)[:5]
     assert [guess["index"] for guess in classes] == order.tolist()

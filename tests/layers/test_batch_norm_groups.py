@@ -28,6 +28,7 @@ def inputs(dtype=np.float64, groups=GROUPS):
 
 def value_and_gradients(module, x, weights, variables):
     """Returns the output, the statistics, and the gradients of a weighted sum of the outputs."""
+    x, variables = jax.tree.map(jnp.asarray, (x, variables))
 
     def loss(params, x):
         y, updates = module.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
@@ -168,7 +169,7 @@ def test_wrong_settings_are_named(settings, message):
 
 
 def test_a_group_that_does_not_divide_the_batch_is_refused():
-    x, _, variables = inputs()
+    x, _, variables = jax.tree.map(jnp.asarray, inputs())
     with pytest.raises(ValueError, match=r"group is 5; expected a divisor of the 12 images"):
         BatchNorm(group=5).apply(variables, x, train=True, mutable=["batch_stats"])
     BatchNorm(group=5).apply(variables, x, train=False)

@@ -119,7 +119,7 @@ def test_batch_norm_gradient_is_the_derivative():
         variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": statistics}
         return module.apply(variables, x, train=True, mutable=["batch_stats"])[0]
 
-    check_grads(apply, (x, scale, bias), order=1, modes=("rev",), rtol=1e-6)
+    check_grads(jax.jit(apply), (x, scale, bias), order=1, modes=("rev",), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["batch_norm", "layer_norm"])
@@ -127,7 +127,7 @@ def test_norms_survive_a_large_mean(kind):
     # E[x²] - E[x]² would leave nothing in float32.
     x = 1000 + 1e-2 * numbers(64, 64)
     x = x.astype(np.float32)
-    module = norm.make_norm(kind, 1e-5, None)
+    module = norm.make_norm(kind, 1e-5, "norm")
     axis = 0 if kind == "batch_norm" else 1
     variables = module.init(jax.random.key(0), jnp.array(x), train=True)
     variables = jax.tree.map(lambda a: a.astype(jnp.float32), variables)
@@ -153,7 +153,7 @@ def test_layer_norm_in_float64(epsilon):
 @pytest.mark.parametrize("kind", ["batch_norm", "layer_norm"])
 def test_norms_compute_bfloat16_in_float32(kind):
     x = jnp.array(numbers(4, 5, 6), jnp.bfloat16)
-    module = norm.make_norm(kind, 1e-5, None)
+    module = norm.make_norm(kind, 1e-5, "norm")
     variables = module.init(jax.random.key(0), x, train=True)
     variables = jax.tree.map(lambda a: a.astype(jnp.float32), variables)
     y = module.apply(variables, x, train=True, mutable=["batch_stats"])[0]
@@ -174,7 +174,7 @@ def tokens():
 def check_linear(function, x, expected):
     """Compares a linear function with the slow result, and its gradient with finite differences."""
     close(function(jnp.array(x)), expected)
-    check_grads(function, (jnp.array(x),), order=1, modes=("rev",), rtol=1e-6)
+    check_grads(jax.jit(function), (x,), order=1, modes=("rev",), rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
@@ -351,8 +351,8 @@ def test_layers_initialise_with_their_own_fan_in(weight_init):
     kernels = {
         "dense": dense.BinaryDense(64, weight_init=weight_init).init(jax.random.key(0), x),
         "conv": dense.BinaryPatchConv(64, 4, weight_init=weight_init).init(jax.random.key(0), image),
-        "real dense": dense.real_dense(64, 48, weight_init, jnp.float32, None).init(jax.random.key(0), x),
-        "real conv": dense.real_patch_conv(64, 4, 48, weight_init, jnp.float32, None, use_bias=True).init(
+        "real dense": dense.real_dense(64, 48, weight_init, jnp.float32, "dense").init(jax.random.key(0), x),
+        "real conv": dense.real_patch_conv(64, 4, 48, weight_init, jnp.float32, "conv", use_bias=True).init(
             jax.random.key(0), image
         ),
     }

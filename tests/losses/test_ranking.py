@@ -75,7 +75,7 @@ def test_equals_explicit_pairs(keys, margin):
     for gradient, (_, expected) in zip(gradients, found):
         np.testing.assert_allclose(gradient, expected / 2, rtol=1e-12, atol=1e-15)
     assert all(not np.any(gradient) for gradient in taught)
-    np.testing.assert_allclose(loss_of(students, teachers), loss, rtol=1e-12)  # without a gradient
+    np.testing.assert_allclose(jax.jit(loss_of)(students, teachers), loss, rtol=1e-12)  # without a gradient
 
 
 @pytest.mark.parametrize("keys", [1, 2, 7, 64, 198])
@@ -110,7 +110,7 @@ def test_narrow_probabilities_give_a_wide_loss():
 def test_zero_once_the_orders_agree_by_the_margin():
     teacher = jnp.asarray(probabilities(2, 2, 5, 20))
     ranks = jnp.argsort(jnp.argsort(teacher, axis=-1), axis=-1)
-    student = 0.11 / 20 * ranks  # neighbours differ by a little more than the margin
+    student = 0.11 / 20 * ranks.astype(float)  # neighbours differ by a little more than the margin
     loss, gradient = jax.value_and_grad(lambda s: ranking_loss([s], [teacher], KEY))(student)
     assert loss == 0
     assert not jnp.any(gradient)
@@ -147,19 +147,21 @@ def test_gradient_descent_restores_a_swapped_pair():
 @pytest.mark.usefixtures("x64")
 def test_different_numbers_of_heads_are_averaged():
     student, teacher = probabilities(2, 3, 5, 9), probabilities(2, 6, 5, 9, seed=1)
-    loss, gradient = jax.value_and_grad(lambda s: ranking_loss([s], [teacher], KEY))(student)
+    loss_of = jax.jit(lambda student, teacher: ranking_loss([student], [teacher], KEY))
+    loss, gradient = jax.value_and_grad(loss_of)(student, teacher)
     expected, slopes = by_pairs(student.mean(1), teacher.mean(1), shift_of(KEY, 1, 0, 9), 0.1)
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
     np.testing.assert_allclose(gradient, np.repeat(slopes[:, None], 3, axis=1) / 3, rtol=1e-12, atol=1e-15)
 
 
 def test_some_of_the_images_are_ranked():
-    images = np.arange(6)[:, None, None, None] * np.ones((6, 2, 3, 3))
-    windows = np.arange(24)[:, None, None, None] * np.ones((24, 2, 3, 3))
+    images, windows = (
+        jnp.arange(n, dtype=float)[:, None, None, None] * jnp.ones((n, 2, 3, 3)) for n in (6, 24)
+    )
     for every, kept in ((1, range(6)), (2, (0, 2, 4)), (3, (0, 3))):
         chosen = Ranking(1.0, every=every, layers=(0, 1)).chosen([images, windows, images], 6)
         assert len(chosen) == 2
-        np.testing.assert_array_equal(chosen[0], images[list(kept)])
+        np.testing.assert_array_equal(chosen[0], images[jnp.array(kept)])
         np.testing.assert_array_equal(chosen[1], np.concatenate([windows[4 * i : 4 * i + 4] for i in kept]))
 
 
@@ -187,7 +189,7 @@ def sides(name):
     }[name]
     heads = {"distillation_head": True} if name == "deit" else {}
     configs = model_config(student, **sizes, **heads), model_config(teacher, **sizes)
-    return [(config, random_variables(abstract_of(config))) for config in configs]
+    return [(config, jax.tree.map(jnp.asarray, random_variables(abstract_of(config)))) for config in configs]
 
 
 def images_and_labels(number=8, size=16):
@@ -202,7 +204,7 @@ def images_and_labels(number=8, size=16):
 @pytest.mark.parametrize("name", ["deit", "swin"])
 def test_probabilities_are_those_before_binarisation(name):
     (config, variables), (teacher_config, teacher_variables) = sides(name)
-    images = NORMALIZE(images_and_labels(2)["image"])
+    images = NORMALIZE(jnp.asarray(images_and_labels(2)["image"]))
     for settings, values, binary in (
         (config, variables, True),
         (teacher_config, teacher_variables, False),
@@ -218,7 +220,7 @@ def test_probabilities_are_those_before_binarisation(name):
 
 def test_masked_keys_of_shifted_windows_have_no_order():
     _, (config, variables) = sides("swin")
-    images = NORMALIZE(images_and_labels(2)["image"])
+    images = NORMALIZE(jnp.asarray(images_and_labels(2)["image"]))
     teacher = jax.jit(functools.partial(create_model(config).apply, capture=True))(
         variables, images
     ).probabilities
@@ -266,7 +268,7 @@ def run(name, ranking_term, *, accumulate_steps=1, devices=1, weight=0.5, **exec
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "promotion")
 def test_the_loss_is_the_sum_of_its_terms():
     plain, _ = run("deit", None)
     ranked, _ = run("deit", Ranking(3.0, layers=(1, 3)))
@@ -283,7 +285,7 @@ def test_the_loss_is_the_sum_of_its_terms():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "promotion")
 @pytest.mark.parametrize("name", ["deit", "swin"])
 def test_remat_scans_and_devices_change_nothing(name):
     plain, _ = run(name, Ranking(1.0))
@@ -294,7 +296,7 @@ def test_remat_scans_and_devices_change_nothing(name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "promotion")
 def test_microbatches_are_ranked_by_themselves():
     (metrics, _), _ = run("deit", Ranking(1.0), accumulate_steps=2, devices=2)
     (once, _), _ = run("deit", Ranking(1.0))
@@ -375,6 +377,7 @@ def test_a_teacher_is_needed_for_either_term():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("promotion")
 @pytest.mark.parametrize("name", ["bivit_release_deit", "bivit_release_swin"])
 def test_a_dry_run_ranks_against_the_real_valued_backbone(name, caplog):
     config = config_of(distillation_weight=0.0)

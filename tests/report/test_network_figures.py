@@ -61,8 +61,9 @@ def intermediate_inputs(model: Pretrained, images: np.ndarray) -> dict[str, list
         return call(*args, **kwargs)
 
     normalize = Normalization(model.preprocessing.mean, model.preprocessing.std)
+    variables = jax.tree.map(jnp.asarray, model.variables)
     with nn.intercept_methods(note):
-        models.create_model(model.config).apply(model.variables, normalize(jnp.asarray(images)))
+        models.create_model(model.config).apply(variables, normalize(jnp.asarray(images)))
     return entered
 
 
@@ -115,7 +116,7 @@ def test_latent_weights_and_the_share_inside(name):
 
 
 def test_what_a_rule_takes_the_sign_of():
-    kernel = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+    kernel = jnp.array(np.random.default_rng(0).standard_normal((5, 7)), jnp.float32)
     for rule in (DENSE, CONV, BITS):
         np.testing.assert_array_equal(np.sign(rule.centred(kernel)), rule.codes(kernel))
         np.testing.assert_array_equal(np.abs(rule.centred(kernel)) <= 1, rule.window(kernel))

@@ -80,7 +80,7 @@ def test_a_teacher_sees_the_images_of_each_microbatch():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_with_batch_norms_it_equals_a_loop_by_hand(dropout):
-    model, k, batch = Small(dropout=dropout), 3, batch_of(12)
+    model, k, batch = Small(dropout=dropout), 3, jax.device_put(batch_of(12))
     state, metrics = run(model, k, [batch])
     start = initial(model)
     total, stats, losses = None, start.batch_stats, []
@@ -137,7 +137,7 @@ def test_microbatches_are_spread_over_all_devices_and_no_image_moves():
 def test_one_microbatch_is_the_step_as_it_was():
     model = Small(dropout=0.5, dtype=jnp.float32)
     state = create_state(jax.random.key(0), model, optimizer(), SIZE)
-    batch = batch_of(8)
+    batch = jax.device_put(batch_of(8))
     step = make_train_step(model, optimizer(), NORMALIZE)
     _, metrics = jax.jit(step)(state, batch, {}, KEY)
     output, _ = model.apply(

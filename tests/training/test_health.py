@@ -230,7 +230,8 @@ def test_figures_are_those_of_the_step_before(program):
     found, _ = program.measure(state)
 
     step_key = jax.random.fold_in(KEY, 1)
-    pictures, _ = AUGMENTATION(jax.random.fold_in(step_key, 1), batch(1)["image"], NORMALIZE)
+    images = jnp.asarray(batch(1)["image"])
+    pictures, _ = AUGMENTATION(jax.random.fold_in(step_key, 1), images, NORMALIZE)
     active, zeros = slow_figures(program.model, state, NORMALIZE(pictures), step_key)
     assert len(active) == 14 + 2 * 3
     assert zeros["block0/attention/query_move"] == 1
@@ -247,7 +248,8 @@ def test_under_accumulation_the_first_microbatch_is_measured(program):
     measured = jit_health(program.model, Inputs(NORMALIZE, AUGMENTATION), 2, program.mesh)
     figures, _ = measured(program.on_devices(state), program.batch(1), program.key)
     step_key = jax.random.fold_in(KEY, 1)
-    pictures, _ = AUGMENTATION(jax.random.fold_in(step_key, 1), batch(1)["image"], NORMALIZE)
+    images = jnp.asarray(batch(1)["image"])
+    pictures, _ = AUGMENTATION(jax.random.fold_in(step_key, 1), images, NORMALIZE)
     dropout_key = jax.random.fold_in(jax.random.fold_in(step_key, 2), 0)
     active, _ = slow_figures(program.model, state, NORMALIZE(pictures[::2]), dropout_key)
     assert health.per_layer(figures)["active_inputs"] == pytest.approx(active, abs=4e-3)
@@ -264,7 +266,7 @@ class Told(nn.Module):
 def test_zeros_and_dead_heads_by_hand():
     codes = np.zeros((3, 4, 2, 2), np.float32)  # heads 0 and 2 attend to nothing
     codes[2, 1, 0, 1] = codes[0, 3, 1, 1] = 1
-    _, found = Told().apply({}, codes, mutable=["health"])
+    _, found = Told().apply({}, jnp.asarray(codes), mutable=["health"])
     assert found["health"]["dead_heads"] == {"": 2}
     assert float(found["health"]["zeros"][""]) == pytest.approx(46 / 48)
     # At -1 and 1 the slope is zero.

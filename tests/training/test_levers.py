@@ -94,7 +94,7 @@ def test_training_in_bfloat16_keeps_everything_in_float32_and_learns():
     rng = np.random.default_rng(0)
     labels = np.arange(16, dtype=np.int32) % 4
     images = 60 * labels[:, None, None, None] + rng.integers(0, 60, (16, 8, 8, 3))
-    batch = {"image": images.astype(np.uint8), "label": labels}
+    batch = jax.device_put({"image": images.astype(np.uint8), "label": labels})
     losses = []
     for _ in range(12):
         state, metrics = step(state, batch, {}, jax.random.key(1))

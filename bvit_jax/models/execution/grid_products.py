@@ -16,6 +16,8 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from bvit_jax.binary.products import accumulator_dtype
+
 TOKENS, CHANNELS = -2, -1
 Matrix = Callable[[], np.ndarray]  # (length of the axis before, after)
 
@@ -58,9 +60,8 @@ def _product(x: Array, matrix: Matrix, axis: int, dtype: DTypeLike) -> Array:
 def _matmul(x: Array, matrix: np.ndarray, axis: int, dtype: DTypeLike) -> Array:
     x, constant = x.astype(dtype), jnp.array(matrix, dtype)
     left, right = (constant.T, x) if axis == TOKENS else (x, constant)
-    accumulator = jnp.promote_types(dtype, jnp.float32)
     # Without the precision a TPU would round float32 to bfloat16.
-    return jnp.matmul(left, right, precision="highest", preferred_element_type=accumulator)
+    return jnp.matmul(left, right, precision="highest", preferred_element_type=accumulator_dtype(dtype))
 
 
 def _product_backward(
