@@ -14,6 +14,7 @@ import numpy as np
 from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
 from bvit_jax.parity.reference import named
+from bvit_jax.weights import tensor_files
 
 PROGRAM = Path(__file__).with_name("torch_side")
 DEFAULT_BATCH = 2
@@ -89,6 +90,8 @@ def _check_paths(out: Path, repo: Path, checkpoint: Path | None) -> None:
         )
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"--checkpoint is {checkpoint}, which is not a file; expected a .pth file")
+    if checkpoint is not None:
+        tensor_files.check_torch(checkpoint)
     if out.exists():
         raise UserError(f"{out} exists; remove it or write to another file")
     if not out.parent.is_dir():

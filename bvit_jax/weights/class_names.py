@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Literal
 
-from bvit_jax.errors import UserError
+from bvit_jax.errors import UserError, printable
 
 # How the classes of a data set are found among a model's: all of them in its order; some of them by name; by
 # numbers in place of names, such as ImageNet-V2's; or not by their names at all.
@@ -29,8 +29,8 @@ def default_class_names(num_classes: int) -> tuple[str, ...]:
 
 
 def readable_class_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names with ImageNet's synsets replaced by words."""
-    return tuple(imagenet_classes().get(name, name) for name in names)
+    """Returns the names with ImageNet's synsets replaced by words, and without escapes for a terminal."""
+    return tuple(imagenet_classes().get(name) or printable(name) for name in names)
 
 
 def matched(names: Sequence[str], known: Sequence[str], how: Matching = "same") -> tuple[int, ...]:

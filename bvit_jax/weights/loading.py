@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bvit_jax import models
-from bvit_jax.errors import UserError
+from bvit_jax.errors import UserError, printable
 from bvit_jax.weights import tensor_files
 from bvit_jax.weights.class_names import default_class_names
 from bvit_jax.weights.document import Document
@@ -91,7 +91,7 @@ def _from_pytorch(raw: RawCheckpoint, overrides: Mapping[str, Any]) -> Pretraine
         config=config,
         variables=from_state_dict(raw.state, abstract, None, naming),
         preprocessing=preprocessing.scaled_to(config.image_size),
-        class_names=names,
+        class_names=tuple(map(printable, names)),
         history=_extended_history(raw, known.name),
         bookkeeping=bookkeeping,
         bookkeeping_format=known.name,

@@ -25,6 +25,7 @@ PROCESSOR_FILE = "preprocessor_config.json"  # Hugging Face's
 # Prefixes of all names, in any order: compiled, parallel, Fabric's, and attributes of a Lightning module.
 WRAPPERS = ("_orig_mod.", "module.", "_forward_module.", "model.", "net.", "network.", "student.")
 WEIGHTS_KEYS = ("model", "state_dict", "module", "model_state_dict")  # in files that hold more than weights
+MAX_CONFIG = 1 << 23  # characters of a config.json, which as Python's objects take twenty times as much
 LISTED = 8  # entries that a message names
 
 
@@ -200,7 +201,7 @@ def _raw(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = read_json(path)
+        values = read_json(path, MAX_CONFIG)
         if not isinstance(values, dict) or not values:
             raise ValueError("it is empty or not an object")
         return values
@@ -215,6 +216,8 @@ def _parse_description(path: Path, text: Any) -> dict[str, Any]:
     if text is None:
         return {}
     try:
+        if len(text) > MAX_CONFIG:
+            raise ValueError(f"it has {len(text):,} characters; expected at most {MAX_CONFIG:,}")
         return dict(parse_json(text))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: its description is damaged: {error}") from error

@@ -11,7 +11,6 @@ import hashlib
 import pickletools
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from safetensors.numpy import save
 
 from bvit_jax.errors import UserError
 from bvit_jax.files import read_json
+from bvit_jax.weights.pickles import check_torch, first_line
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -58,7 +58,7 @@ def read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {path}: {_first_line(error)}; is the file complete?") from error
+        raise UserError(f"cannot read {path}: {first_line(error)}; is the file complete?") from error
 
 
 def read_sharded(
@@ -112,7 +112,7 @@ def read_torch(path: Path) -> dict[str, Any]:
     torch = _import_torch()
     if not path.is_file():
         raise UserError(f"no file {path}; expected a checkpoint")
-    _check_zip(path)
+    check_torch(path)
     try:
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; real problems raise
@@ -142,22 +142,6 @@ def _import_torch() -> Any:
     return torch
 
 
-def _check_zip(path: Path) -> None:
-    """Compares checksums, which torch does not. Files from before PyTorch 1.6 have none."""
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            claimed = sum(member.file_size for member in archive.infolist())
-            if claimed > path.stat().st_size:  # PyTorch does not compress
-                raise UserError(f"{path} is compressed, to {claimed:,} bytes; expected a file of torch.save")
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
-        raise UserError(f"cannot read {path}: {_first_line(error)}; is the file complete?") from error
-    if damaged is not None:
-        raise UserError(f"cannot read {path}: {damaged} in it does not match its checksum")
-
-
 def _unpickling_reason(path: Path, error: Exception) -> str:
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     if foreign := named[1] if named else _class_in_bare_pickle(path):
@@ -166,7 +150,7 @@ def _unpickling_reason(path: Path, error: Exception) -> str:
             " allowed; a file that needs more can run code: do not open it unless you trust its source"
         )
     # Only the first sentence: torch goes on to recommend loading the file without protection.
-    reason = _first_line(error).split(". ")[0]
+    reason = first_line(error).split(". ")[0]
     return f"{reason}; is the file complete, and is it a PyTorch checkpoint?"
 
 
@@ -184,11 +168,6 @@ def _class_in_bare_pickle(path: Path) -> str | None:
     except Exception:  # not a pickle: genops may raise anything
         pass
     return None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [repr(error)]
-    return lines[0].rstrip(".")
 
 
 class _Content:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from importlib import resources
@@ -246,3 +247,16 @@ def test_the_run_s_own_preprocessing_is_used(tmp_path):
         "std": (0.5, 0.5, 0.5),
         "square": False,
     }
+
+
+def test_names_that_a_terminal_would_obey_or_cannot_write(tmp_path, digit_files):
+    path = tmp_path / "caf\u00e9\x1b[2J.png"
+    path.write_bytes(digit_files[7].read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "bvit_jax.predict", "--checkpoint", TEACHER, "--top=1", path],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert done.stdout.splitlines()[0] == f"{tmp_path}/caf\\xe9\\x1b[2J.png"

@@ -13,6 +13,7 @@ from bvit_jax import parity
 from bvit_jax.errors import UserError
 from bvit_jax.parity import check as checking
 from bvit_jax.parity.__main__ import main
+from bvit_jax.parity.check import _deviations, _gradient_floors
 from bvit_jax.parity.subject import subject_of
 
 MODELS = (
@@ -277,6 +278,18 @@ def test_floors_are_the_least_scale():
     assert not row_of(ours, golden).passed
     assert row_of(ours, golden, a=1e-4).passed
     assert row_of({"a": np.array([1.0])}, {"a": [2.0]}, a=1e-4).error == 0.5
+
+
+def test_floors_of_means_and_of_gradients_that_cancel():
+    statistics = {
+        "norm.running_mean": np.array([1e-9]),
+        "norm.running_var": np.array([4.0]),
+        "n": np.array(3),
+    }
+    assert _deviations(statistics) == {"norm.running_mean": 2.0}
+    gradients = {"a": np.array([2.0]), "b": np.array([1e-3]), "move": np.array([1e-16])}
+    floors = _gradient_floors(gradients)
+    assert floors == {"a": 2e-4, "b": 2e-4, "move": 2e-3}
 
 
 def test_zeros_have_a_scale_of_one():

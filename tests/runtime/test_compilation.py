@@ -103,3 +103,15 @@ def test_a_machine_with_the_tpu_s_compiler_alone_is_no_tpu(monkeypatch: pytest.M
     assert distributed._on_tpu()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert not distributed._on_tpu()
+
+
+def test_a_user_without_a_home_has_no_cache(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", missing)
+    process._use_cache()
+    assert settings == {}

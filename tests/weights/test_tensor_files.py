@@ -275,6 +275,16 @@ def test_a_small_file_cannot_become_large(tmp_path, torch, make, message):
         tensor_files.read_torch(tmp_path / "x.pth")
 
 
+@pytest.mark.parametrize("archive", [True, False])
+def test_tuples_whose_hash_would_never_end(tmp_path, torch, archive):
+    values: tuple = (0,)
+    for _ in range(40):
+        values = (values, values)
+    torch.save({"x": values}, tmp_path / "x.pth", _use_new_zipfile_serialization=archive)
+    with pytest.raises(UserError, match="tuples in tuples, more than 20 deep"):
+        tensor_files.read_torch(tmp_path / "x.pth")
+
+
 def test_a_compressed_file_is_not_unpacked(tmp_path, torch):
     with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(1 << 20))

@@ -23,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from bvit_jax.data.prepare.source import ARRAY_RECORD
 from bvit_jax.data.splits import num_records, one_line, shard_problem
 from bvit_jax.errors import UserError
-from bvit_jax.files import read_json
+from bvit_jax.files import read_json, replace_file
 
 WRITER_OPTIONS = "group_size:1"  # as in TFDS: every record can be read on its own
 PLAN = "plan.json"
@@ -47,9 +47,8 @@ class Staging:
 
     def write_json(self, name: str, value: Any) -> None:
         """Replaces a JSON file of this directory; after a crash it holds the old or the new value."""
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(json.dumps(value))
-        replace(temporary, self.path / name)
+        replace_file(self.path / name, json.dumps(value).encode())
+        _sync(self.path)
 
     def shard_path(self, split: str, shard: int, num_shards: int) -> Path:
         """Returns the path of a finished shard."""
@@ -92,7 +91,7 @@ class Staging:
         self.info.set_splits(tfds.core.splits.SplitDict(infos))
         self.info.write_to_directory(self._dataset)
         digest = _digest(self.read_json(PLAN)["fingerprint"])
-        (self._dataset / SOURCE).write_text(json.dumps({"fingerprint": digest}))
+        replace_file(self._dataset / SOURCE, json.dumps({"fingerprint": digest}).encode())
         counts = {name: sum(lengths) for name, (lengths, _) in splits.items()}
         problem = _problem(self._dataset, counts)
         if problem:
