@@ -38,7 +38,13 @@ from bvit_jax.workdir.checkpoint_files import (
     read,
     read_metadata,
 )
-from bvit_jax.workdir.checksums import DamagedError, verify_checksums, write_checksums, write_replacement
+from bvit_jax.workdir.checksums import (
+    CHECKSUMS,
+    DamagedError,
+    verify_checksums,
+    write_checksums,
+    write_replacement,
+)
 from bvit_jax.workdir.collectives import (
     from_first_process,
     of_all_processes,
@@ -253,13 +259,19 @@ def restore_variables(
       UserError: the checkpoint is damaged, or its arrays are not those of ``abstract``.
     """
     folder = (directory / FOLDER).absolute()
-    step = from_first_process(_step_of_kind(folder, kind) if jax.process_index() == 0 else NONE)
-    if step == NONE:
-        return None
-    path = folder / str(step)
-    verify_checksums(path, ITEMS)
-    fields, metadata = read(path, abstract, partial=True)
-    return fields, metadata["run"], step
+    while True:
+        step = from_first_process(_step_of_kind(folder, kind) if jax.process_index() == 0 else NONE)
+        if step == NONE:
+            return None
+        path = folder / str(step)
+        try:
+            verify_checksums(path, ITEMS)
+            fields, metadata = read(path, abstract, partial=True)
+            return fields, metadata["run"], step
+        except (UserError, OSError, ValueError):
+            if (path / CHECKSUMS).exists() or jax.process_count() > 1:
+                raise
+            logger.info("checkpoint %d is not kept any longer; looking for a newer one", step)
 
 
 def _step_of_kind(folder: Path, kind: Kind) -> int:

@@ -292,6 +292,25 @@ def test_the_best_is_found_though_the_latest_is_damaged(checkpoints, tmp_path):
         restore_variables(tmp_path, abstract(make_state()), "latest")
 
 
+@pytest.mark.parametrize("moment", ["verify_checksums", "read"])
+def test_a_checkpoint_that_a_run_deletes_while_it_is_read(checkpoints, tmp_path, moment, monkeypatch):
+    run = checkpoints(keep=1)
+    run.save(1, make_state(1), {})
+    run.wait()
+    original = getattr(checkpoint, moment)
+
+    def meanwhile(*args, **kwargs):
+        if run.latest_step() == 1:
+            run.save(2, make_state(2), {})
+            run.wait()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, moment, meanwhile)
+    state, _, step = restore_variables(tmp_path, abstract(make_state()), "latest")
+    assert step == 2
+    assert_identical(state, make_state(2))
+
+
 def test_what_cannot_be_read_back_replaces_nothing(checkpoints, tmp_path):
     first, brackets = tmp_path / "run", tmp_path / "lr=[0.1]"
     run = Checkpoints(first, keep=1)
