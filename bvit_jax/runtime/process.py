@@ -68,7 +68,7 @@ def take() -> None:
     sys.unraisablehook = _report_unraisable
     # Orbax and Grain log every call, and each part of a failure that is raised here as one error.
     absl_logging.set_verbosity(absl_logging.WARNING)
-    absl_logging.get_absl_handler().addFilter(lambda record: record.levelno == logging.WARNING)
+    absl_logging.get_absl_logger().addFilter(lambda record: record.levelno == logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="PIL")  # about broken EXIF data; what matters is an error
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding does not have
