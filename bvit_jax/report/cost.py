@@ -217,7 +217,8 @@ def _parameters(report: dict[str, Any]) -> str:
     return (
         "parameters\n"
         f"  {total['params']:,}: {total['binary_params']:,} binary, {total['low_bit_params']:,} of 2 to 8"
-        f" bits, {total['real_params']:,} real; in addition {total['statistics']:,} running statistics\n"
+        f" bits, {total['real_params']:,} real\n"
+        f"  {total['statistics']:,} running statistics in addition\n"
         f"  {megabytes(total['packed_bytes'])} packed, {megabytes(total['float_bytes'])} in float32;"
         f" packed, by module:\n{_packed_table(report['packed_bytes_by_kind'])}"
     )
@@ -271,7 +272,7 @@ def speedup_table(items: list[dict[str, Any]], backbone: str) -> str:
       items: the fields of each `bvit_jax.cost.speedup.Speedup`.
       backbone: its name.
     """
-    head = ("  counted", "MACs of the real one", "OPs", "quotient", "of both rounded to 0.01 G")
+    head = ("  counted", "real MACs", "OPs", "quotient", "rounded")
     rows = []
     for item in items:
         rounded = item["rounded_ratio"]
@@ -285,7 +286,8 @@ def speedup_table(items: list[dict[str, Any]], backbone: str) -> str:
             )
         )
     title = f"speed-up over the real-valued {backbone} of the same sizes"
-    return f"{title}\n{table(head, rows, left=1)}"
+    rounded = "  rounded: the quotient of both counts rounded to 0.01 G"
+    return f"{title}\n{rounded}\n{table(head, rows, left=1)}"
 
 
 def _uncounted(items: list[dict[str, Any]]) -> str:
