@@ -177,10 +177,10 @@ def attention(image: np.ndarray, blocks: Sequence[Block], seen: Seen, binary: bo
     for line, block, row in zip(axes, chosen, rows, strict=True):
         _background(line[0], image)
         _mark(line[0], block, len(image))
-        text = _block_text(block, seen, binary)
+        text = _block_text(block, seen, binary, len(next(iter(row.values()))))
         line[0].set_ylabel(text, fontsize=9, rotation=0, ha="right", va="center", labelpad=8)
         for axis, (title, values) in zip(line[1:], row.items(), strict=True):
-            _overlay(figure, axis, image, values)
+            _map(figure, axis, len(image), values)
             if title.startswith("central"):
                 _mark(axis, block, len(image))
             if block is chosen[0]:
@@ -198,8 +198,10 @@ def attention_row(block: Block, seen: Seen, binary: bool) -> dict[str, np.ndarra
     return {f"{query}\n{form}": maps[form][query] for query in maps["softmax"] for form in forms}
 
 
-def _block_text(block: Block, seen: Seen, binary: bool) -> str:
+def _block_text(block: Block, seen: Seen, binary: bool, keys: int) -> str:
     lines = [f"stage {block.stage}", block.name.rpartition("_")[2], f"{block.side}×{block.side} tokens"]
+    if keys != block.side:
+        lines.append(f"attend to {keys}×{keys} keys")
     if binary:
         lines.append(f"{_percent(float(np.mean(seen.used[block.index] != 0)))} not 0")
     return "\n".join(lines)
@@ -212,10 +214,11 @@ def _background(axis: Any, image: np.ndarray) -> None:
     axis.set_yticks([])
 
 
-def _overlay(figure: Any, axis: Any, image: np.ndarray, values: np.ndarray) -> None:
-    size = len(image)
-    _background(axis, image)
-    drawn = axis.imshow(values, cmap="inferno", alpha=0.7, extent=(0, size, size, 0), interpolation="nearest")
+def _map(figure: Any, axis: Any, size: int, values: np.ndarray) -> None:
+    """Draws a map in the colours of its bar, so not over the image."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    drawn = axis.imshow(values, cmap="inferno", extent=(0, size, size, 0), interpolation="nearest")
     low, high = float(values.min()), float(values.max())
     if low == high:  # all or nothing, not the middle of the scale
         drawn.set_clim(min(low, 0.0), max(high, 0.0) if low else 1.0)

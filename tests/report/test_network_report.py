@@ -205,16 +205,19 @@ def test_attention_is_drawn(name):
     binary = name != "deit_token"
     image = samples_of(model)[0].pixels
     figure = draw.attention(image, blocks, seen, binary)
-    maps = [axis for axis in figure.axes if len(axis.images) == 2]
+    maps = [a for a in figure.axes if a.images and a.images[0].get_cmap().name == "inferno"]
     ends = network_figures.ends_of_stages(blocks)
     row = len(maps) // len(ends)
     assert row == (3 if name == "deit_token" else 4)
     for i, block in enumerate(ends):
         used = network_figures.whole_attention(seen.used[block.index], block).mean(axis=0)
         keys = used.mean(axis=0)[block.extra_tokens :]
-        drawn = maps[(i + 1) * row - 1].images[1].get_array()
-        np.testing.assert_allclose(np.ravel(drawn), keys, rtol=1e-6)
-    assert maps[-1].images[1].get_extent() == maps[-1].images[0].get_extent()  # laid over the image
+        (drawn,) = maps[(i + 1) * row - 1].images
+        assert drawn.get_alpha() is None  # the colours are those of the bar
+        np.testing.assert_allclose(np.ravel(drawn.get_array()), keys, rtol=1e-6)
+        side, text = drawn.get_array().shape[0], figure.axes[i * (row + 1)].get_ylabel()
+        assert f"{block.side}×{block.side} tokens" in text
+        assert (f"attend to {side}×{side} keys" in text) == (side != block.side)
 
 
 @pytest.mark.parametrize(("value", "limits"), [(0, (0, 1)), (0.25, (0, 0.25)), (-0.5, (-0.5, 0))])
@@ -222,8 +225,8 @@ def test_attention_that_is_the_same_everywhere(value, limits):
     """A dead attention is drawn as nothing, an average as all."""
     figure, axes = subplots(1, 1, figsize=(4, 4))
     axis = axes.item()
-    draw._overlay(figure, axis, np.zeros((8, 8, 3), np.uint8), np.full((4, 4), value))
-    assert axis.images[1].get_clim() == limits
+    draw._map(figure, axis, 8, np.full((4, 4), value))
+    assert axis.images[0].get_clim() == limits
 
 
 def test_filters_are_drawn():
