@@ -23,6 +23,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -126,6 +127,8 @@ def take_signals(notice: Callable[[int], None], *, as_sigterm: bool = False) -> 
 def leave_ctrl_c_to_us(elements: Iterable[T]) -> Iterator[T]:
     """Yields the elements; the processes that the first one starts do not hear the terminal's Ctrl-C."""
     iterator = iter(elements)
+    if _ours:
+        resource_tracker.ensure_running()  # when it starts, it unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT} if _ours else ())
     try:
         first = list(itertools.islice(iterator, 1))
