@@ -29,7 +29,7 @@ BANDS = {  # the first room of each group, with the group's name and colour
     "workdir": ("what is\non disk", "#d3e8f3"),
     "augment": ("what training\nadds", "#e6dcf3"),
     "models": ("the network", "#d6defa"),
-    "config": ("settings", "#e9e9e9"),
+    "config": ("settings\nand files", "#e9e9e9"),
 }
 WIDTH, HEIGHT, DOWN, LANE = 9.4, 0.5, 0.74, 0.3  # of a box; from box to box; from line to line; in inches
 INK = "#3d4b5c"
