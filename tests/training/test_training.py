@@ -262,7 +262,7 @@ def test_a_distillation_head_learns_from_the_teacher_and_the_class_head_from_lab
         state, shard_batch(batch, run.mesh), run.teacher.variables, jax.random.key(1)
     )
     state = run.programs.create.run(jax.random.key(0), {})  # the step took the first one
-    normalized = run.teacher.normalize(batch["image"])
+    normalized = run.teacher.normalize(jnp.asarray(batch["image"]))
     answers = run.teacher.model.apply(run.teacher.variables, normalized).logits
     heads = run.model.apply({"params": state.params}, normalized).head_logits
     assert len(heads) == 2
