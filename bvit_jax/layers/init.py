@@ -1,5 +1,6 @@
 """Initialisers of weight matrices: PyTorch's defaults, and the truncated normal."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from jax.nn.initializers import Initializer
 WeightInit = Literal["torch", "trunc_normal"]
 
 
+@functools.cache
 def torch_uniform(fan_in: int) -> Initializer:
     """Returns PyTorch's default initialiser of a linear or convolution layer with ``fan_in`` inputs.
 
