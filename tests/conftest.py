@@ -15,6 +15,7 @@ if "BVIT_JAX_TESTS_COMPILED" not in os.environ:
     os.environ["BVIT_JAX_TESTS_COMPILED"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,11 @@ jaxtyping.install_import_hook(
     [f"bvit_jax.{room}" for room in CHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float too
 )
+
+# In the background of a shell, and below nohup, these are ignored, also by the processes that tests start.
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 jax.config.update("jax_disable_most_optimizations", True)
 # Tracing makes millions of objects, through which the collector goes again and again.

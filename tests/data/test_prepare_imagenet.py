@@ -455,7 +455,7 @@ def test_md5(mini: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.Monkey
 
 def test_no_bucket_of_a_cloud(mini: Path, capsys: Any) -> None:
     line = _fails(capsys, "imagenet2012", "--tars", mini, "--data_dir", "gs://bucket/tfds")
-    assert "expected a local directory" in line
+    assert "expected a local path" in line
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ KEY = jax.random.key(0)
 
 def batch(count=16, size=12):
     images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
-    return {"image": images, "label": np.arange(count, dtype=np.int32)}
+    return {"image": jnp.asarray(images), "label": np.arange(count, dtype=np.int32)}
 
 
 def test_images_come_back_as_they_were():
