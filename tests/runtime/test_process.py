@@ -77,7 +77,11 @@ cli.run("work")
 """
 
 
-def started(work: str, *arguments: str, patience: float = 60, before: str = "") -> "subprocess.Popen[str]":
+# Of a process as a terminal starts it: the TPU's compiler, once loaded, lets all children ignore SIGHUP.
+HEARS = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+
+
+def started(work: str, *arguments: str, patience: float = 60, before: str = HEARS) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", before + PROGRAM, work, *arguments, str(patience)]
     child = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True

@@ -94,7 +94,7 @@ def interpret(raw: RawCheckpoint) -> Interpretation:
     if not _pretrained_cfg(raw):
         assumed.append(ASSUMED_PREPROCESSING)
     model = "swin" if _is_swin(raw) else "deit"
-    names = tuple(raw.values.get("label_names", ()))
+    names = tuple(map(str, raw.values.get("label_names", ())))
     preprocessing = _preprocessing(raw, settings["image_size"])
     return Interpretation(model, settings, preprocessing, names, tuple(assumed))
 
