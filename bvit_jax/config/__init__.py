@@ -1,6 +1,6 @@
 """The settings of a run: declared once with default, range and documentation, checked, written and read.
 
-`settings` declares them, `values` says what is accepted, `files` keeps them beside a run. Knows no models.
+`settings` declares them, `values` defines what each accepts, `files` saves and loads them. Knows no models.
 """
 
 from bvit_jax.config.files import load, save

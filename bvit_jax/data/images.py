@@ -81,7 +81,7 @@ def rgb(image: Image.Image) -> Image.Image:
 def turned(image: Image.Image) -> Image.Image:
     """Returns an image as the camera was held, or as it is where its EXIF data are missing or broken.
 
-    Pillow's ``exif_transpose`` would also write all other tags anew, and fail at any that is unusual.
+    Pillow's ``exif_transpose`` would also rewrite every other tag, and fails on unusual ones.
     """
     try:
         method = TURNS.get(image.getexif().get(ORIENTATION, 1))

@@ -207,7 +207,7 @@ def _fitting(head: Sequence[str], rows: Sequence[Sequence[str]], columns: int) -
         shown = [[row[i] for i in kept] for row in (head, *rows)]
         text = table(shown[0], shown[1:], left=2 if 1 in kept else 1)
     if left_out:
-        names = f"left out for want of room: {', '.join(_LEAST[:left_out])}; see --json"
+        names = f"left out, as the terminal is too narrow: {', '.join(_LEAST[:left_out])}; see --json"
         text += "\n\n" + textwrap.fill(names, columns)
     return text
 

@@ -266,7 +266,7 @@ def answer_aborts(explain: Callable[[str], str], unshown: re.Pattern[bytes]) -> 
                     os.write(_stderr, line + b"\n")
 
     def aborted(number: int) -> None:
-        if _ending is not None:  # the error is told
+        if _ending is not None:  # the error has been reported
             os._exit(_ending)
         read()
         message = explain(said.decode(errors="replace"))

@@ -48,18 +48,20 @@ def check_torch(path: Path) -> None:
 def _check_pickles(file: IO[bytes], path: Path) -> None:
     for _ in range(PICKLES):
         try:
-            depth = tuple_depth(file)
-        except Exception:  # it is no pickle, which torch says; genops may raise anything
+            _check_tuples(file, path)
+        except UserError:
+            raise
+        except Exception:  # torch stops there too, and says why; genops may raise anything
             return
-        if depth > MAX_TUPLES:
-            raise UserError(f"{path} has tuples in tuples, more than {MAX_TUPLES} deep: it is made to harm")
 
 
-def tuple_depth(file: IO[bytes]) -> int:
-    """Returns how deep tuples are nested in a pickle, from its operations with depths in place of values."""
+def _check_tuples(file: IO[bytes], path: Path) -> None:
+    """Raises `UserError` at the first tuple of a pickle that is nested too deep, whatever follows it.
+
+    Runs the pickle's operations with the depths of tuples in place of values.
+    """
     stack: list[int | None] = []  # None is a mark
     memo: dict[int, int] = {}
-    deepest = 0
     argument: Any
     for opcode, argument, _ in pickletools.genops(file):
         name = opcode.name
@@ -75,9 +77,9 @@ def tuple_depth(file: IO[bytes]) -> int:
             kinds, pushed = EFFECTS[name]
             popped = _popped(stack, kinds)
             depth = 1 + max(popped, default=0) if name in TUPLES else 0
-            deepest = max(deepest, depth)
+            if depth > MAX_TUPLES:
+                raise UserError(f"{path} has tuples more than {MAX_TUPLES} deep, which nobody could hash")
             stack += [depth] * pushed
-    return deepest
 
 
 def _popped(stack: list[int | None], kinds: list[str]) -> list[int]:

@@ -548,7 +548,7 @@ def test_the_text_fits_the_terminal(columns):
     config = parse_config([DIGITS, "--config.model.depth=(1, 1)"])
     text = as_text(figures(subject_of(config)), columns)
     assert max(map(len, text.splitlines())) <= columns
-    assert ("left out for want of room: float32 kB" in text) == (columns < 400)
+    assert ("left out, as the terminal is too narrow: float32 kB" in text) == (columns < 400)
     assert "binary MACs" in text
 
 

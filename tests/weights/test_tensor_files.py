@@ -281,7 +281,16 @@ def test_tuples_whose_hash_would_never_end(tmp_path, torch, archive):
     for _ in range(40):
         values = (values, values)
     torch.save({"x": values}, tmp_path / "x.pth", _use_new_zipfile_serialization=archive)
-    with pytest.raises(UserError, match="tuples in tuples, more than 20 deep"):
+    with pytest.raises(UserError, match="tuples more than 20 deep"):
+        tensor_files.read_torch(tmp_path / "x.pth")
+
+
+def test_tuples_are_found_before_the_damage_that_follows_them(tmp_path):
+    values: tuple = (0,)
+    for _ in range(40):
+        values = (values, values)
+    (tmp_path / "x.pth").write_bytes(pickle.dumps(values)[:-1] + b"\xff")
+    with pytest.raises(UserError, match="tuples more than 20 deep"):
         tensor_files.read_torch(tmp_path / "x.pth")
 
 
