@@ -285,7 +285,7 @@ def test_tuples_whose_hash_would_never_end(tmp_path, torch, archive):
         tensor_files.read_torch(tmp_path / "x.pth")
 
 
-def test_tuples_are_found_before_the_damage_that_follows_them(tmp_path):
+def test_tuples_are_found_before_the_damage_that_follows_them(tmp_path, torch):
     values: tuple = (0,)
     for _ in range(40):
         values = (values, values)
