@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from bvit_jax.errors import UserError
@@ -19,7 +20,7 @@ from bvit_jax.runtime import feed, process
 from bvit_jax.runtime.interruption import Interrupted, Interruption
 from bvit_jax.training import evaluation, loop
 from bvit_jax.training.loop import train_and_evaluate
-from bvit_jax.training.setup import open_splits
+from bvit_jax.training.setup import build, open_splits
 from bvit_jax.workdir.checkpoint import Checkpoints, restore_variables
 from tests.inprocess import Notice, Terminal, Trained, at_events, copy_as_it_is, short_config
 from tests.processes import metrics_of
@@ -265,10 +266,11 @@ def test_the_execution_is_logged(whole: Trained, tmp_path: Path, caplog: pytest.
 
 @pytest.mark.slow
 def test_debug_nans_names_the_operation(data_dir: Path, tmp_path: Path) -> None:
-    config = short_config(data_dir)
+    config = short_config(data_dir, "real")
     config.optim.learning_rate = 1e30
+    run = build(config, open_splits(config).num_examples, jax.devices()[:1], donate=False)
     with pytest.raises(UserError) as error:
-        train_and_evaluate(config, tmp_path / "run", debug_nans=True)
+        train_and_evaluate(config, tmp_path / "run", run=run, debug_nans=True)
     assert str(error.value).startswith("invalid value (nan) encountered in ")
     assert ", at bvit_jax/" in str(error.value)
     assert ", called from bvit_jax/" in str(error.value)
