@@ -18,8 +18,9 @@ import pytest
 from bvit_jax.errors import UserError
 from bvit_jax.runtime import distributed
 from bvit_jax.runtime.distributed import Cluster
+from bvit_jax.runtime.interruption import Interrupted
 from tests.configs import tiny
-from tests.inprocess import Trained
+from tests.inprocess import Notice, Trained
 from tests.processes import (
     assert_same_runs,
     cluster_flags,
@@ -49,24 +50,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
     return workdir
 
 
-@pytest.fixture
-def flags(tmp_path: Path, data_dir: Path) -> list[str]:
-    """Of a run in ``tmp_path / "run"``."""
-    return training_flags(tmp_path / "run", data_dir)
+# --- one process --------------------------------------------------------------------------------
 
 
-def assert_continues(flags: list[str], workdir: Path, whole: Path) -> str:
-    """Runs the command again and compares its end with the unbroken run's; returns its log."""
-    result = run("train.py", *flags)
-    assert result.returncode == 0, result.stderr
-    assert_same_runs(workdir, whole)
-    return result.stderr
-
-
-# --- killed -------------------------------------------------------------------------------------
-
-
-def test_killed_while_saving(flags: list[str], tmp_path: Path, whole: Path) -> None:
+def test_killed_while_saving_and_then_asked_to_stop(data_dir: Path, tmp_path: Path, whole: Path) -> None:
+    flags = training_flags(tmp_path / "run", data_dir)
     process = start("train.py", *flags)
     folder = tmp_path / "run" / "checkpoints"
     while not list(folder.glob("10.*")):  # what Orbax writes before it takes its name
@@ -75,17 +63,14 @@ def test_killed_while_saving(flags: list[str], tmp_path: Path, whole: Path) -> N
     process.kill()
     finish(process)
     assert not (folder / "10" / "checksums.json").exists()
-    assert "continuing from step" in assert_continues(flags, tmp_path / "run", whole)
 
-
-# --- asked to stop ------------------------------------------------------------------------------
-
-
-def test_sigterm_in_training(flags: list[str], tmp_path: Path, whole: Path) -> None:
     log = run_until("step 12/18", *flags, number=signal.SIGTERM).stderr
     assert "stopped by SIGTERM at step 1" in log.splitlines()[-1]
     step = log.split("stopped by SIGTERM at step ")[1].split(";")[0]
-    assert f"continuing from step {step} " in assert_continues(flags, tmp_path / "run", whole)
+    result = run("train.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert f"continuing from step {step} " in result.stderr
+    assert_same_runs(tmp_path / "run", whole)
 
 
 # --- no room ------------------------------------------------------------------------------------
@@ -103,18 +88,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk(small_disk: Path, data_dir: Path, whole: Path) -> None:
+def test_a_full_disk(small_disk: Path, real: Trained) -> None:
     workdir, ballast = small_disk / "run", small_disk / "ballast"
-    flags = training_flags(workdir, data_dir)
-    run_until("saved step 5", *flags)
+    with pytest.raises(Interrupted):
+        real.train(workdir, Notice(6))
     ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
-    result = run("train.py", *flags)
-    assert result.returncode == 1
-    assert "cannot write checkpoints to" in result.stderr.splitlines()[-1]
-    assert "No space left on device; make room" in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
+    with pytest.raises(UserError, match=r"cannot write checkpoints to .* No space left on device; make room"):
+        real.train(workdir)
     ballast.unlink()
-    assert_continues(flags, workdir, whole)
+    real.assert_continues(workdir)
 
 
 # --- several devices ----------------------------------------------------------------------------
@@ -228,7 +210,6 @@ def test_a_host_that_dies_and_one_that_starts_late(tmp_path: Path, data_dir: Pat
     for result in (finish(early), finish(late)):
         assert result.returncode == 0, result.stderr
         logs.append(result.stderr)
-    assert "continuing from step 5 " in logs[0]
     assert_close(tmp_path / "run", real)
 
 
@@ -247,7 +228,8 @@ def test_sigterm_to_one_of_two(tmp_path: Path, data_dir: Path, real: Trained) ->
     assert_close(tmp_path / "run", real)
 
 
-def test_a_host_that_never_starts(flags: list[str]) -> None:
+def test_a_host_that_never_starts(tmp_path: Path, data_dir: Path) -> None:
+    flags = training_flags(tmp_path / "run", data_dir)
     result = run("train.py", *flags, *cluster_flags(2, timeout=2)[0])
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
@@ -295,7 +277,8 @@ def test_wrong_cluster_flags(cluster: Cluster, wanted: bool | None, message: str
     assert message in str(error.value)
 
 
-def test_no_cluster(flags: list[str]) -> None:
+def test_no_cluster(tmp_path: Path, data_dir: Path) -> None:
+    flags = training_flags(tmp_path / "run", data_dir)
     result = run("train.py", *flags, "--distributed")
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
