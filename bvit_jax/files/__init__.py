@@ -4,31 +4,45 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bvit_jax.errors import UserError
 
 MAX_JSON = 1 << 26  # bytes: checksums of a large model on many hosts
+MAX_VALUES = 1 << 22  # commas, colons and brackets: a value can take a hundred bytes
 
 
-def read_json(path: Path, limit: int = MAX_JSON) -> Any:
+def read_json(
+    path: Path, limit: int = MAX_JSON, values: int = MAX_VALUES, keep: Callable[[Any], Any] | None = None
+) -> Any:
     """Returns the JSON of a file.
+
+    Args:
+      path: of the file.
+      limit: of its bytes.
+      values: see `parse_json`.
+      keep: returns what takes the place of an object, a dict, as soon as it is read.
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is no JSON, is nested deeper than Python reads, or has more than ``limit`` bytes.
+      ValueError: it is no JSON, is nested deeper than Python reads, or has more than the limits.
     """
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"it has {size:,} bytes; expected at most {limit:,}")
-    return parse_json(path.read_bytes())
+    return parse_json(path.read_text("utf-8-sig"), values, keep)
 
 
-def parse_json(text: bytes | str) -> Any:
-    """Returns the value of a JSON text; raises ValueError if it is none, or is nested too deep."""
+def parse_json(text: str, values: int = MAX_VALUES, keep: Callable[[Any], Any] | None = None) -> Any:
+    """Returns the value of a JSON text; raises ValueError if it is none, or has too many or too deep values.
+
+    ``values`` limits what separates them; ``keep`` is that of `read_json`.
+    """
+    if (found := sum(map(text.count, ",:[{"))) > values:
+        raise ValueError(f"it has about {found:,} values; expected at most {values:,}")
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=keep)
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
 

@@ -1,3 +1,4 @@
+import gzip
 import io
 import pickle
 import struct
@@ -176,7 +177,7 @@ def test_damaged_archive(tmp_path: Path) -> None:
     whole = archive.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no archive"):
         archive.write_bytes(content)
-        with pytest.raises(UserError, match=r"cannot read .*; get it again"):
+        with pytest.raises(UserError, match=r"damaged or cut off|ended before .*; get it again"):
             cifar100_source(archive, tmp_path)
     _archive(archive, {"meta": b"", "train": b"?", "test": b"cnothing"})
     with pytest.raises(UserError, match=r"cannot read .*meta: .*; get the archive again"):
@@ -189,11 +190,11 @@ def test_damaged_archive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "its train is a link"),
-        ({"type": tarfile.SYMTYPE, "linkname": "train"}, "its train is a link"),
-        ({"type": tarfile.LNKTYPE, "linkname": "gone"}, "its train is a link"),
-        ({"size": 1 << 40}, "cannot read .*"),
-        ({"count": 200}, "it has over 100 files"),
+        ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "holds train, which is not a regular file"),
+        ({"type": tarfile.SYMTYPE, "linkname": "train"}, "holds train, which is not a regular file"),
+        ({"type": tarfile.LNKTYPE, "linkname": "gone"}, "holds train, which is not a regular file"),
+        ({"size": 1 << 40}, "is cut off in the middle of train"),
+        ({"count": 200}, "has over 100 files"),
     ],
 )
 def test_archives_made_to_harm(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -215,5 +216,12 @@ def test_an_archive_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest
         member = tarfile.TarInfo("train")
         member.size = 2 << 20
         archive.addfile(member, io.BytesIO(bytes(member.size)))
-    with pytest.raises(UserError, match="or 1,048,576 bytes"):
+    with pytest.raises(UserError, match="cut off in the middle of train, at byte 1,048,576"):
         cifar100_source(tmp_path / cifar.ARCHIVE, tmp_path / "data")
+
+
+def test_an_archive_that_a_browser_has_unpacked(tmp_path: Path) -> None:
+    archive = _archive(tmp_path / cifar.ARCHIVE, {name: _python2(x) for name, x in _batches().items()})
+    unpacked = tmp_path / "cifar-100-python.tar"
+    unpacked.write_bytes(gzip.decompress(archive.read_bytes()))
+    assert [split.num_examples for split in cifar100_source(unpacked, tmp_path, COUNTS).splits] == [40, 10]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bvit_jax import data
-from bvit_jax.data.prepare import prepare
+from bvit_jax.data.prepare import inaturalist, prepare
 from bvit_jax.data.prepare.__main__ import main
 from bvit_jax.data.prepare.inaturalist import RANKS, inaturalist_source
 from bvit_jax.errors import UserError
@@ -136,4 +136,14 @@ def test_damaged_files(make: Any) -> None:
         prepare(inaturalist_source(folder, 2018, folder / "data"))
     (folder / "categories.json").write_text("[")
     with pytest.raises(UserError, match=r"cannot read .*categories\.json: .*; get it again"):
+        inaturalist_source(folder, 2018, folder / "data")
+
+
+def test_annotations_of_too_much(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make()
+    (folder / "val2018.json").write_text("[" + "{}," * 5_000_000 + "0]")
+    with pytest.raises(UserError, match=r"about 10,000,001 values; expected at most 10,000,000"):
+        inaturalist_source(folder, 2018, folder / "data")
+    monkeypatch.setattr(inaturalist, "MAX_JSON", 1 << 20)
+    with pytest.raises(UserError, match=r"has 15,000,003 bytes; expected at most 1,048,576"):
         inaturalist_source(folder, 2018, folder / "data")

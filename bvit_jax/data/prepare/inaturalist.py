@@ -26,8 +26,10 @@ YEARS = (2018, 2019)
 VERSION = "1.0.0"
 RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SPLITS = {"train": "train", "validation": "val"}  # names in TFDS and in the file names
+USED = ("images", "annotations", "file_name", "category_id", *RANKS)  # keys of the objects in the files
 PART = 1000  # images
-MAX_JSON = 1 << 29  # bytes of annotations, which have 100 MB
+# Of annotations: bytes, and what separates their values. Those of 2018 have 120 MB and 9 million.
+MAX_JSON, MAX_VALUES = 160_000_000, 10_000_000
 
 
 def inaturalist_source(folder: Path, year: int, data_dir: Path, category: str = "name") -> Source:
@@ -107,7 +109,7 @@ def _rank(categories: list[Any], number: Any, category: str, path: Path) -> str:
 
 def _json(path: Path, kind: type) -> Any:
     try:
-        value = read_json(path, MAX_JSON)
+        value = read_json(path, MAX_JSON, MAX_VALUES, _used)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -115,6 +117,11 @@ def _json(path: Path, kind: type) -> Any:
     if not isinstance(value, kind):
         raise UserError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}")
     return value
+
+
+def _used(entry: dict[str, Any]) -> dict[str, Any]:
+    """Returns an object of the files without what is not needed: the annotations have half a million."""
+    return {key: entry[key] for key in USED if key in entry}
 
 
 def _list(value: dict[str, Any], key: str, path: Path) -> list[Any]:

@@ -1,15 +1,17 @@
 """Reads uncompressed tar files, also nested ones, by the offsets of their members."""
 
+import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, cast
 
 from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
+MAX_HEADERS = 1 << 16  # bytes before one member: long names, times and the like
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,24 @@ class Member:
     size: int
 
 
-def list_members(file: BinaryIO, name: str, start: int = 0, end: int | None = None) -> Iterator[Member]:
+class _Bounded:
+    """A file for tarfile, which reads at once whatever size a header claims, and any number of headers."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+        self.left = MAX_HEADERS
+
+    def read(self, size: int) -> bytes:
+        """Returns the next bytes; raises `tarfile.TarError` beyond `MAX_HEADERS`."""
+        if not 0 <= size <= self.left:
+            raise tarfile.TarError(f"a file's headers have more than {MAX_HEADERS:,} bytes")
+        self.left -= size
+        return self._file.read(size)
+
+
+def list_members(
+    file: io.BufferedIOBase, name: str, start: int = 0, end: int | None = None
+) -> Iterator[Member]:
     """Yields the files of a tar, reading headers only.
 
     Args:
@@ -35,19 +54,24 @@ def list_members(file: BinaryIO, name: str, start: int = 0, end: int | None = No
     """
     end = file.seek(0, 2) if end is None else end
     file.seek(start)
-    last = start
+    last, bounded = start, _Bounded(file)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=cast(Any, bounded), mode="r:") as archive:
             while (member := archive.next()) is not None:
+                bounded.left = MAX_HEADERS
+                if member.size < 0:
+                    raise tarfile.TarError(f"{member.name} has {member.size:,} bytes")
                 last = member.offset_data + -(-member.size // BLOCK) * BLOCK
                 if last > end:
-                    raise UserError(f"{name} is cut off in the middle of {member.name}; get it again")
+                    raise UserError(
+                        f"{name} is cut off in the middle of {member.name}, at byte {end:,}; get it again"
+                    )
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
                     raise UserError(f"{name} holds {member.name}, which is not a regular file; get it again")
                 yield Member(str(PurePosixPath(member.name)), member.offset_data, member.size)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:
         raise UserError(f"{name} is damaged or cut off: {one_line(error)}; get it again") from error
     # tarfile takes a damaged header for the end of the tar; a real end is a block of zeros.
     file.seek(last)
@@ -55,7 +79,7 @@ def list_members(file: BinaryIO, name: str, start: int = 0, end: int | None = No
         raise UserError(f"{name} is damaged or cut off at byte {last - start:,}; get it again")
 
 
-def read_member(file: BinaryIO, member: Member) -> bytes:
+def read_member(file: io.BufferedIOBase, member: Member) -> bytes:
     """Returns the bytes of one member; raises OSError if they cannot be read."""
     file.seek(member.offset)
     data = file.read(member.size)
@@ -64,7 +88,7 @@ def read_member(file: BinaryIO, member: Member) -> bytes:
     return data
 
 
-def open_tar(path: Path) -> BinaryIO:
+def open_tar(path: Path) -> io.BufferedIOBase:
     """Opens a tar for `list_members` and `read_member`; raises `UserError` if it is missing."""
     try:
         return path.open("rb")
