@@ -10,6 +10,10 @@ from bvit_jax.errors import UserError, printable
 # How the classes of a data set are found among a model's: all of them in its order; some of them by name; by
 # numbers in place of names, such as ImageNet-V2's; or not by their names at all.
 Matching = Literal["same", "subset", "numbers", "order"]
+ADVICE = (
+    "use the data that it was trained on, --classes=subset to find classes by name, --classes=numbers where"
+    " names are numbers, or --classes=order to ignore names"
+)
 
 
 @functools.cache
@@ -33,13 +37,16 @@ def readable_class_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(imagenet_classes().get(name) or printable(name) for name in names)
 
 
-def matched(names: Sequence[str], known: Sequence[str], how: Matching = "same") -> tuple[int, ...]:
+def matched(
+    names: Sequence[str], known: Sequence[str], how: Matching = "same", advice: str = ADVICE
+) -> tuple[int, ...]:
     """Returns the number of a model's class for each class of a data set.
 
     Args:
       names: of the data set.
       known: of the model. Where nobody named them (``class 0``, ...) only their number is compared.
       how: see `Matching`.
+      advice: what to do about a difference.
 
     Raises:
       UserError: a class of the data set is not where ``how`` says; it is the first that differs.
@@ -58,15 +65,13 @@ def matched(names: Sequence[str], known: Sequence[str], how: Matching = "same") 
     if len(there) != len(ours):
         raise UserError(
             f"the data set has {len(there)} classes, first {_shown(there[0])}, and the model {len(ours)};"
-            " --classes=subset finds them by name, --classes=numbers where names are numbers"
+            f" {advice}"
         )
     named = how == "same" and tuple(ours) != default_class_names(len(ours))
     for i, (name, own) in enumerate(zip(there, ours, strict=True)):
         if named and name != own:
             raise UserError(
-                f"class {i} of the data set is {_shown(name)} and of the model {_shown(own)}; use the data"
-                " that it was trained on, --classes=subset to find classes by name, --classes=numbers where"
-                " names are numbers, or --classes=order to ignore names"
+                f"class {i} of the data set is {_shown(name)} and of the model {_shown(own)}; {advice}"
             )
     return tuple(range(len(ours)))
 

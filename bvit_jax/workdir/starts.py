@@ -72,9 +72,12 @@ def write(workdir: Path, config: ConfigDict, class_names: Sequence[str], step: i
     path, starts = workdir / CONFIG_FILE, workdir / STARTS_FILE
     if step > 0 and (workdir / runs.CLASSES_FILE).exists():
         try:
-            matched(class_names, runs.read_class_names(workdir, len(class_names)))
+            known = runs.read_class_names(workdir, config.model.num_classes)
+            matched(
+                class_names, known, advice="use the data that it was trained on or choose another workdir"
+            )
         except UserError as error:
-            raise UserError(f"the run in {workdir} continues on another data set: {error}") from error
+            raise UserError(f"cannot continue the run in {workdir} on this data set: {error}") from error
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     try:
         if path.exists() and not starts.exists():  # of an older version

@@ -123,10 +123,13 @@ def strange_runs(directory: Path) -> list[Path]:
 def test_the_picture_of_strange_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     output = tmp_path / "curves.png"
+    output.symlink_to(tmp_path / "somebody's.png")
+    (tmp_path / "somebody's.png").touch()
     assert main(["curves", *map(str, strange_runs(tmp_path)), f"--output={output}"]) == 0
     assert capsys.readouterr().out == f"{output}\n"
     with Image.open(output) as image:
         assert image.width > 1000
+    assert not (tmp_path / "somebody's.png").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["no/such.png", "curves.html"])

@@ -299,6 +299,10 @@ def test_a_converted_model_and_an_image(tmp_path):
     image = tmp_path / "<b>.png"
     Image.new("RGB", (40, 50), (200, 30, 60)).save(image)
     output = tmp_path / "report"
+    output.mkdir()
+    (tmp_path / "somebody's").touch()
+    for name in ("index.html", "images.png"):
+        (output / name).symlink_to(tmp_path / "somebody's")
     arguments = ["network", f"--checkpoint={TEACHER}", f"--output={output}", "--image", str(image)]
     assert main(arguments) == 0
     page = check_page(output)
@@ -306,6 +310,7 @@ def test_a_converted_model_and_an_image(tmp_path):
     assert len(notes) == 4  # weights, flips, signs, branches
     assert not page.all("b")
     assert any("<b>.png" in text for text in page.texts["figcaption"])
+    assert not (tmp_path / "somebody's").read_bytes()
 
 
 def test_the_default_images():

@@ -33,7 +33,7 @@ def test_classes_are_found(names, known, how, expected):
             "same",
             "class 1 of the data set is '2' and of the model '1'; use the",
         ),
-        (DIGITS[:3], "same", "the data set has 3 classes, first '0', and the model 10; --classes=sub"),
+        (DIGITS[:3], "same", "the data set has 3 classes, first '0', and the model 10; use the data"),
         (DIGITS[:3], "order", "the data set has 3 classes"),
         (["0", "ten"], "subset", "the data set has the class 'ten', which 0 of the model's 10 classes are"),
         (["0", "10"], "numbers", "the data set has the class 'number 10', which 0 of"),

@@ -243,6 +243,16 @@ def test_images(tmp_path, monkeypatch, installed):
         assert set(scalars) == {(1, "batch"), (2, "batch")}
 
 
+def test_a_picture_replaces_a_link(tmp_path):
+    (tmp_path / "somebody's.png").write_text("a photograph")
+    (tmp_path / "batch.png").symlink_to(tmp_path / "somebody's.png")
+    MetricWriter(tmp_path, active=True).add_images(1, "batch", np.zeros((2, 2, 3), np.uint8))
+    assert (tmp_path / "somebody's.png").read_text() == "a photograph"
+    assert not (tmp_path / "batch.png").is_symlink()
+    with Image.open(tmp_path / "batch.png") as image:
+        assert image.size == (2, 2)
+
+
 def test_images_without_room(tmp_path):
     (tmp_path / "batch.png").mkdir()
     writer = MetricWriter(tmp_path, active=True)

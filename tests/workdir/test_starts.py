@@ -146,10 +146,10 @@ def test_the_configurations_of_all_starts_are_kept(tmp_path: Path) -> None:
     config_lib.save(config, tmp_path / "config.json")  # of an older version, which kept the last alone
     for step, seed in ((5, 1), (9, 2)):
         config.seed = seed
-        starts.write(tmp_path, config, ["a"], step)
+        starts.write(tmp_path, config, ["a"] * 10, step)
     with (tmp_path / "starts.jsonl").open("a") as file:
         file.write('{"half')  # power loss
-    starts.write(tmp_path, config, ["a"], 9)
+    starts.write(tmp_path, config, ["a"] * 10, 9)
     lines = (tmp_path / "starts.jsonl").read_text().splitlines()
     kept = [json.loads(line) for line in lines if line != '{"half']
     assert [(line.get("step"), line["config"]["seed"]) for line in kept] == [
@@ -159,6 +159,25 @@ def test_the_configurations_of_all_starts_are_kept(tmp_path: Path) -> None:
         (9, 2),
     ]
     assert config_lib.load(tmp_path / "config.json").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat", "ibex", "dog"], "class 1 of the data set is 'ibex' and of the model 'dog'"),
+        (["dog", "cat", "eel"], "class 0 of the data set is 'dog' and of the model 'cat'"),
+        (["cat", "dog"], "the data set has 2 classes, first 'cat', and the model 3"),
+    ],
+)
+def test_a_run_continues_on_its_own_classes(names: list[str], message: str, tmp_path: Path) -> None:
+    config = tiny.get_config()
+    config.model.num_classes = 3
+    starts.write(tmp_path, config, ["cat", "dog", "eel"], 0)
+    before = content_of(tmp_path)
+    with pytest.raises(UserError, match=f"{message}; use the data that it was trained on or choose another"):
+        starts.write(tmp_path, config, names, 5)
+    assert content_of(tmp_path) == before
+    starts.write(tmp_path, config, ["cat", "dog", "eel"], 5)
 
 
 def test_files_are_replaced_and_links_are_not_followed(tmp_path: Path) -> None:

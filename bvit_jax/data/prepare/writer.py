@@ -122,7 +122,7 @@ def open_staging(info: tfds.core.DatasetInfo, fingerprint: str) -> Iterator[Stag
     stage = Staging(info)
     try:
         stage.path.mkdir(parents=True, exist_ok=True)
-        with (stage.path / "lock").open("w") as lock:
+        with (stage.path / "lock").open("a") as lock:
             _lock(lock.fileno(), stage.path)
             _check_plan(stage, fingerprint)
             yield stage
