@@ -85,6 +85,13 @@ def compile_as_users_do(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test's runs take the first device alone: programs for eight take longer to compile."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: first)
+
+
 @contextmanager
 def _settings(**values: object) -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in values}

@@ -126,6 +126,7 @@ def test_saved_models_are_read_again(
         bvit_jax.save(teacher, tmp_path / "native")
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_the_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

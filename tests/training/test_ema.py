@@ -78,6 +78,7 @@ def test_the_average_decides_which_checkpoint_is_best():
     assert deciding_top1({"top1": 0.5, "ema_top1": 0.25}) == 0.25
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.slow
 def test_a_run_keeps_evaluates_and_resumes_it(tmp_path):
     config = tiny.get_config()

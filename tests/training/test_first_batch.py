@@ -45,6 +45,7 @@ def called(tree, name):
     return [a for path, a in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key == name]
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"accumulate_steps": 2, "ema": {"decay": 0.9}}])
 def test_start_and_first_step(data_dir, settings):
@@ -81,6 +82,7 @@ def test_other_models_have_no_start(data_dir):
     assert not starts_from_a_batch(run.state)
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.slow
 def test_a_run_starts_with_it(data_dir, tmp_path):
     config = config_of(data_dir, epochs=1, health=True)

@@ -19,8 +19,9 @@ from bvit_jax.errors import UserError
 from bvit_jax.plan import dry_run as dry_run_lib
 from bvit_jax.plan.dry_run import dry_run
 from bvit_jax.plan.topology import DoesNotFit
+from bvit_jax.runtime.interruption import Interrupted
 from bvit_jax.runtime.mesh import replicate
-from bvit_jax.training import initial, loop
+from bvit_jax.training import initial
 from bvit_jax.training.loop import train_and_evaluate
 from bvit_jax.training.setup import build
 from bvit_jax.training.steps.state import create_state
@@ -30,7 +31,9 @@ from bvit_jax.weights.state_dicts import StateDictError
 from bvit_jax.workdir import runs
 from bvit_jax.workdir.checkpoint import Checkpoints, is_saved
 from tests.configs import from_teacher, tiny
-from tests.processes import ROOT, finish, metrics_of, run, start_many
+from tests.inprocess import Notice
+from tests.processes import ROOT, finish, metrics_of, start_many
+from tests.processes import run as run_script
 from tests.small import SIZE, Small, optimizer
 from tests.tiny_models import abstract_of, assert_same_trees, random_variables, tiny_config, tiny_pretrained
 
@@ -249,29 +252,24 @@ def test_a_sharded_state_starts_from_them(data_dir: Path, teacher: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_run_starts_from_its_teacher_and_continues_without_the_file(
-    data_dir: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, teacher: Path, tmp_path: Path
 ) -> None:
     config = config_of(data_dir, teacher)
     config.init.path = str(tmp_path / "copy")
     shutil.copytree(teacher, tmp_path / "copy")
     created: list[Any] = []
-    original = loop.build
+    run = build(config, 1437)
+    create = run.programs.create.function
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        built = original(*args, **kwargs)
-        create = built.programs.create.function
+    def noted(*arguments: Any) -> Any:
+        created.append(jax.device_get(create(*arguments)))
+        return create(*arguments)
 
-        def noted(*arguments: Any) -> Any:
-            created.append(jax.device_get(create(*arguments)))
-            return create(*arguments)
-
-        built.programs.create.run = noted  # which is not compiled again
-        return built
-
-    monkeypatch.setattr(loop, "build", spy)
+    run.programs.create.run = noted  # which is not compiled again
     assert not is_saved(tmp_path / "whole")
-    printed = train_and_evaluate(config, tmp_path / "whole")
+    printed = train_and_evaluate(config, tmp_path / "whole", run=run)
     assert is_saved(tmp_path / "whole")
     (first,) = created
     theirs, ours = flat(weights.load(teacher).variables), flat(first.params)
@@ -284,7 +282,7 @@ def test_a_run_starts_from_its_teacher_and_continues_without_the_file(
     shutil.copytree(tmp_path / "whole", broken)
     shutil.rmtree(broken / "checkpoints" / "4")
     shutil.rmtree(tmp_path / "copy")
-    assert train_and_evaluate(config, broken) == printed
+    assert train_and_evaluate(config, broken, run=run) == printed
     assert metrics_of(broken) == metrics_of(tmp_path / "whole")
     for ema in (True, False):
         ends = [runs.load_run(path, "latest", ema).variables for path in (tmp_path / "whole", broken)]
@@ -292,8 +290,9 @@ def test_a_run_starts_from_its_teacher_and_continues_without_the_file(
     assert len(created) == 1
 
     # Its workdir is a source in turn: its average, the flags of its quantisers among it.
-    config.init.path, config.epochs = str(broken), 1
-    train_and_evaluate(config, tmp_path / "second")
+    config.init.path = str(broken)
+    with pytest.raises(Interrupted):
+        train_and_evaluate(config, tmp_path / "second", run=run, interruption=Notice(1))
     assert_same_trees(created[1].variables, runs.load_model(broken).variables)
 
 
@@ -381,20 +380,22 @@ def test_the_commands_train_a_binary_student_from_hugging_face_s_deit(data_dir: 
     )
     transformers.DeiTForImageClassificationWithTeacher(settings).save_pretrained(tmp_path / "teacher")
     workdir = tmp_path / "run"
-    result = run("train.py", *flags_of(workdir, data_dir, f"--config.teacher.path={tmp_path / 'teacher'}"))
+    result = run_script(
+        "train.py", *flags_of(workdir, data_dir, f"--config.teacher.path={tmp_path / 'teacher'}")
+    )
     assert result.returncode == 0, result.stderr
     assert f"starting from {tmp_path / 'teacher'}: 21 arrays" in result.stderr
     assert "these weights were trained on images with config.data.mean=(0.485" in result.stderr
     printed = json.loads(result.stdout)
     assert printed["step"] == 4
     assert json.loads((workdir / "config.json").read_text())["init"]["path"] == str(tmp_path / "teacher")
-    evaluated = run("eval.py", f"--workdir={workdir}")
+    evaluated = run_script("eval.py", f"--workdir={workdir}")
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout)["top1"] == printed["ema_top1"]
 
     # One flag alone: the teacher is still the one that was named before.
     flags = [f"--config.teacher.path={tmp_path / 'teacher'}", "--config.init.path=/nowhere"]
-    wrong = run("train.py", *flags_of(tmp_path / "other", data_dir, *flags))
+    wrong = run_script("train.py", *flags_of(tmp_path / "other", data_dir, *flags))
     assert wrong.returncode == 1
     assert wrong.stderr == "error: config.init.path: no file or directory /nowhere; expected a checkpoint\n"
 
