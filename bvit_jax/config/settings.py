@@ -280,15 +280,16 @@ def check_section(section: str, settings: ConfigDict) -> None:
         check(f"{section}.{name}".lstrip("."), settings[name])
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict, *, borders: bool = False) -> None:
     """Raises `UserError` naming the first setting whose value is not allowed or conflicts with another.
 
     Settings of the model, and what is inside ``optim.rules`` and ``data.auto_augment``, are checked by the
-    packages that read them.
+    packages that read them. ``borders`` says whether evaluation may have them, see `borders_of`.
     """
     for section in SECTIONS:
         check_section(section, config[section] if section else config)
-    _check_resize(config)
+    if not borders and (problem := borders_of(config)):
+        raise UserError(problem)
     _check_mixing(config)
     _check_ranking(config)
     if "name" not in config.model:
@@ -300,13 +301,15 @@ def eval_resize(data: ConfigDict, image_size: int) -> int:
     return data.eval_resize or image_size * 256 // 224
 
 
-def _check_resize(config: ConfigDict) -> None:
+def borders_of(config: ConfigDict) -> str:
+    """Returns what is wrong with an evaluation that adds black borders, as older versions did, or ``""``."""
     size, resize = config.model.get("image_size", 0), config.data.eval_resize
-    if isinstance(size, int) and 0 < resize < size:
-        raise UserError(
-            f"config.data.eval_resize is {resize}; expected at least config.model.image_size, {size}, since"
-            " what is missing would be black; 0 follows the image size"
-        )
+    if not isinstance(size, int) or not 0 < resize < size:
+        return ""
+    return (
+        f"config.data.eval_resize is {resize}; expected at least config.model.image_size, {size}, since"
+        " what is missing would be black; 0 follows the image size"
+    )
 
 
 def _check_mixing(config: ConfigDict) -> None:

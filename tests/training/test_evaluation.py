@@ -11,8 +11,9 @@ from bvit_jax import cli, data
 from bvit_jax.data.prepare import prepare
 from bvit_jax.data.prepare.imagefolder import imagefolder_source
 from bvit_jax.errors import UserError
-from bvit_jax.training.evaluation import evaluate_model
+from bvit_jax.training.evaluation import evaluate_model, evaluate_workdir
 from configs import deit_digits
+from tests.weights.test_convert import make_run
 
 TEACHER = Path(str(resources.files("bvit_jax") / "assets" / "deit_digits"))
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -56,6 +57,19 @@ def test_a_subset_of_the_classes_has_their_logits(data_dir: Path) -> None:
     assert figures["top1"] > 0.95
     assert figures["top5"] == 1  # of three
     assert np.isfinite(figures["loss"])
+
+
+def test_a_run_of_an_older_version_is_evaluated_as_it_was(
+    data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = deit_digits.get_config()
+    config.model.update(depth=1, width=16, mlp_dim=16, num_heads=1)
+    config.eval_batch_size = 120
+    config.data.update(data_dir=str(data_dir), eval_resize=24)  # of 32
+    make_run(tmp_path / "run", config)
+    assert evaluate_workdir(tmp_path / "run", "latest", {})["images"] == 360
+    [warning] = [message for message in caplog.messages if "borders" in message]
+    assert "config.data.eval_resize is 24; expected at least config.model.image_size, 32" in warning
 
 
 def test_no_image_of_an_evaluation_can_be_decoded(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
