@@ -14,7 +14,7 @@ from bvit_jax.data.pipeline import (
     train_augment,
     train_batches,
 )
-from bvit_jax.data.splits import Split, open_split
+from bvit_jax.data.splits import Split, open_split, sample_digest
 
 __all__ = [
     "Batch",
@@ -23,6 +23,7 @@ __all__ = [
     "open_eval_split",
     "open_split",
     "open_train_split",
+    "sample_digest",
     "steps_per_epoch",
     "train_augment",
     "train_batches",

@@ -6,8 +6,12 @@ even on a different number of hosts.
 """
 
 import logging
+import multiprocessing
 import os
+import re
+import signal
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +29,7 @@ from bvit_jax.errors import UserError, printable
 
 MAX_THREADS = 16  # more only fight for the interpreter lock
 NOT_BAD = np.int32(-1)
+WORKER_ENDED = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")
 
 Batch = dict[str, np.ndarray]
 
@@ -240,6 +245,8 @@ class _DecodedSplit:
         place = f"record {index} of split {split.name!r} of {split.dataset}"
         try:
             record = split.source[index]
+            if record["image"] is None:  # what ArrayRecord reads beyond the end
+                raise OSError("its file was truncated")
         except Exception as error:  # of the disk, the network, TFDS or ArrayRecord: not of the image
             raise UserError(
                 f"cannot read {place}: {one_line(error)}; check the disk, or prepare the dataset again"
@@ -272,7 +279,7 @@ def _batches(dataset: Any, local_size: int, config: ConfigDict, split: Split) ->
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     dataset = dataset.batch(local_size, drop_remainder=True).to_iter_dataset(options)
     _let_grain_read_its_flags()
-    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _end_with_parent)
     return _within_budget(_until_closed(dataset), split, config.max_bad_images)
 
 
@@ -285,6 +292,17 @@ def _let_grain_read_its_flags() -> None:
     for name in flags.FLAGS:
         if name.startswith("grain_"):
             flags.FLAGS[name].present = True
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Makes a process that loads images end when the one that it loads them for is killed."""
+    del index, count
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        os.kill(os.getpid(), signal.SIGKILL)  # nobody is there whom its queues could reach
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def _parallelism(config: ConfigDict) -> tuple[int, int]:
@@ -328,6 +346,13 @@ def _until_closed(dataset: Any) -> Generator[Batch, None, None]:
     iterator = iter(dataset)
     try:
         yield from iterator
+    except RuntimeError as error:
+        if (code := WORKER_ENDED.search(str(error))) is None:
+            raise
+        raise UserError(
+            f"a process that loads images has ended with exit code {code[1]}, as when memory or /dev/shm is"
+            " short; lower config.data.num_workers, num_threads or prefetch, and run the same command again"
+        ) from error
     finally:
         iterator.close()  # otherwise its threads finish the waiting images first
 

@@ -1,5 +1,6 @@
 """Random access to one split of any prepared TFDS image-classification dataset."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ DIGITS = "digits"  # the only dataset that is prepared on first use
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w-][\w.-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
 SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 READERS = 32  # shards opened at once: a thousand of ImageNet, perhaps in a bucket
+SAMPLES = 32  # of a split, which tell it from another one
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -65,6 +67,27 @@ def open_split(dataset: str, data_dir: str, split: str) -> Split:
             "or set config.data.data_dir"
         )
     return _open(dataset, path, split)
+
+
+def sample_digest(split: Split) -> str:
+    """Returns a digest of some images and labels of a split, the same wherever and however it was prepared.
+
+    Raises:
+      UserError: they cannot be read.
+    """
+    last = split.num_examples - 1
+    places = sorted({place * last // (SAMPLES - 1) for place in range(SAMPLES)})
+    digest = hashlib.sha256(str(split.num_examples).encode())
+    try:
+        with ThreadPoolExecutor(READERS) as pool:
+            for record in pool.map(lambda place: split.source[place], places):
+                digest.update(b"%d %s" % (record["label"], hashlib.sha256(record["image"]).digest()))
+    except Exception as error:  # of the disk, TFDS or ArrayRecord
+        raise UserError(
+            f"cannot read split {split.name!r} of {split.dataset}: {one_line(error)}; check the disk, or"
+            " prepare the dataset again"
+        ) from error
+    return digest.hexdigest()
 
 
 def check_split_name(name: str, place: Any) -> None:

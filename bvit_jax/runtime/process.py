@@ -71,6 +71,8 @@ def take() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.get_absl_logger().addFilter(lambda record: record.levelno == logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Its process removes the memory that is shared with processes which have been ended; no loss.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     warnings.filterwarnings("ignore", module="PIL")  # about broken EXIF data; what matters is an error
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,7 +1,7 @@
 """The training loop, top to bottom."""
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,6 @@ from bvit_jax.training.steps import health
 from bvit_jax.training.steps.batch import Batch
 from bvit_jax.training.steps.programs import Program, Programs
 from bvit_jax.training.steps.state import TrainState
-from bvit_jax.training.teacher import Teacher
 from bvit_jax.workdir import starts
 from bvit_jax.workdir.checkpoint import Checkpoints, is_saved
 from bvit_jax.workdir.collectives import on_first_process
@@ -76,7 +75,11 @@ def train_and_evaluate(
         on_first_process(lambda: starts.check(workdir, config, allow_changes=allow_changes))
         split = open_splits(config)
         run = build(config, split.num_examples, donate=not debug_nans) if run is None else run
-        identity = {"teacher": run.teacher.digest, "dataset": split.version}
+        identity = {
+            "teacher": run.teacher.digest,
+            "dataset": split.version,
+            "images": data.sample_digest(split),
+        }
         given = _given(config, run, workdir, identity, split.num_examples)
         due = Timetable.of(config, run.steps_per_epoch, run.total_steps)
         _announce(config, run)
@@ -87,7 +90,7 @@ def train_and_evaluate(
         checkpoints = stack.enter_context(closing(Checkpoints(workdir, keep=config.checkpoint.keep)))
         key_init, key = run.programs.keys.run(jax.random.key(config.seed))
         restored = checkpoints.restore(run.state)
-        record, start = _resumed(restored, run, split, workdir)
+        record, start = _resumed(restored, run, split, identity, workdir)
         starts.write(workdir, config, split.class_names, start)
         log = stack.enter_context(closing(RunLog(workdir, config, run, record, start)))
         teacher = replicate(run.teacher.variables, run.mesh)
@@ -111,10 +114,7 @@ def train_and_evaluate(
             evaluate(start, state)
             save(start, state)
         for step in range(start + 1, run.total_steps + 1):
-            if (fed := _next(feed, interruption)) is None:
-                save(step - 1, state)
-                raise interruption.at(step - 1)
-            batch, bad = fed
+            batch, bad = _next(feed, interruption, step - 1, partial(save, step - 1, state))
             if step == start + 1:
                 log.batch(step, programs.preview.run(batch, state.step, key), split.class_names)
             if step == 1 and programs.first_batch is not None:
@@ -165,13 +165,17 @@ def _announce(config: ConfigDict, run: Run) -> None:
 
 
 def _resumed(
-    restored: tuple[TrainState, dict[str, Any]] | None, run: Run, split: data.Split, workdir: Path
+    restored: tuple[TrainState, dict[str, Any]] | None,
+    run: Run,
+    split: data.Split,
+    identity: dict[str, str],
+    workdir: Path,
 ) -> tuple[Record, int]:
     """Returns the record of a run and the step that it continues from."""
     if restored is None:
         return Record(), 0
     state, metadata = restored
-    _check_identity(metadata["identity"], run.teacher, split, workdir)
+    _check_identity(metadata["identity"], identity, split, workdir)
     start = int(state.step)
     logger.info("continuing from step %d in %s", start, workdir)
     if start > run.total_steps:
@@ -210,14 +214,26 @@ def _train_batches(config: ConfigDict, run: Run, start: int) -> Generator[data.B
     return data.train_batches(config.data, size, config.batch_size, config.seed, start, rows.tolist())
 
 
-def _next(feed: Feed, interruption: Interruption) -> tuple[dict[str, jax.Array], int] | None:
-    """Returns the next batch, or None if a signal came meanwhile, or has ended what loads images, too."""
+def _next(
+    feed: Feed, interruption: Interruption, step: int, save: Callable[[], None]
+) -> tuple[dict[str, jax.Array], int]:
+    """Returns the next batch; where none comes, the state after ``step`` is saved first.
+
+    Raises:
+      Interrupted: a signal came meanwhile, or has ended what loads images, too.
+    """
     try:
-        return feed.next(lambda: interruption.noticed)
+        fed = feed.next(lambda: interruption.noticed)
     except Exception:
-        if interruption.noticed:
-            return None
-        raise
+        if not interruption.noticed:
+            if jax.process_count() == 1:  # several save only what all of them have reached
+                save()
+            raise
+        fed = None
+    if fed is None:
+        save()
+        raise interruption.at(step)
+    return fed
 
 
 def _measured(
@@ -276,8 +292,8 @@ def _evaluate(
     record.evaluation(step, figures)
 
 
-def _check_identity(identity: dict[str, str], teacher: Teacher, split: data.Split, workdir: Path) -> None:
-    if identity["teacher"] != teacher.digest:
+def _check_identity(identity: dict[str, str], now: dict[str, str], split: data.Split, workdir: Path) -> None:
+    if identity["teacher"] != now["teacher"]:
         raise UserError(
             f"the run in {workdir} was started with another teacher than config.teacher.path;"
             " use that one or choose another workdir"
@@ -288,4 +304,9 @@ def _check_identity(identity: dict[str, str], teacher: Teacher, split: data.Spli
             f"the run in {workdir} was started with version {version} of {split.dataset}, and there is"
             f" {split.version} now, whose order may be another; name it in config.data.dataset, as in"
             f" {split.dataset}:{version}"
+        )
+    if identity.get("images", now["images"]) != now["images"]:  # earlier versions did not look at them
+        raise UserError(
+            f"the run in {workdir} was started with other images or labels in split {split.name!r} of"
+            f" {split.dataset}; put those back, or choose another workdir"
         )

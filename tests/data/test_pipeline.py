@@ -2,6 +2,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -323,6 +324,17 @@ def test_only_decoding_makes_a_bad_image(make_config: MakeConfig, monkeypatch: p
             next(batches)
 
 
+def test_a_shard_that_is_cut_off_meanwhile(make_config: MakeConfig, tmp_path: Path) -> None:
+    directory = shutil.copytree(make_config().data_dir, tmp_path / "data")
+    config = make_config(data_dir=str(directory), max_bad_images=9_999)
+    batches = data.train_batches(config, 8, 64, seed=0)
+    next(batches)
+    (shard,) = Path(directory).rglob("digits-train.array_record*")
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"cannot read record \d+ of split 'train' of digits: its file was"):
+        _take(batches, 99)
+
+
 def test_bad_images_are_masked_in_evaluation(make_config: MakeConfig) -> None:
     config = make_config(dataset="photos", eval_split="damaged", max_bad_images=2)
     (batch,) = list(data.eval_batches(config, 24, 4))
@@ -414,6 +426,60 @@ def test_worker_processes_do_not_change_the_batches(make_config: MakeConfig, tmp
     )
     assert threads == processes
     assert len(threads[0]) == 5 * 32
+
+
+KILLED = """
+import json, multiprocessing, os, sys
+from bvit_jax import data
+from bvit_jax.config import default_config
+from bvit_jax.errors import UserError
+
+def main():
+    config = default_config().data
+    config.update(json.loads(sys.argv[1]))
+    batches = data.train_batches(config, 8, 32, 7)
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, 9)
+    try:
+        for _ in batches:
+            pass
+    except UserError as error:
+        print(error)
+    batches = data.train_batches(config, 8, 32, 7)
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), 9)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed(make_config: MakeConfig, tmp_path: Path) -> None:
+    script, config = tmp_path / "killed.py", make_config(num_workers=2)
+    script.write_text(KILLED)
+    settings = {key: config[key] for key in ("dataset", "data_dir", "num_workers")}
+    process = subprocess.run(
+        [sys.executable, str(script), json.dumps(settings)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2])},
+        check=False,
+    )
+    error, pids = process.stdout.splitlines()
+    assert error.startswith("a process that loads images has ended with exit code -9, as when memory")
+    deadline = time.monotonic() + 30
+    while any(map(_runs, pids.split())):  # nobody needs them
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_processes_are_chosen_where_there_are_many_cores(

@@ -192,6 +192,22 @@ def test_images_that_cannot_be_loaded_after_a_notice(
     whole.assert_continues(tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_images_that_cannot_be_read_stop_the_run_and_the_steps_before_are_saved(
+    whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, number: int) -> None:
+        if name == "before feed" and number == 11:  # of step 6
+            raise UserError("gone")
+
+    with monkeypatch.context() as patch:
+        at_events(patch, fail, ("feed",))
+        with pytest.raises(UserError, match="gone"):
+            whole.train(tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/5/checksums.json").exists()
+    whole.assert_continues(tmp_path / "run")
+
+
 # --- damaged ------------------------------------------------------------------------------------
 
 
@@ -318,4 +334,15 @@ def test_another_version_of_the_data_is_refused(
     split = dataclasses.replace(open_splits(whole.config), version="9.0.0")
     monkeypatch.setattr(loop, "open_splits", lambda config: split)
     with pytest.raises(UserError, match=r"started with version 1.0.0 of digits, and there is 9.0.0 now"):
+        whole.train(workdir)
+
+
+def test_other_images_are_refused(whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(whole.workdir, workdir)
+    split = open_splits(whole.config)
+    source = [split.source[index] for index in range(split.num_examples)]
+    other = dataclasses.replace(split, source=[source[1], *source[1:]])
+    monkeypatch.setattr(loop, "open_splits", lambda config: other)
+    with pytest.raises(UserError, match="started with other images or labels in split 'train' of digits"):
         whole.train(workdir)
