@@ -75,11 +75,7 @@ def train_and_evaluate(
         on_first_process(lambda: starts.check(workdir, config, allow_changes=allow_changes))
         split = open_splits(config)
         run = build(config, split.num_examples, donate=not debug_nans) if run is None else run
-        identity = {
-            "teacher": run.teacher.digest,
-            "dataset": split.version,
-            "images": data.sample_digest(split),
-        }
+        identity = _identity(run, split)
         given = _given(config, run, workdir, identity, split.num_examples)
         due = Timetable.of(config, run.steps_per_epoch, run.total_steps)
         _announce(config, run)
@@ -290,6 +286,15 @@ def _evaluate(
         raise
     log.evaluation(step, figures)
     record.evaluation(step, figures)
+
+
+def _identity(run: Run, split: data.Split) -> dict[str, str]:
+    """Returns what a run is besides its configuration, the same in all processes and at all starts."""
+    return {
+        "teacher": run.teacher.digest,
+        "dataset": split.version,
+        "images": data.sample_digest(split),
+    }
 
 
 def _check_identity(identity: dict[str, str], now: dict[str, str], split: data.Split, workdir: Path) -> None:
