@@ -106,7 +106,7 @@ class RunLog:
         return self._clock.paused()
 
     def close(self) -> None:
-        """Ends the progress line, and writes what TensorBoard still holds."""
+        """Ends the progress line, and closes the files."""
         self._progress.close()
         self._writer.close()
 

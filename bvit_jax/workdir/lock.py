@@ -79,15 +79,32 @@ class Lock:
             "path": str(self._path.resolve()),
         }
         try:
-            self._path.unlink(missing_ok=True)
-            with self._path.open("x") as file:  # of two that come together, one
-                json.dump(self._own, file)
+            if other is not None:
+                self._remove(other)
+            file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)  # of two that come together, one
         except FileExistsError as error:
             raise _taken(self._workdir, _read(self._path) or {}) from error
         except OSError as error:
-            raise UserError(
-                f"cannot write {self._path}: {error.strerror}; choose another --workdir"
-            ) from error
+            raise _not_written(self._path, error) from error
+        try:
+            with os.fdopen(file, "w") as opened:
+                json.dump(self._own, opened)
+        except OSError as error:
+            self._path.unlink(missing_ok=True)  # an empty one would be watched by the next
+            raise _not_written(self._path, error) from error
+
+    def _remove(self, stale: dict[str, Any]) -> None:
+        """Removes a lock of a process that is gone, but not what another start has put in its place."""
+        aside = self._path.with_name(f".{os.urandom(8).hex()}.{NAME}")
+        try:
+            self._path.rename(aside)  # of two that come together, one
+        except FileNotFoundError:
+            return
+        found = _read(aside)
+        if found != stale:
+            aside.rename(self._path)
+            raise _taken(self._workdir, found or {})
+        aside.unlink()
 
     def _renew(self) -> None:
         beat = 0
@@ -144,6 +161,10 @@ def _taken(workdir: Path, other: dict[str, Any]) -> UserError:
         f" {other.get('host', '?')}, since {other.get('since', '?')}; wait for its end, stop it, or choose"
         " another workdir"
     )
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; make room or choose another --workdir")
 
 
 def _machine() -> str:

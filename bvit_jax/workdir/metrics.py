@@ -14,6 +14,7 @@ from PIL import Image
 
 from bvit_jax import files
 from bvit_jax.errors import UserError
+from bvit_jax.workdir.tensorboard import Board
 
 Number = int | float
 STEPS_AHEAD = 2  # a step whose batch waits on the devices holds its memory
@@ -91,8 +92,7 @@ class MetricWriter:
         self.path = workdir / "metrics.jsonl"
         self.lines = 0
         self._active = active
-        self._purge_step: int | None = None
-        self._tensorboard: Any = None  # opened by the first write; False without tensorboardX
+        self._board = Board(workdir / "tensorboard")
         if active:
             self._append("", mode="a")
             self.lines = self.path.read_bytes().count(b"\n")
@@ -103,9 +103,7 @@ class MetricWriter:
             return
         values = {name: _json_number(metrics[name]) for name in sorted(metrics)}
         self._append(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        if board := self._board():
-            for name in values:
-                board.add_scalar(name, float(metrics[name]), step)
+        self._board.add(step, metrics, {})
 
     def write_layers(self, step: int, layers: Mapping[str, Mapping[str, Number]]) -> None:
         """Appends ``{"step": ..., "health": {kind: {layer: value}}}``, values to four digits.
@@ -119,10 +117,8 @@ class MetricWriter:
             for kind, values in layers.items()
         }
         self._append(json.dumps({"step": step, "health": rounded}, allow_nan=False) + "\n")
-        if board := self._board():
-            for kind, values in layers.items():
-                for layer, value in values.items():
-                    board.add_scalar(f"health/{kind}/{layer}", float(value), step)
+        flat = {f"health/{kind}/{layer}": x for kind, values in layers.items() for layer, x in values.items()}
+        self._board.add(step, flat, {})
 
     def add_images(self, step: int, name: str, grid: np.ndarray) -> None:
         """Writes a picture, uint8 (height, width, 3), to ``<name>.png``, over the one before.
@@ -137,8 +133,7 @@ class MetricWriter:
                 Image.fromarray(grid).save(temporary)
         except OSError as error:
             raise _user_error(path, error) from error
-        if board := self._board():
-            board.add_image(name, grid, step, dataformats="HWC")
+        self._board.add(step, {}, {name: grid})
 
     def truncate(self, lines: int, step: int) -> None:
         """Keeps the first lines only; call it when a run resumes.
@@ -168,17 +163,11 @@ class MetricWriter:
         except OSError as error:
             raise _user_error(self.path, error) from error
         self.lines = len(kept)
-        self._purge_step = step + 1
+        self._board = Board(self.path.parent / "tensorboard", step + 1)
 
     def close(self) -> None:
-        """Writes what TensorBoard still holds."""
-        if self._tensorboard:
-            try:
-                self._tensorboard.close()
-            except OSError as error:  # metrics.jsonl is the record; a run need not fail for this
-                logger.warning("cannot write TensorBoard's file: %s", error.strerror)
-                return  # its thread goes on, and needs what would be collected
-        self._tensorboard = None
+        """Closes TensorBoard's file."""
+        self._board.close()
 
     def _append(self, text: str, mode: str = "r+") -> None:
         # Opened for each line: there are few, and nothing is left to flush or to close. A missing file is
@@ -193,12 +182,6 @@ class MetricWriter:
             raise _user_error(self.path, error) from error
         self.lines += text.count("\n")
 
-    def _board(self) -> Any:
-        """Returns TensorBoard's writer, opened by the first call, or False without tensorboardX."""
-        if self._tensorboard is None:
-            self._tensorboard = _summary_writer(self.path.parent / "tensorboard", self._purge_step)
-        return self._tensorboard
-
 
 def _is_line(line: bytes, step: float) -> bool:
     """Returns whether a line holds metrics of a step up to this one."""
@@ -211,14 +194,6 @@ def _is_line(line: bytes, step: float) -> bool:
 
 def _user_error(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror}; make room or choose another workdir")
-
-
-def _summary_writer(directory: Path, purge_step: int | None) -> Any:
-    try:
-        from tensorboardX import SummaryWriter  # here, because importing it takes a second
-    except ImportError:
-        return False
-    return SummaryWriter(str(directory), purge_step=purge_step)
 
 
 def _json_number(value: Number) -> Number | None:

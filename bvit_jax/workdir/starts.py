@@ -82,11 +82,13 @@ def write(workdir: Path, config: ConfigDict, class_names: Sequence[str], step: i
     try:
         if path.exists() and not starts.exists():  # of an older version
             append_line(starts, json.dumps({"config": config_lib.load(path).to_dict()}, default=str))
+        config_lib.save(config, path)  # first: without it, a directory with other files is not a run's
         append_line(starts, json.dumps({"step": step, "time": now, "config": config.to_dict()}, default=str))
-        config_lib.save(config, path)
         runs.write_class_names(workdir, class_names)
     except OSError as error:
-        raise UserError(f"cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
+        raise UserError(
+            f"cannot write to {workdir}: {error.strerror}; make room or choose another --workdir"
+        ) from error
 
 
 def _check_changes(workdir: Path, before: ConfigDict, now: ConfigDict, *, allow_changes: bool) -> None:

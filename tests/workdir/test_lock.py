@@ -1,5 +1,6 @@
 """One run at a time in a workdir; locks of processes that are gone are taken over."""
 
+import errno
 import json
 import os
 import subprocess
@@ -65,6 +66,34 @@ def test_a_lock_of_another_machine_that_is_renewed(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="another run goes on in"):
         Lock(tmp_path)
     other.close()
+
+
+def test_of_two_that_take_over_at_once_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen that a process is gone, and one removes its lock after the other has its own."""
+    write(tmp_path, process=-1)
+    stale = json.loads((tmp_path / NAME).read_text())
+    monkeypatch.setattr(lock, "_lives", lambda *_: False)
+    first = Lock(tmp_path)
+    original, reads = lock._read, iter([stale])
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "_read", lambda path: next(reads, None) or original(path))
+        with pytest.raises(UserError, match=f"another run goes on in .*: process {os.getpid()} on"):
+            Lock(tmp_path)
+    assert first._is_ours()
+    first.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_written_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", fail)
+        with pytest.raises(UserError, match=r"cannot write .*run.lock: No space left on device; make room"):
+            Lock(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    Lock(tmp_path).close()
 
 
 def test_a_run_whose_workdir_was_taken_stops(tmp_path: Path) -> None:

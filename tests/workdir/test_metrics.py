@@ -1,5 +1,6 @@
 """Windows, metrics.jsonl, TensorBoard files and the progress line."""
 
+import errno
 import io
 import json
 import math
@@ -143,7 +144,9 @@ def test_lines_are_on_the_disk_before_a_checkpoint_counts_them(tmp_path, monkeyp
     monkeypatch.setattr(
         metrics.os, "fsync", lambda file: synced.append((tmp_path / "metrics.jsonl").read_text())
     )
-    MetricWriter(tmp_path, active=True).write(4, {})
+    writer = MetricWriter(tmp_path, active=True)
+    writer.write(4, {})
+    writer.close()
     assert synced[-1] == '{"step": 4}\n'
 
 
@@ -168,6 +171,7 @@ def test_writer_does_not_start_anew(tmp_path):
     writer.path.unlink()
     with pytest.raises(UserError, match=r"^cannot write [^\n]*metrics.jsonl: No such file"):
         writer.write(2, {})
+    writer.close()
     assert not writer.path.exists()
 
 
@@ -198,6 +202,22 @@ def test_tensorboard(tmp_path):
     assert scalars[5, "loss"] == 0.5
     assert math.isnan(scalars[5, "bad"])
     assert starts == [5]
+
+
+def test_tensorboard_without_room(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("tensorboardX")
+    writer = MetricWriter(tmp_path, active=True)
+    writer.write(1, {"loss": 0.5})
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", fail)
+    for step in range(2, 30):
+        writer.write(step, {"loss": 0.5, "accuracy": 0.5})
+    writer.close()
+    assert len(lines(tmp_path)) == 29
+    assert caplog.messages == ["TensorBoard's file is not written any longer: No space left on device"]
 
 
 def test_without_tensorboard(tmp_path, monkeypatch):
@@ -246,7 +266,9 @@ def test_images(tmp_path, monkeypatch, installed):
 def test_a_picture_replaces_a_link(tmp_path):
     (tmp_path / "somebody's.png").write_text("a photograph")
     (tmp_path / "batch.png").symlink_to(tmp_path / "somebody's.png")
-    MetricWriter(tmp_path, active=True).add_images(1, "batch", np.zeros((2, 2, 3), np.uint8))
+    writer = MetricWriter(tmp_path, active=True)
+    writer.add_images(1, "batch", np.zeros((2, 2, 3), np.uint8))
+    writer.close()
     assert (tmp_path / "somebody's.png").read_text() == "a photograph"
     assert not (tmp_path / "batch.png").is_symlink()
     with Image.open(tmp_path / "batch.png") as image:

@@ -1,5 +1,6 @@
 """A workdir that is not ours is left as it is; a run goes on as what it was."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -193,3 +194,19 @@ def test_files_are_replaced_and_links_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "run" / "starts.jsonl").symlink_to(tmp_path / "config.json")
     with pytest.raises(UserError, match="cannot write to"):
         starts.write(tmp_path / "run", tiny.get_config(), ["a"], 0)
+
+
+@pytest.mark.parametrize("fails", ["save", "append_line"])
+def test_a_start_without_room_can_be_repeated(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = tiny.get_config()
+    with monkeypatch.context() as patch:
+        patch.setattr(*((config_lib, fails) if fails == "save" else (starts, fails)), fail)
+        with pytest.raises(UserError, match=r"cannot write to .*: No space left on device; make room"):
+            starts.write(tmp_path, config, ("a", "b"), 0)
+    starts.check(tmp_path, config, allow_changes=False)
+    starts.write(tmp_path, config, ("a", "b"), 0)
