@@ -84,7 +84,7 @@ def check_image(encoded: bytes, name: str, formats: tuple[str, ...] = images.FOR
         expected = "an image" if formats == images.FORMATS else " or ".join(formats)
         raise UserError(
             f"{name} cannot be used: {error}; expected {expected} and found {len(encoded):,} bytes that"
-            f" begin with {encoded[:8]!r}; get that file again"
+            f" begin with {encoded[:8]!r}; replace that file"
         ) from error
 
 
