@@ -152,6 +152,7 @@ def test_the_labels_are_mixed_like_the_images(stepped, batch):
     assert float(metrics["train_top1"]) == pytest.approx((logits.argmax(-1) == dominant).mean())
 
 
+@pytest.mark.slow
 def test_each_step_draws_anew_and_repeatably(batch):
     student = Probe(lambda images: None)
     optimizer = optax.sgd(0.0)

@@ -76,6 +76,7 @@ digits.prepare(sys.argv[1])
     assert data.open_split("digits", str(tmp_path), "train").num_examples == 1437
 
 
+@pytest.mark.slow
 def test_works_without_tensorflow(tmp_path: Path) -> None:
     program = """
 import importlib.machinery, sys

@@ -191,6 +191,7 @@ def test_wrong_numbers_of_classes(capsys, value):
     assert "is not a whole number above 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough(digit_files):
     command = f"{sys.executable} -m bvit_jax.predict --checkpoint {TEACHER} {digit_files[0]} | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
@@ -249,6 +250,7 @@ def test_the_run_s_own_preprocessing_is_used(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_names_that_a_terminal_would_obey_or_cannot_write(tmp_path, digit_files):
     path = tmp_path / "caf\u00e9\x1b[2J.png"
     path.write_bytes(digit_files[7].read_bytes())

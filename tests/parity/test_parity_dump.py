@@ -196,6 +196,7 @@ def test_the_trace_holds_every_layer_in_order(binaryvit, reference):
     assert all(0 < array.size <= 4096 for array in golden.group("trace").values())
 
 
+@pytest.mark.slow
 def test_flips_are_those_of_every_binary_product(binaryvit):
     golden = parity.GoldenFile(binaryvit)
     flips = golden.group("flips")
@@ -226,6 +227,7 @@ def test_the_same_seed_gives_the_same_file(in_process, binaryvit, tmp_path):
             assert np.mean(other.arrays[name] != array) > 0.5, name
 
 
+@pytest.mark.slow
 def test_compact_files_are_checked_too(in_process, binaryvit, tmp_path):
     path = dumped(tmp_path / "compact.npz", "--model=binaryvit_small", SMALL, "--compact")
     assert path.stat().st_size < 0.7 * binaryvit.stat().st_size

@@ -35,6 +35,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_converted_model_on_a_data_set(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["eval", f"--checkpoint={TEACHER}", "--config=deit_digits", f"--data_dir={data_dir}"]
     assert cli.main([*arguments, "--batch_size=120"]) == 0
@@ -46,6 +47,7 @@ def test_a_converted_model_on_a_data_set(data_dir: Path, capsys: pytest.CaptureF
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_subset_of_the_classes_has_their_logits(data_dir: Path) -> None:
     config = deit_digits.get_config()
     config.data.update(dataset="three", data_dir=str(data_dir), eval_split="test")

@@ -401,6 +401,7 @@ def test_the_commands_train_a_binary_student_from_hugging_face_s_deit(data_dir: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_two_processes_start_from_the_workdir_of_a_run(data_dir: Path, teacher: Path, tmp_path: Path) -> None:
     first, config = tmp_path / "first", config_of(data_dir, teacher)
     built = build(config, 1437)

@@ -98,10 +98,8 @@ def test_a_run_killed_in_an_evaluation_has_lost_nothing(
     ("at", "step"),
     [
         (1, 1),  # no event there
-        (2, 2),  # logged
         (3, 3),  # saved
-        (4, 4),  # at the first batch of the evaluation
-        (6, 4),  # at its last
+        (6, 4),  # at the last batch of the evaluation
         (7, 4),  # after it
         (12, 8),  # in the last evaluation
     ],
@@ -135,6 +133,7 @@ def test_a_notice_while_compiling(whole: Trained, tmp_path: Path, caplog: pytest
     assert Checkpoints(tmp_path / "run", keep=1).latest_step() is None
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training(whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command's `Interruption`, and the real signal, at step 5."""
     before = [signal.getsignal(stop) for stop in process.STOPS]
@@ -154,6 +153,7 @@ def test_ctrl_c_in_training(whole: Trained, tmp_path: Path, monkeypatch: pytest.
     whole.assert_continues(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_notice_while_no_data_come(whole: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that hangs keeps nothing from being saved."""
     notice, original, hang = Notice(), loop._train_batches, threading.Event()
