@@ -9,9 +9,16 @@ from ml_collections import ConfigDict
 from bvit_jax import cli
 from bvit_jax.config import SECTIONS, SETTINGS, check_section, default_config, eval_resize, validate
 from bvit_jax.errors import UserError
+from bvit_jax.models.factory import MODELS
 from bvit_jax.report import settings as report
 
 DOCS = Path(__file__).parents[1] / "docs" / "settings.md"
+
+
+def test_every_setting_of_a_model_is_in_the_docs():
+    rows = re.findall(r"^\| (`.*?`) \|", (DOCS.parent / "models.md").read_text(), re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    assert {key for family in MODELS.values() for key in family.settings()} <= named
 
 
 def with_model() -> ConfigDict:

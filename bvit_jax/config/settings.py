@@ -56,7 +56,7 @@ class Setting(NamedTuple):
 # The parts of a configuration, in order; "" is what is directly in it.
 SECTIONS = {
     "": "The run as a whole.",
-    "model": "The network: see `bvit_jax.models.model_config`.",
+    "model": "The network. Each model has its own settings: [The models](models.md#settings).",
     "mesh": "How the devices share the work.",
     "data": "The images, on the host.",
     "erase": "Random erasing, on the device.",
