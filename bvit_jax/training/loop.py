@@ -121,6 +121,7 @@ def train_and_evaluate(
             profile.after(step, metrics)
             record.add(step, metrics, bad, evaluated=not due.evaluates(step))
             if due.logs(step):
+                lock.check()
                 state, figures = _measured(programs, state, batch, key)
                 log.step(step, figures, feed.waited)
                 checkpoints.check()

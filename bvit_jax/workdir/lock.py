@@ -1,5 +1,6 @@
 """One run at a time in a workdir: a file that names the process, renewed while it lives."""
 
+import contextlib
 import json
 import logging
 import os
@@ -46,7 +47,7 @@ class Lock:
 
     def check(self) -> None:
         """Raises `UserError` if another run has taken the workdir, as while this process was suspended."""
-        if self._lost:
+        if self._lost or self._is_another_runs():
             raise UserError(
                 f"another run has taken {self._workdir} while this one did not answer; this one stops, and"
                 " nothing of the other is overwritten"
@@ -58,7 +59,8 @@ class Lock:
             self._closed.set()
             self._thread.join()
             if self._is_ours():
-                self._path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # of a disk that is gone or read-only, which has been said
+                    self._path.unlink()
 
     def _take(self) -> None:
         try:
@@ -109,8 +111,7 @@ class Lock:
     def _renew(self) -> None:
         beat = 0
         while not self._closed.wait(RENEW_SECONDS):
-            other = _read(self._path)
-            if other and not self._is_ours():
+            if self._is_another_runs():
                 self._lost = True
                 return
             beat += 1
@@ -118,6 +119,9 @@ class Lock:
                 replace_file(self._path, json.dumps({**self._own, "beat": beat}).encode())
             except OSError:  # a disk that is full or away; the run itself finds out
                 continue
+
+    def _is_another_runs(self) -> bool:
+        return bool(self._own and _read(self._path) and not self._is_ours())
 
     def _is_ours(self) -> bool:
         return {**(_read(self._path) or {}), "beat": 0} == {**self._own, "beat": 0}

@@ -96,11 +96,27 @@ def test_a_lock_that_cannot_be_written_is_not_left(tmp_path: Path, monkeypatch: 
     Lock(tmp_path).close()
 
 
+def test_a_lock_that_cannot_be_removed_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    own = Lock(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        own.close()
+    assert (tmp_path / NAME).exists()
+
+
 def test_a_run_whose_workdir_was_taken_stops(tmp_path: Path) -> None:
     first = Lock(tmp_path)
     while "beat" not in (tmp_path / NAME).read_text():
         time.sleep(0.01)
     taken = '{"process": 1, "host": "other"}'
+    (tmp_path / NAME).write_text(taken)
+    with pytest.raises(UserError, match=r"another run has taken"):  # also before it is renewed
+        first.check()
     deadline = time.monotonic() + 10
     while not first._lost and time.monotonic() < deadline:
         (tmp_path / NAME).write_text(taken)  # as after this process was suspended
