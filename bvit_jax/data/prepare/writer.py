@@ -158,7 +158,8 @@ def is_prepared(target: Path, counts: Mapping[str, int], fingerprint: str) -> bo
             " delete it or choose another name or --data_dir"
         )
     shutil.rmtree(staging_path(target), ignore_errors=True)
-    logger.info("%s is already prepared", target)
+    unknown = "; from which files is not known, since an earlier version or TFDS did it"
+    logger.info("%s is already prepared%s", target, "" if source.exists() else unknown)
     return True
 
 
