@@ -6,6 +6,11 @@ wrote, or the workdir of a training run. TARGET is a directory, or a file that e
 .pth; it must not exist, and appears whole or not at all.
 """
 
+if __name__ == "__main__":  # before all that takes seconds to import: signals are heard from here on
+    from bvit_jax import cli
+
+    cli.run("convert")
+
 import argparse
 import ast
 import dataclasses
@@ -152,9 +157,3 @@ def run(argv: list[str]) -> None:
             print(problem, file=sys.stderr)
         raise
     _report(model, arguments.target, arguments.format)
-
-
-if __name__ == "__main__":
-    from bvit_jax import cli
-
-    cli.run("convert")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,14 @@ def test_mistakes_end_with_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in error_of(capsys, *arguments)
+
+
+def test_convert_hears_signals_before_its_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bvit_jax.weights", None)  # cannot be imported
+    monkeypatch.delitem(sys.modules, "bvit_jax.convert", raising=False)
+    monkeypatch.setattr(cli, "run", lambda command: sys.exit(command))
+    with pytest.raises(SystemExit, match="convert"):
+        runpy.run_module("bvit_jax.convert", run_name="__main__")
 
 
 @pytest.mark.parametrize("name", [*cli.COMMANDS, None])
