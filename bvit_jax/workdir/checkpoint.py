@@ -268,7 +268,7 @@ def restore_variables(
             verify_checksums(path, ITEMS)
             fields, metadata = read(path, abstract, partial=True)
             return fields, metadata["run"], step
-        except (UserError, OSError, ValueError):
+        except Exception:  # Orbax raises five types where files go while it reads
             if (path / CHECKSUMS).exists() or jax.process_count() > 1:
                 raise
             logger.info("checkpoint %d is not kept any longer; looking for a newer one", step)
@@ -276,11 +276,17 @@ def restore_variables(
 
 def _step_of_kind(folder: Path, kind: Kind) -> int:
     steps = complete_steps(folder)
-    step: int | None = max(steps, default=None)
-    if step is not None and kind == "best":
-        verify_checksums(folder / str(step), ITEMS, only="metadata/")
-        step = read_metadata(folder / str(step))["best_step"]
-    return step if step in steps else NONE
+    if not steps or kind == "latest":
+        return max(steps, default=NONE)
+    newest = folder / str(max(steps))
+    try:
+        verify_checksums(newest, ITEMS, only="metadata/")
+        best = read_metadata(newest)["best_step"]
+    except (UserError, OSError, ValueError):
+        if (newest / CHECKSUMS).exists():
+            raise
+        return _step_of_kind(folder, kind)  # it is not kept any longer, so there is a newer one
+    return best if best in steps else NONE
 
 
 def _newest_whole(folder: Path, steps: list[int]) -> int:

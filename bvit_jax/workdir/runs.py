@@ -118,7 +118,12 @@ def load_run(workdir: Path, kind: Kind, ema: bool | None = None) -> Pretrained:
         del variables["batch_stats"]
     names = readable_class_names(read_class_names(workdir, config.model.num_classes))
     saved = Path(FOLDER) / str(step)
-    entry = {"file": str(saved), "sha256": sha256(workdir / saved / CHECKSUMS), "format": "run"}
+    try:
+        entry = {"file": str(saved), "sha256": sha256(workdir / saved / CHECKSUMS), "format": "run"}
+    except UserError:
+        if (workdir / saved / CHECKSUMS).exists():
+            raise
+        return load_run(workdir, kind, ema)  # it is not kept any longer by a run that goes on
     if ema:
         entry["weights"] = "ema"
     return Pretrained(

@@ -371,6 +371,23 @@ def test_of_a_saved_step_only_what_is_beside_the_arrays_is_written_again(checkpo
     assert (metadata, step) == ({"evaluated": True}, 1)
 
 
+def test_a_checkpoint_that_is_deleted_while_it_is_read(checkpoints, tmp_path, monkeypatch):
+    run = checkpoints()
+    run.save(1, make_state(1), {}, best_step=1)
+    original = checkpoint.read
+
+    def read(path, *arguments, **options):
+        if path.name == "1":
+            run.save(2, make_state(2), {}, best_step=2)
+            run.wait()
+            delete(path)
+            raise AttributeError("'NoneType' object has no attribute 'tree'")  # so says Orbax
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "read", read)
+    assert restore_variables(tmp_path, {"step": abstract(jnp.int32(0))}, "latest")[2] == 2
+
+
 def test_replacing_metadata_is_atomic_and_never_hides_the_checkpoint(checkpoints, monkeypatch, tmp_path):
     run = checkpoints(keep=1)
     for step in (1, 2):
