@@ -374,6 +374,7 @@ def test_of_a_saved_step_only_what_is_beside_the_arrays_is_written_again(checkpo
 def test_a_checkpoint_that_is_deleted_while_it_is_read(checkpoints, tmp_path, monkeypatch):
     run = checkpoints()
     run.save(1, make_state(1), {}, best_step=1)
+    run.wait()
     original = checkpoint.read
 
     def read(path, *arguments, **options):
