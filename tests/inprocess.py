@@ -71,7 +71,9 @@ class Trained:
     def __init__(self, config: ConfigDict, workdir: Path, devices: int = 1) -> None:
         self.config, self.workdir = config, workdir
         self.run = self.build(devices)
-        self.printed = self.train(workdir)
+        notice = Notice()
+        self.printed = self.train(workdir, notice)
+        self.calls = notice.calls
         self.state = self.final_state(workdir)
 
     def build(self, devices: int, fsdp: int = 1) -> Run:

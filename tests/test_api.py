@@ -56,6 +56,7 @@ def test_importing_costs_nothing() -> None:
     )
 
 
+@pytest.mark.slow
 def test_building_a_model_imports_no_data_or_files() -> None:
     loaded = modules_after("import bvit_jax; bvit_jax.create_model(bvit_jax.model_config('deit'))")
     assert not {*HEAVY} & loaded
@@ -69,6 +70,7 @@ def test_every_public_name_is_there() -> None:
         bvit_jax.lode  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_loaded_model_predicts(teacher: Any, digits: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = digits
     found = teacher.predict(images)
@@ -81,6 +83,7 @@ def test_a_loaded_model_predicts(teacher: Any, digits: tuple[np.ndarray, np.ndar
     assert [guess.name for (guess,) in teacher.top(images[:2], 1)] == [str(i) for i in found[:2].argmax(1)]
 
 
+@pytest.mark.slow
 def test_all_kinds_of_images_are_one(
     teacher: Any, digits: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
@@ -102,6 +105,7 @@ def test_other_arrays_are_refused(teacher: Any, image: np.ndarray) -> None:
         teacher.predict([image])
 
 
+@pytest.mark.slow
 def test_the_module_and_its_variables_give_the_same(
     teacher: Any, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:

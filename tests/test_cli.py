@@ -180,6 +180,7 @@ def test_errors_in_a_run_of_several_processes(
     assert (lines[0].startswith("Traceback"), len(lines) > 1) == (traceback, traceback)
 
 
+@pytest.mark.slow
 def test_main_leaves_the_process_alone(capsys: pytest.CaptureFixture[str]) -> None:
     handler, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
     variables, defined = dict(os.environ), set(flags.FLAGS)

@@ -31,6 +31,7 @@ CEILINGS = {
 WORK = Work(binary_macs=800, real_macs=100, elements=50, variable_bytes=400, state_bytes=1200)
 
 
+@pytest.mark.slow
 def test_ceilings_are_positive_and_finite():
     found = ceilings.measure(ceilings.Sizes(elements=4096, side=16, binary=(8, 2, 8)), rounds=2)
     assert json.loads(json.dumps(found)) == found

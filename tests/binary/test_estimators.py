@@ -133,6 +133,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_of_a_layer_follow_the_slope(name, monkeypatch):
     layer, arguments, shape = LAYERS[name]

@@ -99,6 +99,7 @@ def initial(module: Any, x: Array) -> dict:
     return jax.tree.unflatten(tree, new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "mlp_dim", "rows"), [(8, 16, 16), (8, 16, 10**6), (40, 80, 50)])
 def test_feed_forward_equals_the_plain_one(
     monkeypatch: pytest.MonkeyPatch, width: int, mlp_dim: int, rows: int

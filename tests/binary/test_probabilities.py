@@ -59,6 +59,7 @@ def test_equal_slow_formulation(scale):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_edges():
     scale = jnp.array(0.25)
     ratio = np.array([0, 0.5, 1, 1.5, 2.5, -0.25, np.nextafter(0.5, 1), np.nextafter(1, 2), INF])
@@ -87,6 +88,7 @@ def test_zeros_and_nan():
     np.testing.assert_array_equal(np.isnan(y), [[False, False], [True, False]])
 
 
+@pytest.mark.slow
 def test_a_scale_for_each_head_is_that_of_each_head():
     rng = np.random.default_rng(0)
     probs, gradient = jnp.array(rng.uniform(0, 1, (2, 3, 4, 5))), jnp.array(rng.normal(size=(2, 3, 4, 5)))

@@ -43,6 +43,7 @@ def cases(shape, broadcast):
     return 2 * draw(*shape), scale, 3 * draw(*broadcast, seed=2), draw(*shape, seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "broadcast"), SHAPES)
 def test_quantizer_against_the_slow_one(shape, broadcast):
     *arguments, gradient = cases(shape, broadcast)

@@ -216,6 +216,7 @@ def _subtree(tree, path):
     return tree
 
 
+@pytest.mark.slow
 def test_real_activations_leave_binary_weights_and_no_binary_product():
     cost = count("binaryvit", act_bits=32)
     binary, real = pyramid_macs(32, 4, 10, *(PYRAMID[k] for k in ("width", "depth", "mlp_dim", "reduction")))
@@ -516,6 +517,7 @@ def test_binary_layers_of_a_user():
 DIGITS = f"--config={REPOSITORY / 'configs' / 'digits.py'}"
 
 
+@pytest.mark.slow
 def test_the_command_prints_json(capsys):
     assert (
         main(["cost", DIGITS, "--config.model.depth=(1, 1)", "--config.compute_dtype=bfloat16", "--json"])
@@ -534,6 +536,7 @@ def test_the_command_prints_json(capsys):
     assert report["uncounted"] == []
 
 
+@pytest.mark.slow
 def test_the_command_prints_text(capsys):
     assert main(["cost", DIGITS, "--depth=1", "--config.model.depth=(1, 1)"]) == 0
     text = capsys.readouterr().out
@@ -543,6 +546,7 @@ def test_the_command_prints_text(capsys):
     assert "MACs/byte" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 120, 400])
 def test_the_text_fits_the_terminal(columns):
     config = parse_config([DIGITS, "--config.model.depth=(1, 1)"])

@@ -55,6 +55,7 @@ def test_another_process_may_be_first(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(_read(data.open_split("digits", str(tmp_path), "train"))[0]) == 1437
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_is_never_opened(tmp_path: Path) -> None:
     program = """
 import os, sys

@@ -76,6 +76,7 @@ def test_any_rows_of_a_batch(make_config: MakeConfig) -> None:
         np.testing.assert_array_equal(actual["image"], expected["image"][rows])
 
 
+@pytest.mark.slow
 def test_start_step_skips_batches(make_config: MakeConfig) -> None:
     for hosts in (1, 2):
         config = make_config()
@@ -133,6 +134,7 @@ def _plain(make_config: MakeConfig, repeats: int) -> ConfigDict:
     return make_config(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False, repeats=repeats)
 
 
+@pytest.mark.slow
 def test_repeats_come_in_a_row_and_from_all_images(make_config: MakeConfig) -> None:
     batches = _take(data.train_batches(_plain(make_config, 3), 8, 479, seed=0), 6)
     pixels = [image.tobytes() for batch in batches for image in batch["image"]]
@@ -154,6 +156,7 @@ def test_repeats_are_augmented_differently(make_config: MakeConfig) -> None:
     assert len({image.tobytes() for image in batch["image"]}) == 6
 
 
+@pytest.mark.slow
 def test_repeats_do_not_depend_on_hosts_and_start(make_config: MakeConfig) -> None:
     config = make_config(repeats=3, auto_augment="rand-m9-mstd0.5-inc1")
     one = _take(data.train_batches(config, 8, 120, seed=3), 14)

@@ -259,6 +259,7 @@ subprocess.run(["cp", "-r", str(disk / "d"), str(out)], check=True)
 """
 
 
+@pytest.mark.slow
 def test_really_full_disk(whole: Path, tmp_path: Path) -> None:
     unshare = ["unshare", "--mount", "--map-root-user"]
     disk = tmp_path / "disk"

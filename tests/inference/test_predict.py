@@ -134,6 +134,7 @@ def test_from_a_workdir(tmp_path, photograph, digit_files, capsys):
     assert shares == sorted(shares, reverse=True)
 
 
+@pytest.mark.slow
 def test_images_in_several_groups(digit_files):
     classifier = Classifier(weights.load(TEACHER))
     once = list(classifier.top(digit_files))

@@ -82,6 +82,7 @@ def test_equals_the_batch_norms_of_torch():
         np.testing.assert_allclose(to_params[name], values.grad.numpy(), rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_group_of_the_whole_batch_is_the_batch():
     x, weights, variables = inputs()
@@ -135,12 +136,14 @@ def collectives(group, with_statistics):
     return re.findall(r"= .* (all-reduce|all-gather|all-to-all|collective-permute)\(", compiled.as_text())
 
 
+@pytest.mark.slow
 def test_normalising_within_a_device_needs_no_communication():
     assert not collectives(4, with_statistics=False)
     assert set(collectives(4, with_statistics=True)) == {"all-reduce"}
     assert "all-reduce" in collectives(0, with_statistics=False)
 
 
+@pytest.mark.slow
 def test_the_setting_reaches_every_batch_norm():
     for name in ("react_deit", "binaryvit"):
         model, config = smallest(name, batch_norm_group=3)

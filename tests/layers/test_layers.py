@@ -345,6 +345,7 @@ def test_positions_have_a_standard_deviation_of_one_fiftieth():
     assert abs(w.std() / 0.02 - 1) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_init", ["torch", "trunc_normal"])
 def test_layers_initialise_with_their_own_fan_in(weight_init):
     image, x = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 2, 48))

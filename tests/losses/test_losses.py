@@ -190,6 +190,7 @@ def test_topk_agrees_with_sorting():
     assert all(classification.topk_correct(jnp.array(logits), jnp.array(labels), 100))
 
 
+@pytest.mark.slow
 def test_topk_of_ties_and_nans():
     ties = jnp.ones((4, 4))
     labels = jnp.arange(4)

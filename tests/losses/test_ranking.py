@@ -57,6 +57,7 @@ def shift_of(key, layers, layer, keys):
     return int(jax.random.randint(jax.random.split(key, layers)[layer], (), 1, keys))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("keys", [2, 3, 17, 64, 65])
 @pytest.mark.parametrize("margin", [0.1, 2.0])
@@ -99,6 +100,7 @@ def test_blocks_of_rows_change_nothing(batch):
     np.testing.assert_array_equal(blocks[2], whole[2])
 
 
+@pytest.mark.slow
 def test_narrow_probabilities_give_a_wide_loss():
     narrow = [jnp.asarray(probabilities(1, 2, 5, 9, seed=seed), jnp.bfloat16) for seed in (0, 1)]
     loss, gradient = jax.value_and_grad(lambda s: ranking_loss([s], [narrow[1]], KEY))(narrow[0])
@@ -107,6 +109,7 @@ def test_narrow_probabilities_give_a_wide_loss():
     assert loss == wide_loss > 0
 
 
+@pytest.mark.slow
 def test_zero_once_the_orders_agree_by_the_margin():
     teacher = jnp.asarray(probabilities(2, 2, 5, 20))
     ranks = jnp.argsort(jnp.argsort(teacher, axis=-1), axis=-1)
@@ -128,6 +131,7 @@ def test_one_key_has_no_order():
     assert ranking_loss([jnp.ones((2, 1, 3, 1))], [jnp.ones((2, 1, 3, 1))], KEY) == 0
 
 
+@pytest.mark.slow
 def test_gradient_descent_restores_a_swapped_pair():
     teacher = jnp.asarray([0.4, 0.3, 0.2, 0.1])[None, None, None]
     logits = jnp.log(teacher[..., jnp.array([0, 2, 1, 3])])
@@ -154,6 +158,7 @@ def test_different_numbers_of_heads_are_averaged():
     np.testing.assert_allclose(gradient, np.repeat(slopes[:, None], 3, axis=1) / 3, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_some_of_the_images_are_ranked():
     images, windows = (
         jnp.arange(n, dtype=float)[:, None, None, None] * jnp.ones((n, 2, 3, 3)) for n in (6, 24)
@@ -219,6 +224,7 @@ def test_probabilities_are_those_before_binarisation(name):
     assert plain.probabilities == ()
 
 
+@pytest.mark.slow
 def test_masked_keys_of_shifted_windows_have_no_order():
     _, (config, variables) = sides("swin")
     images = NORMALIZE(jnp.asarray(images_and_labels(2)["image"]))

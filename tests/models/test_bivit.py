@@ -88,6 +88,7 @@ def test_probabilities_against_a_slow_formulation():
     assert_same_with_gradients(fast, slow, probs, parameter)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_signs_against_a_slow_formulation():
     rng = np.random.default_rng(0)
@@ -273,6 +274,7 @@ def test_with_real_activations_only_weights_are_binary(name):
 # --- sizes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "added"),
     [

@@ -52,6 +52,7 @@ def test_initial_values_are_not_from_a_batch(name):
     assert all(array == 0 for array in jax.tree.leaves(variables["batch_stats"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_batch_sets_every_quantiser(name):
     _, before, _ = tiny(name)

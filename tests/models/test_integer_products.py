@@ -129,6 +129,7 @@ def test_one_pass_is_as_good_in_float32_where_the_mean_is_a_thousand_deviations(
     close(two, exact, 1e-4)
 
 
+@pytest.mark.slow
 def test_one_pass_stays_finite_with_a_running_mean_of_a_new_model():
     """In the first steps of a mean of a thousand deviations: some per cent of error, and no NaN."""
     x, weights = jnp.array(1e3 + numbers(64, 50, 8), jnp.float32), numbers(64, 50, 8, seed=1)

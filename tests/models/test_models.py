@@ -56,6 +56,7 @@ def test_size_of_binaryvit():
     assert count("binaryvit", some_fp=True) == total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("switches", "layer_scale", "branches"),
     [
@@ -190,6 +191,7 @@ RATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rate"), [(name, r) for name, rates in RATES.items() for r in rates])
 def test_rates_change_training_and_not_evaluation(name, rate):
     model, config = smallest(name, **{rate: 0.5})
@@ -272,6 +274,7 @@ def test_capture(name):
     assert output.logits.dtype == plain.logits.dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_capture_changes_no_logits(x64, name):
     model, config = smallest(name, jnp.float64)

@@ -91,7 +91,6 @@ def assert_close(actual, expected, atol=1e-12, rtol=1e-10):
     [
         ("deit", DOTS),
         ("deit", SCAN | BLOCK),
-        ("react_deit", BLOCK),
         ("binaryvit", SCAN),
         ("binaryvit", PRODUCTS),
         ("react_deit", SCAN | PRODUCTS),
@@ -125,6 +124,7 @@ def test_variables_and_description_stay_the_same(name):
     assert abstract_variables(model, config.image_size) == abstract_variables(plain, config.image_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLEST)
 def test_scanned_blocks_are_traced_once(name):
     def calls(depth, execution):
@@ -153,6 +153,7 @@ def test_rematerialisation_keeps_the_dropout():
     assert_close(*steps)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("train", [True, False])
 def test_each_scanned_block_has_its_drop_path_and_its_key(train):

@@ -67,6 +67,7 @@ def assert_close(actual, expected, floor=0.0, name=""):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_logits_and_gradients_are_equal(x64, oracle, tmp_path):
     theirs, directory = oracle
     loaded = weights.load(directory)

@@ -167,6 +167,7 @@ def test_the_state_holds_arrays_and_one_structure():
     assert len(structures) == 1
 
 
+@pytest.mark.slow
 def test_a_given_mask_decides_what_decays():
     params = jax.tree.map(jnp.asarray, parameters())
     config = settings(weight_decay=0.5)
@@ -178,6 +179,7 @@ def test_a_given_mask_decides_what_decays():
     assert moved == only_clip
 
 
+@pytest.mark.slow
 def test_global_norm_is_that_of_optax_with_a_sum_for_each_shape():
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(0), 5)

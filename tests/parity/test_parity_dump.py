@@ -346,6 +346,7 @@ def test_a_changed_weight_is_located(binaryvit, tmp_path, capsys, array, module)
     assert first_difference(path, capsys)[0] == module
 
 
+@pytest.mark.slow
 def test_layers_that_only_one_side_has(binaryvit, tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "NARROW", {})
     with np.load(binaryvit) as archive:

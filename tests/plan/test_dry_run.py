@@ -70,6 +70,7 @@ def test_the_table_has_every_figure(figures: dict) -> None:
     assert any(line.startswith("collectives for batch norm forward ") for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["", "/nowhere/teacher"])
 def test_a_teacher_that_is_not_there_is_replaced_by_shapes(
     path: str, caplog: pytest.LogCaptureFixture

@@ -131,6 +131,7 @@ def test_every_model_is_tried():
     assert {model_of(name).config.name for name in MISSING} == set(models.factory.MODELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISSING)
 def test_all_sections_are_there_drawn_or_not(name):
     found = sections(name)
@@ -295,6 +296,7 @@ def test_a_run_of_digits(run, tmp_path, capsys):
     assert page.texts["h1"] == [f"The network of {run}"]
 
 
+@pytest.mark.slow
 def test_a_converted_model_and_an_image(tmp_path):
     image = tmp_path / "<b>.png"
     Image.new("RGB", (40, 50), (200, 30, 60)).save(image)
@@ -324,6 +326,7 @@ def test_the_default_images():
     assert portrait.pixels.std() > 30
 
 
+@pytest.mark.slow
 def test_errors(run, tmp_path, capsys):
     checkpoint = f"--checkpoint={run}"
     assert "--image: no file" in error_of(capsys, checkpoint, f"--output={tmp_path}", "--image", "no.png")
@@ -343,6 +346,7 @@ def test_weights_that_are_not_finite(tmp_path, capsys):
     assert "are not finite, first params/head/bias" in message
 
 
+@pytest.mark.slow
 def test_a_run_without_health(run, tmp_path):
     for lines in ([{"step": 1, "loss": 1.0}], [{"step": 1, "health": {"flipped": {"a": None}}}]):
         assert "do not have them" in sections("binaryvit", lines)["Sign flips over training"].text
@@ -354,6 +358,7 @@ def test_metrics_that_cannot_be_read_are_no_error(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("flips are not drawn: cannot read")
 
 
+@pytest.mark.slow
 def test_the_run_is_read_as_it_was_trained(run):
     """The weights that are drawn are those of the checkpoint."""
     model = runs.load_model(run)

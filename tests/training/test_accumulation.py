@@ -48,6 +48,7 @@ def run(model, k, batches, devices=1, **settings):
     return jax.device_get((state, metrics))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("settings", [{}, {"augmentation": mixes}])
 def test_without_batch_norms_it_equals_the_large_batch(settings):

@@ -74,6 +74,7 @@ def test_a_run_of_an_older_version_is_evaluated_as_it_was(
     assert "config.data.eval_resize is 24; expected at least config.model.image_size, 32" in warning
 
 
+@pytest.mark.slow
 def test_no_image_of_an_evaluation_can_be_decoded(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(encoded: bytes) -> None:
         raise data.images.ImageError("it is damaged")

@@ -91,6 +91,7 @@ def test_a_binary_run_goes_to_pytorch_and_back(tmp_path, binary_run, capsys):
     assert model.history[0]["sha256"] == files.sha256(run / "checkpoints" / "7" / "checksums.json")
 
 
+@pytest.mark.slow
 def test_the_deit_of_a_run_goes_to_hugging_face(tmp_path):
     config = deit_digits.get_config()
     config.model.depth = 1

@@ -265,6 +265,7 @@ def test_the_reference_s_config_json_is_a_configuration(tmp_path):
     assert loaded.assumed == ("weight_bits 1",)
 
 
+@pytest.mark.slow
 def test_stages_of_one_width_need_the_config_json(tmp_path):
     model = tiny_pretrained("binaryvit", width=(8, 8), mlp_dim=(16, 16), reduction=(1, 1), num_heads=(1, 1))
     state = foreign_state(model, "reference", np.random.default_rng(0))

@@ -605,6 +605,7 @@ assert Checkpoints(Path(sys.argv[1]), 1).latest_step() == 1
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     process = run_python(FULL_DISK, tmp_path)
     output, _ = process.communicate(timeout=120)
@@ -652,6 +653,7 @@ print("passed")
 """
 
 
+@pytest.mark.slow
 def test_restores_onto_other_shardings(tmp_path):
     flags = "--xla_force_host_platform_device_count=8"
     process = run_python(SHARDINGS, tmp_path, XLA_FLAGS=flags)
