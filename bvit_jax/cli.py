@@ -78,11 +78,6 @@ def run(*argv: str) -> NoReturn:
     process.end(status, at_once=status > 128 or (status != 0 and command is not None and command.trains))
 
 
-def console() -> NoReturn:
-    """The console script."""
-    run()
-
-
 def usage() -> str:
     """Returns what ``bvit --help`` prints."""
     lines = [f"  {name:8}  {command.text}" for name, command in COMMANDS.items()]

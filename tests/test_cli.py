@@ -195,6 +195,27 @@ def test_main_leaves_the_process_alone(capsys: pytest.CaptureFixture[str]) -> No
     assert jax.config.jax_platforms == "cpu"  # of the environment
 
 
+EARLY = """
+import importlib.abc, signal, sys
+from bvit_jax.__main__ import console
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "absl":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+console()
+"""
+
+
+def test_ctrl_c_while_it_imports_leaves_no_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("[!_]*.py")))
 def test_experiments_are_found_by_name(name: str) -> None:
     by_name = parse_config([f"--config={name}", "--config.seed=3"])
@@ -219,12 +240,12 @@ def test_the_wheel_trains_in_an_empty_directory(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
         (entry,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert b"bvit = bvit_jax.cli:console" in archive.read(entry)
+        assert b"bvit = bvit_jax.__main__:console" in archive.read(entry)
     directory.mkdir()
 
     def bvit(*arguments: str) -> str:
         variables = {**environment(), "PYTHONPATH": str(unpacked), "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, "-c", "from bvit_jax.cli import console; console()", *arguments]
+        command = [sys.executable, "-c", "from bvit_jax.__main__ import console; console()", *arguments]
         done = subprocess.run(
             command,
             cwd=directory,

@@ -89,6 +89,8 @@ def open_topology(name: str) -> Topology:
             found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{text}", **options)
     except (RuntimeError, ValueError, OSError) as error:
         raise _user_error(name, kind, error) from error
+    finally:
+        process.raise_at_signals()  # libtpu makes its process ignore SIGHUP
     chip = chip_named(kind)
     assert chip is not None  # every family is in the table
     return Topology(f"{kind}:{text}", chip, found.devices)

@@ -333,10 +333,15 @@ def _writing(folder: Path, write: Callable[[], T]) -> T:
 
 def _user_error(folder: Path, error: OSError | ValueError) -> UserError:
     """Returns the message for an error while a checkpoint was written."""
-    if isinstance(error, TimeoutError):  # of a barrier
+    if isinstance(error, TimeoutError) and jax.process_count() > 1:  # of a barrier
         return UserError(
             "the other processes of the run do not answer while a checkpoint is written; start all of them"
             " again"
+        )
+    if isinstance(error, TimeoutError):  # of Orbax, which goes by the clock
+        return UserError(
+            f"a checkpoint in {folder} was not written in time: the disk does not answer, or the clock was"
+            " set forward; the ones before are kept; run the same command again"
         )
     code = OS_ERROR.search(str(error))
     reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)

@@ -614,6 +614,11 @@ def test_a_full_disk(tmp_path):
     assert "File too large" in output  # the limit set here; a full disk says "No space left"
 
 
+def test_a_write_that_takes_too_long_names_what_may_be_wrong(tmp_path):
+    message = str(checkpoint._user_error(tmp_path, TimeoutError("Timed out while waiting.")))
+    assert message.startswith(f"a checkpoint in {tmp_path} was not written in time: the disk does not answer")
+
+
 SHARDINGS = """
 import sys
 from pathlib import Path
