@@ -71,13 +71,31 @@ def watch(address: str, timeout: float, late: str, done: threading.Event) -> str
     return ""
 
 
-def explain(said: str) -> str:
+def silent(said: str, index: int | None, count: int | None) -> str:
+    """Returns the beginning of a sentence about processes that are gone: which, as far as that is known.
+
+    Args:
+      said: by JAX, which may name them.
+      index, count: of this process and of all, if known.
+    """
+    tasks = {int(number) for number in re.findall(r"/task:(\d+)", said)} - {index}
+    if count == 2 and index is not None:
+        tasks = {1 - index}
+    names = ", ".join(map(str, sorted(tasks)))
+    if not tasks:
+        return "other processes of the run do not answer"
+    return (
+        f"process{'es' * (len(tasks) > 1)} {names} of the run {'do' if len(tasks) > 1 else 'does'} not answer"
+    )
+
+
+def explain(index: int | None, count: int | None, said: str) -> str:
     """Returns the message for what JAX said before it aborted a process of a run, "" if that is unknown."""
     again = re.search(r"(\d+) unexpectedly tried to connect", said)
     if again:
         return f"two processes have --process_id={again[1]}, or it was started again alone; {_AGAIN}"
     if re.search("distributed service|[Cc]oordination", said):
-        return f"the other processes of the run do not answer: see the last line of each; {_AGAIN}"
+        return f"{silent(said, index, count)}: see the last line of each; {_AGAIN}"
     return ""
 
 

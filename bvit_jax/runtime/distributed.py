@@ -69,7 +69,8 @@ def start(cluster: Cluster, wanted: bool | None = None) -> None:
     _check(cluster)
     if cluster.process_id is not None:
         coordinator.claim(cluster.coordinator, cluster.process_id)
-    process.answer_aborts(coordinator.explain, coordinator.SAID_OF_OTHERS)
+    explain = partial(coordinator.explain, cluster.process_id, cluster.num_processes)
+    process.answer_aborts(explain, coordinator.SAID_OF_OTHERS)
     probed = cluster.coordinator if cluster.process_id else ""  # the first one is the coordinator
     try:
         with process.watched(partial(coordinator.watch, probed, cluster.timeout, _nobody_came(cluster))):
@@ -102,7 +103,8 @@ def lost(error: Exception) -> str:
     if not isinstance(error, jax.errors.JaxRuntimeError | ValueError) or not _LOST.search(str(error)):
         return ""
     first = str(error).strip().splitlines()[0]
-    return f"the other processes of the run do not answer: {first}; start all of them again"
+    who = coordinator.silent(str(error), jax.process_index(), jax.process_count())
+    return f"{who}: {first}; start all of them again"
 
 
 def check_same(values: Mapping[str, str]) -> None:

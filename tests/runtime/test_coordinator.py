@@ -102,9 +102,33 @@ def test_nothing_is_wrong_once_all_have_come() -> None:
             "E 1 unexpectedly tried to connect with a different incarnation",
             "two processes have --process_id=1",
         ),
-        ("F client.h:80 the JAX distributed service detected fatal errors", "the other processes of the run"),
+        ("F client.h:80 the JAX distributed service detected fatal errors", "other processes of the run"),
         ("free(): invalid pointer", "$"),
     ],
 )
 def test_why_jax_aborts(said: str, message: str) -> None:
-    assert re.match(message, coordinator.explain(said))
+    assert re.match(message, coordinator.explain(0, 4, said))
+
+
+@pytest.mark.parametrize(
+    ("said", "index", "count", "who"),
+    [
+        ("Connection closed by peer", 1, 2, "process 0 of the run does not answer"),
+        (
+            "stopped sending heartbeats: /job:jax_worker/replica:0/task:2",
+            0,
+            4,
+            "process 2 of the run does not",
+        ),
+        (
+            "/replica:0/task:3 told /replica:0/task:1, /replica:0/task:2",
+            1,
+            4,
+            "processes 2, 3 of the run do not",
+        ),
+        ("Connection closed by peer", 1, 4, "other processes of the run do not answer"),
+        ("Connection closed by peer", None, None, "other processes of the run do not answer"),
+    ],
+)
+def test_who_is_gone(said: str, index: int | None, count: int | None, who: str) -> None:
+    assert coordinator.silent(said, index, count).startswith(who)

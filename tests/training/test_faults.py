@@ -188,7 +188,7 @@ def test_the_first_host_dies(tmp_path: Path, data_dir: Path) -> None:
     assert result.returncode == 1, result.stderr
     lines = [line for line in result.stderr.splitlines() if not line.startswith("[Gloo]")]
     assert lines[0].split(" ", 1)[1].startswith("process 1 of 2 on ")
-    assert [line[:51] for line in lines[1:]] == ["error: the other processes of the run do not answer"]
+    assert [line[:43] for line in lines[1:]] == ["error: process 0 of the run does not answer"]
 
 
 def test_a_host_that_dies_and_one_that_starts_late(tmp_path: Path, data_dir: Path, real: Trained) -> None:
@@ -199,7 +199,7 @@ def test_a_host_that_dies_and_one_that_starts_late(tmp_path: Path, data_dir: Pat
     assert result.returncode != 0
     log = result.stderr
     last = log.splitlines()[-1]
-    assert last.startswith("error: the other processes of the run do not answer"), log
+    assert last.startswith("error: process 1 of the run does not answer"), log
     assert last.endswith("start all of them again")
 
     own = cluster_flags(2)
