@@ -32,6 +32,7 @@ def boxes_of(erasing, count, height, width):
     return np.asarray(jax.jit(jax.vmap(lambda key: erasing.draw_box(key, height, width)))(keys))
 
 
+@pytest.mark.slow
 def test_the_box_of_given_candidates_equals_timm(timm):
     top, bottom, left, right = timm["erase/boxes"].T
     areas, aspects = (jnp.array(timm[f"erase/{name}"], jnp.float32) for name in ("areas", "aspects"))
@@ -51,6 +52,7 @@ def test_no_candidate_fits():
     assert (box[1] - box[0], box[3] - box[2]) == (0, 0)
 
 
+@pytest.mark.slow
 def test_random_boxes_are_distributed_as_timm_s(timm):
     boxes = boxes_of(Erasing(prob=0.25), 80_000, 64, 48)
     top, bottom, left, right = boxes.T

@@ -74,6 +74,7 @@ def many_draws(recipe):
     return jax.jit(lambda key: mixing.draw(key, 20_000, 64, 48))(jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_shares_are_distributed_as_timm_s(recipe, timm):
     lam = np.sort(many_draws(recipe).lam)

@@ -116,6 +116,7 @@ def test_feed_forward_equals_the_plain_one(
     assert "popcnt" in text
 
 
+@pytest.mark.slow
 def test_weights_that_are_zero() -> None:
     """A weight at the mean of its row has the sign 0, which one bit does not hold; and a row of zeros."""
     x, weights = values(4, 25, 8), values(4, 25, 8, seed=1)

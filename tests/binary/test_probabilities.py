@@ -79,6 +79,7 @@ def test_rounds_half_to_even():
     np.testing.assert_array_equal(binarize(jnp.array([0.5, 1.5, 2.5]), jnp.array(1.0)), [0, 1, 1])
 
 
+@pytest.mark.slow
 def test_zeros_and_nan():
     scale = jnp.array(0.5)
     y, *gradients = forward_and_gradients(binarize, np.ones((4, 3)), jnp.zeros((4, 3)), scale)

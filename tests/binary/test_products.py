@@ -152,6 +152,7 @@ def test_linear_layers_equal_torch(units, bits):
     check_layer(layer, case, case["w"].T, lambda gw: gw.T, lambda x: x, lambda y: y)
 
 
+@pytest.mark.slow
 def test_convolution_equals_torch(units):
     case = {name: units[f"conv/{name}"] for name in ("x", "w", "gy", "y", "gx", "gw")}
     layer = dense.BinaryPatchConv(12, 2, dtype=jnp.float64)

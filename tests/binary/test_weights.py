@@ -43,6 +43,7 @@ def check_against(plain, fast, w):
 # --- one bit -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "shape"), [(DENSE, (20, 6)), (CONV, (2, 2, 5, 6))])
 def test_one_bit_weights_equal_slow_formulation(rule, shape):
     def fast(w):

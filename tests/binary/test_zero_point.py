@@ -56,6 +56,7 @@ def test_quantizer_against_the_slow_one(shape, broadcast):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_edges_of_the_codes():
     x = jnp.array([-1.0, 0.0, 1.0, 1 + 1e-9, -1 - 1e-9, jnp.inf, -jnp.inf])
     one, zero = jnp.ones(()), jnp.zeros(())
@@ -71,6 +72,7 @@ def test_edges_of_the_codes():
     assert jnp.isnan(quantize.zero_point_codes(jnp.array(jnp.nan), one, zero))
 
 
+@pytest.mark.slow
 def test_probabilities_all_become_the_scale_until_a_zero_point_is_below_a_half():
     probs = jax.nn.softmax(draw(1, 2, 5, 5))
     first = quantize.first_values(probs)

@@ -192,6 +192,7 @@ def test_the_packed_size_of_binaryvit():
 # --- every model -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_of_every_model(name):
     config = small(name)
@@ -226,6 +227,7 @@ def test_real_activations_leave_binary_weights_and_no_binary_product():
     assert cost.total.ops == binary + real
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_weights_of_several_bits(bits):
     one, several = count("react_deit").total, count("react_deit", weight_bits=bits).total
@@ -293,6 +295,7 @@ def test_groups_keep_the_sum():
     assert cost.grouped(0) == cost.layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_operation_of_a_training_step_is_known(name):
     config = small(name)
@@ -556,6 +559,7 @@ def test_the_text_fits_the_terminal(columns):
     assert "binary MACs" in text
 
 
+@pytest.mark.slow
 def test_the_command_reads_a_checkpoint(capsys):
     teacher = REPOSITORY / "bvit_jax" / "assets" / "deit_digits"
     assert main(["cost", f"--checkpoint={teacher}", "--json", "--depth=1"]) == 0

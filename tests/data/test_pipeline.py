@@ -51,6 +51,7 @@ def test_shapes_and_types(make_config: MakeConfig) -> None:
     }
 
 
+@pytest.mark.slow
 def test_augmented_batches_do_not_depend_on_the_number_of_hosts(make_config: MakeConfig) -> None:
     config = make_config(dataset="photos")  # 6 images: each batch repeats them
     one = _take(data.train_batches(config, 24, 8, seed=3), 4)
@@ -115,6 +116,7 @@ def test_every_epoch_has_each_image_once_in_a_new_order(make_config: MakeConfig)
     assert other["image"].reshape(1437, -1).tolist() not in plain
 
 
+@pytest.mark.slow
 def test_a_batch_may_exceed_the_dataset(make_config: MakeConfig) -> None:
     (batch,) = _take(data.train_batches(make_config(), 8, 2000, seed=0), 1)
     assert batch["image"].shape == (2000, 8, 8, 3)

@@ -85,6 +85,7 @@ def test_equals_tfds_record_by_record(
         assert (mine / name).read_bytes() == (theirs / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_content_is_that_of_the_tars(mini: Path, prepared: Path) -> None:
     expected = {}
     with tarfile.open(mini / TRAIN_TAR) as outer:
@@ -443,6 +444,7 @@ def test_wrong_counts(mini: Path, tmp_path: Path, capsys: Any, expect: str, mess
     assert message in _fails(capsys, *arguments)
 
 
+@pytest.mark.slow
 def test_md5(mini: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["imagenet2012", "--tars", mini, "--data_dir", tmp_path, "--expect", EXPECT, "--verify_md5"]
     line = _fails(capsys, *arguments)

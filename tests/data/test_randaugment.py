@@ -184,6 +184,7 @@ def test_weighted_operations_do_not_repeat(monkeypatch: pytest.MonkeyPatch) -> N
     assert abs(first.count("Rotate") / 4000 - weights["Rotate"] / sum(weights.values())) < 0.03
 
 
+@pytest.mark.slow
 def test_the_whole_policy_changes_images_as_much_as_timm(
     timm: dict[str, np.ndarray], photo: Image.Image
 ) -> None:

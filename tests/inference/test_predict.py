@@ -63,6 +63,7 @@ def error_of(capsys, *arguments) -> str:
     return err
 
 
+@pytest.mark.slow
 def test_the_teacher_reads_digits(digit_files, capsys):
     arguments = ["--checkpoint", TEACHER, "--json", "--top=3", *digit_files]
     assert main([str(argument) for argument in arguments]) == 0
@@ -74,6 +75,7 @@ def test_the_teacher_reads_digits(digit_files, capsys):
         assert answer["classes"][0]["probability"] > 0.5
 
 
+@pytest.mark.slow
 def test_what_is_printed(digit_files, capsys):
     assert main(["--checkpoint", str(TEACHER), str(digit_files[7]), str(digit_files[3])]) == 0
     lines = capsys.readouterr().out.splitlines()

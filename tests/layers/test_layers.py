@@ -47,6 +47,7 @@ def test_rprelu_at_zero_takes_the_slope():
     assert (y, gradient[0]) == (3.0, 0.25)  # PyTorch's prelu does the same
 
 
+@pytest.mark.slow
 def test_initial_values():
     x = jnp.zeros((2, 3, 4))
     rprelu = activation.RPReLU().init(jax.random.key(0), x)["params"]
@@ -218,6 +219,7 @@ def test_average_line(size, axis):
     check_linear(lambda x: grid.average_line(x, size, axis), x, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize("size", [1, 3, 5, 15])
 def test_average_row_is_average_line_of_the_grid(size, axis):
@@ -232,6 +234,7 @@ def test_average_row_is_average_line_of_the_grid(size, axis):
     np.testing.assert_array_equal(to_rows(gradient)[0], to_lines(gradient)[0])
 
 
+@pytest.mark.slow
 def test_average_line_equals_torch():
     torch = pytest.importorskip("torch")
     x = numbers(2, 5, 6, 3)

@@ -32,6 +32,7 @@ def close(actual, expected):
     np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_hand_values():
     logits = jnp.zeros((1, 4))
     label = jnp.array([2])

@@ -120,6 +120,7 @@ def test_zero_once_the_orders_agree_by_the_margin():
     assert ranking_loss([student], [teacher], KEY, margin=0.12) > 0
 
 
+@pytest.mark.slow
 def test_ties_of_the_teacher_have_no_order():
     student, equal = jnp.asarray(probabilities(1, 1, 4, 6)), jnp.full((1, 1, 4, 6), 1 / 6)
     loss, gradient = jax.value_and_grad(lambda s: ranking_loss([s], [equal], KEY))(student)
@@ -148,6 +149,7 @@ def test_gradient_descent_restores_a_swapped_pair():
     assert ranking_loss([nn_softmax(logits)], [teacher], KEY) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_different_numbers_of_heads_are_averaged():
     student, teacher = probabilities(2, 3, 5, 9), probabilities(2, 6, 5, 9, seed=1)

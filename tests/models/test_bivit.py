@@ -155,6 +155,7 @@ def test_signs_start_at_the_mean_magnitude_of_each_head():
     assert jax.tree.all(jax.tree.map(np.array_equal, again, updated))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_batch_sets_scales_and_nothing_else(name):
     _, before, _ = tiny(name)
@@ -169,6 +170,7 @@ def test_the_first_batch_sets_scales_and_nothing_else(name):
     assert all(np.array_equal(a, b) for a, b in kernels)
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_not_the_first_writes_no_parameters():
     model, variables, images = tiny("bivit_deit")
     _, after = jax.jit(functools.partial(model.apply, train=True, mutable=True))(variables, images)
@@ -185,6 +187,7 @@ def test_merging_starts_at_the_mean_magnitude_of_its_weights():
 # --- bits --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sum_that_cancels_is_a_one_for_the_next_layer():
     zeros = jnp.zeros((3, 4))
     kernel = jnp.array([[0.5, 0.0], [0.5, -0.0], [-0.5, 0.0], [-0.5, 1.0]])
@@ -297,6 +300,7 @@ def test_sizes(settings, added):
     assert models.num_params(params) == models.num_params(backbone) - biases + added
 
 
+@pytest.mark.slow
 def test_slope_is_that_of_the_other_binary_products():
     x = jnp.linspace(-1.5, 1.5, 7)
     module = paper.HeadSigns(axis=0)

@@ -67,6 +67,7 @@ def test_the_first_batch_sets_every_quantiser(name):
     assert all(np.array_equal(a, b) for a, b in kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_after_it_sees_what_it_saw(name):
     model, _, images = tiny(name)
@@ -79,6 +80,7 @@ def test_a_step_after_it_sees_what_it_saw(name):
     assert jax.tree.all(jax.tree.map(np.array_equal, updates["batch_stats"], variables["batch_stats"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_comes_once(name):
     model, _, images = tiny(name)
@@ -87,6 +89,7 @@ def test_it_comes_once(name):
     assert jax.tree.all(jax.tree.map(np.array_equal, again, variables))
 
 
+@pytest.mark.slow
 def test_it_comes_in_a_scan_over_blocks_too():
     _, variables, images = tiny("bivit_release_deit")
     execution = models.Execution(scan_blocks=True, remat="block")
@@ -159,6 +162,7 @@ def test_attentions_are_quantised():
         np.testing.assert_array_equal(probs, variables["params"][f"block{i}"]["prob_act"]["alpha"][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
@@ -173,6 +177,7 @@ def test_sizes(settings, count):
     assert models.num_params(shapes["params"]) == count
 
 
+@pytest.mark.slow
 def test_dropout_of_the_attention():
     model = models.create_model(tiny_config("bivit_release_deit", num_classes=4, attention_dropout=0.5))
     _, variables = started("bivit_release_deit")

@@ -54,6 +54,7 @@ def test_the_largest_sums_are_exact(terms):
     np.testing.assert_array_equal(y, [[terms], [-terms]])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("by_product", "plain"),
@@ -108,6 +109,7 @@ def close(actual, expected, tolerance):
     jax.tree.map(check, actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("group", [0, 2])
 @pytest.mark.parametrize("mean", [0.0, 3.0])

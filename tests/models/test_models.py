@@ -81,6 +81,7 @@ def test_size_of_deit(width, heads, size):
     assert count("deit", width=width, num_heads=heads, mlp_dim=4 * width) == size
 
 
+@pytest.mark.slow
 def test_switches_change_the_parameters_they_name():
     full = count("react_deit", **SMALLEST["react_deit"])
     assert full - count("react_deit", **SMALLEST["react_deit"], layer_scale=False) == 4 * 8
@@ -170,6 +171,7 @@ def test_parameters_are_float32_whatever_the_compute_dtype(name):
         assert leaf.dtype == jnp.float32, path
 
 
+@pytest.mark.slow
 def test_initial_parameters():
     model, config = smallest("react_deit")
     variables = jax.jit(model.init)(jax.random.key(0), images_for(config))
@@ -466,6 +468,7 @@ class Slow:
         return self.rprelu(f"{name}.rprelu", y + shortcut) + positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -179,6 +179,7 @@ def test_every_changed_output_is_found(check, golden_file):
     assert unnoticed == {("gradients", name) for name in noise}
 
 
+@pytest.mark.slow
 def test_every_changed_input_is_found(golden_file):
     golden = parity.GoldenFile(golden_file("react_deit_steps"))
     subject = subject_of(golden.meta)

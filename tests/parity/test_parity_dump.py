@@ -276,6 +276,7 @@ def test_images_are_evaluated_as_by_torchvision(tmp_path):
     np.testing.assert_allclose(images[0, :, 5, 5], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_state_dict_without_arguments(in_process, checkpoint, tmp_path, capsys):
     bare = tmp_path / "bare.pth"
     torch.save(torch.load(checkpoint, weights_only=False)["model"], bare)

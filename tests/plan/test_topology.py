@@ -185,6 +185,7 @@ def test_cost_of_a_chip_does_not_grow_with_their_number() -> None:
         assert few["collectives_for"][name]["count"] > 0
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_batch_that_does_not_fit_names_one_that_does(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -219,6 +220,7 @@ def test_the_command_prints_one_line_of_json() -> None:
     assert "collectives for gradient" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_topology_is_for_dry_runs() -> None:
     result = run("train.py", "--topology=v5e:2x2", "--workdir=/nowhere")
     assert result.returncode == 1

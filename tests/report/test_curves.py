@@ -120,6 +120,7 @@ def strange_runs(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
+@pytest.mark.slow
 def test_the_picture_of_strange_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     output = tmp_path / "curves.png"

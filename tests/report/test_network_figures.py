@@ -70,6 +70,7 @@ def intermediate_inputs(model: Pretrained, images: np.ndarray) -> dict[str, list
 # --- parts, filters and weights ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_blocks_are_those_of_the_model(name):
     model = tiny(name)
@@ -200,6 +201,7 @@ def test_position_biases_lie_where_the_key_does():
 # --- attention ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["binaryvit", "deit_heads", "swin", "bivit_release_swin"])
 def test_attention_is_the_model_s(name):
     model = tiny(name)
@@ -278,6 +280,7 @@ def test_sign_balance_of_quantisers_with_a_zero_point():
     np.testing.assert_allclose(look(model, images).balance["block0/query_act"], expected, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["bivit_deit", "bivit_swin"])
 def test_the_sign_of_zero_counts_as_it_is_used(model):
     sizes = DEIT | {"depth": 1} if model == "bivit_deit" else SWIN | {"depth": (1, 1)}
@@ -306,6 +309,7 @@ def test_the_order_is_that_of_computation():
     assert layers.index("downsample1/conv") < layers.index("block1/attention/query/dense")
 
 
+@pytest.mark.slow
 def test_nothing_is_told_unasked():
     layer = BinaryDense(3)
     x = jnp.linspace(-1, 1, 24).reshape(2, 3, 4)

@@ -315,6 +315,7 @@ def test_a_converted_model_and_an_image(tmp_path):
     assert not (tmp_path / "somebody's").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_default_images():
     digits_model = weights.load(TEACHER)
     found = network_report.default_samples(digits_model)

@@ -50,6 +50,7 @@ def test_no_trace(tmp_path, calls):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_writes_a_trace(tmp_path):
     profile = Profile(tmp_path, (2, 3))
     double = jax.jit(lambda x: x * 2)

@@ -58,6 +58,7 @@ def test_without_batch_norms_it_equals_the_large_batch(settings):
     assert_close(parts, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_teacher_sees_the_images_of_each_microbatch():
     teacher = Small("layer_norm")
@@ -113,6 +114,7 @@ def test_with_batch_norms_it_equals_a_loop_by_hand(dropout):
     np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(mean), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_one_and_eight_devices_agree():
     one, eight = (run(Small(), 2, [batch_of(16)], devices, augmentation=mixes) for devices in (1, 8))

@@ -25,6 +25,7 @@ KEY = jax.random.key(0)
 ONE_DEVICE = make_mesh(jax.devices()[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("k", [1, 2])
 def test_it_averages_parameters_and_statistics(k):

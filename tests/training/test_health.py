@@ -106,6 +106,7 @@ def params_of(dense, conv):
     return {"a": {"dense": {"kernel": jnp.float32(dense)}}, "conv": {"kernel": jnp.float32(conv)}}
 
 
+@pytest.mark.slow
 def test_flips_are_those_of_the_quantisers_signs():
     generator = np.random.default_rng(0)
     dense, conv = generator.normal(size=(7, 5)), 1 + np.abs(generator.normal(size=(2, 2, 3, 5)))
@@ -159,6 +160,7 @@ def test_kernels_of_one_bit_follow_from_the_model(settings, kernels):
     assert all(leaf.sharding == replicated(mesh) and leaf.dtype == np.uint8 for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_layers_are_found_where_blocks_are_rematerialised():
     class Remat(nn.Module):
         @nn.compact

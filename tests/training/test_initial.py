@@ -229,6 +229,7 @@ def test_given_arrays_take_the_place_of_random_ones() -> None:
     assert_same_trees(state.batch_stats, plain.batch_stats)
 
 
+@pytest.mark.slow
 def test_a_sharded_state_starts_from_them(data_dir: Path, teacher: Path) -> None:
     config = config_of(data_dir, teacher)
     config.mesh.fsdp = 2

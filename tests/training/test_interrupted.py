@@ -266,6 +266,7 @@ def test_a_finished_run_only_reports(whole: Trained, tmp_path: Path) -> None:
     whole.assert_continues(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_execution_is_logged(whole: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(whole.workdir, tmp_path / "run")
     with caplog.at_level(logging.INFO, "bvit_jax"):

@@ -25,6 +25,7 @@ def batch(count=16, size=12):
     return {"image": jnp.asarray(images), "label": np.arange(count, dtype=np.int32)}
 
 
+@pytest.mark.slow
 def test_images_come_back_as_they_were():
     seen = preview(Inputs(NORMALIZE), batch(), 0, KEY, count=5)
     np.testing.assert_array_equal(seen.images, batch()["image"][:5])

@@ -122,6 +122,7 @@ def test_damaged_class_names(tmp_path, text):
 # --- options -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_assumed_and_left_out_is_said(tmp_path, source, capsys):
     assert main([str(source), str(tmp_path / "x")]) == 0
     out = capsys.readouterr().out
@@ -133,6 +134,7 @@ def test_what_is_assumed_and_left_out_is_said(tmp_path, source, capsys):
     assert "assumed, since" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_arrays_that_are_never_read_are_kept_and_counted(tmp_path, capsys):
     state, _ = weights.to_format(tiny_pretrained("bivit_release_deit"), "bivit")
     state["blocks.1.attn.qkv.bias"] += 1

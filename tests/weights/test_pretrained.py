@@ -281,6 +281,7 @@ def test_stages_of_one_width_need_the_config_json(tmp_path):
     assert loaded.config == model.config
 
 
+@pytest.mark.slow
 def test_a_training_checkpoint_of_the_reference(tmp_path):
     torch = pytest.importorskip("torch")
     model = tiny_pretrained("binaryvit_w4")

@@ -260,6 +260,7 @@ def _itself() -> list:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -139,6 +139,7 @@ def test_a_run_that_went_back_forgets_later_steps(checkpoints, tmp_path):
     assert steps_of(tmp_path) == ["4"]
 
 
+@pytest.mark.slow
 def test_the_state_may_change_while_it_is_saved(checkpoints):
     run = checkpoints()
     change = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
@@ -220,6 +221,7 @@ def data_files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file() and p.parent != path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_damaged_files(checkpoints, tmp_path, damage, caplog):
     run = checkpoints()
