@@ -199,7 +199,7 @@ def test_a_sum_that_cancels_is_a_one_for_the_next_layer():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_product_sees_bits(name, monkeypatch):
     """All codes are -1 or 1, those of attention probabilities 0 or 1; zeros among the inputs included."""
-    model, _, images = tiny(name)
+    (model, _, images), variables = tiny(name), started(name)
     seen = []
     product = paper.products.code_product
 
@@ -208,7 +208,7 @@ def test_every_product_sees_bits(name, monkeypatch):
         return product(a, b, *settings)
 
     monkeypatch.setattr(paper.products, "code_product", watched)
-    model.apply(started(name), images * (images > 0))
+    model.apply(variables, images * (images > 0))
     values = {tuple(np.unique(codes).tolist()) for codes in seen}
     assert values == {(-1.0, 1.0), (0.0, 1.0)}
 
