@@ -280,15 +280,15 @@ def check_section(section: str, settings: ConfigDict) -> None:
         check(f"{section}.{name}".lstrip("."), settings[name])
 
 
-def validate(config: ConfigDict, *, borders: bool = False) -> None:
+def validate(config: ConfigDict, *, allow_borders: bool = False) -> None:
     """Raises `UserError` naming the first setting whose value is not allowed or conflicts with another.
 
     Settings of the model, and what is inside ``optim.rules`` and ``data.auto_augment``, are checked by the
-    packages that read them. ``borders`` says whether evaluation may have them, see `borders_of`.
+    packages that read them. ``allow_borders`` accepts what `black_borders` finds.
     """
     for section in SECTIONS:
         check_section(section, config[section] if section else config)
-    if not borders and (problem := borders_of(config)):
+    if not allow_borders and (problem := black_borders(config)):
         raise UserError(problem)
     _check_mixing(config)
     _check_ranking(config)
@@ -301,8 +301,8 @@ def eval_resize(data: ConfigDict, image_size: int) -> int:
     return data.eval_resize or image_size * 256 // 224
 
 
-def borders_of(config: ConfigDict) -> str:
-    """Returns what is wrong with an evaluation that adds black borders, as older versions did, or ``""``."""
+def black_borders(config: ConfigDict) -> str:
+    """Returns what is wrong where evaluation would add black borders, as older versions did, else ""."""
     size, resize = config.model.get("image_size", 0), config.data.eval_resize
     if not isinstance(size, int) or not 0 < resize < size:
         return ""

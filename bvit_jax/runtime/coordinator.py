@@ -72,7 +72,7 @@ def watch(address: str, timeout: float, late: str, done: threading.Event) -> str
 
 
 def silent(said: str, index: int | None, count: int | None) -> str:
-    """Returns the beginning of a sentence about processes that are gone: which, as far as that is known.
+    """Returns a clause that says which processes do not answer, as far as that is known.
 
     Args:
       said: by JAX, which may name them.
@@ -81,12 +81,11 @@ def silent(said: str, index: int | None, count: int | None) -> str:
     tasks = {int(number) for number in re.findall(r"/task:(\d+)", said)} - {index}
     if count == 2 and index is not None:
         tasks = {1 - index}
-    names = ", ".join(map(str, sorted(tasks)))
     if not tasks:
         return "other processes of the run do not answer"
-    return (
-        f"process{'es' * (len(tasks) > 1)} {names} of the run {'do' if len(tasks) > 1 else 'does'} not answer"
-    )
+    if len(tasks) == 1:
+        return f"process {tasks.pop()} of the run does not answer"
+    return f"processes {', '.join(map(str, sorted(tasks)))} of the run do not answer"
 
 
 def explain(index: int | None, count: int | None, said: str) -> str:

@@ -1,9 +1,10 @@
 """What changes the whole process, all of it, and happens only where the process is ours.
 
-`take` is called by the console script and by ``python -m``, once, before anything else. Without it, in a
-notebook, a test or another program, `bvit_jax.cli.main` and the library set no handlers, change no loggers,
-no variables of the environment and no settings of JAX, call no allocator and let the collector run. Two
-functions do something elsewhere too, for as long as they are asked to: `take_signals` and `environment`.
+`take` is called by the console script and by ``python -m``, once, before anything else; only the console script
+gives Ctrl-C its default before, while it imports. Without `take`, in a notebook, a test or another program,
+`bvit_jax.cli.main` and the library set no handlers, change no loggers, no variables of the environment and no
+settings of JAX, call no allocator and let the collector run. Two functions do something elsewhere too, for as
+long as they are asked to: `take_signals` and `environment`.
 
 JAX is imported only where it is used, so that signals are ours while it is.
 """
@@ -71,7 +72,7 @@ def take() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.get_absl_logger().addFilter(lambda record: record.levelno == logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    # Its process removes the memory that is shared with processes which have been ended; no loss.
+    # It frees the shared memory of Grain's workers after they are ended, and warns of it.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     warnings.filterwarnings("ignore", module="PIL")  # about broken EXIF data; what matters is an error
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding does not have

@@ -166,8 +166,8 @@ def evaluate_workdir(
     for key, value in overrides.items():
         node, _, name = key.rpartition(".")
         (config[node] if node else config)[name] = value
-    config_lib.validate(config, borders=True)
-    if problem := config_lib.borders_of(config):
+    config_lib.validate(config, allow_borders=True)
+    if problem := config_lib.black_borders(config):
         logger.warning("evaluating as the run did, with black borders: in its config.json %s", problem)
     ema = runs.use_average(workdir, config, ema)
     names = runs.read_class_names(workdir, config.model.num_classes)
