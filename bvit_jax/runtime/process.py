@@ -1,10 +1,10 @@
 """What changes the whole process, all of it, and happens only where the process is ours.
 
 `take` is called by the console script and by ``python -m``, once, before anything else; the console script
-only gives Ctrl-C its default before, while it imports. Without `take`, in a notebook, a test or another program,
-`bvit_jax.cli.main` and the library set no handlers, change no loggers, no variables of the environment and no
-settings of JAX, call no allocator and let the collector run. Two functions do something elsewhere too, for as
-long as they are asked to: `take_signals` and `environment`.
+only gives Ctrl-C its default before, while it imports. Without `take`, in a notebook, a test or another
+program, `bvit_jax.cli.main` and the library set no handlers, change no loggers, no variables of the
+environment and no settings of JAX, call no allocator and let the collector run. Two functions do something
+elsewhere too, for as long as they are asked to: `take_signals` and `environment`.
 
 JAX is imported only where it is used, so that signals are ours while it is.
 """
