@@ -121,9 +121,9 @@ def _bytes_per_second(elements: int, rounds: int) -> dict[str, list[float]]:
     update = jax.jit(lambda x: x + 1, donate_argnums=0)
     add = jax.jit(lambda out, x, y: x + y, donate_argnums=0, keep_unused=True)
     return {
-        "read": _rates(lambda _: read(x), size, rounds),
-        "update": _rates(update, 2 * size, rounds, jnp.zeros_like(x)),
-        "add": _rates(lambda out: add(out, x, y), 3 * size, rounds, jnp.zeros_like(x)),
+        "read": rates(lambda _: read(x), size, rounds),
+        "update": rates(update, 2 * size, rounds, jnp.zeros_like(x)),
+        "add": rates(lambda out: add(out, x, y), 3 * size, rounds, jnp.zeros_like(x)),
     }
 
 
@@ -131,7 +131,7 @@ def _matrix_product(side: int, dtype: str, rounds: int) -> list[float]:
     accumulator = jnp.int32 if dtype == "int8" else jnp.float32
     a = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=accumulator))
-    return _rates(lambda _: product(a, a), 2 * side**3, rounds)
+    return rates(lambda _: product(a, a), 2 * side**3, rounds)
 
 
 def _binary_product(rows: int, words: int, columns: int, rounds: int) -> list[float]:
@@ -139,7 +139,7 @@ def _binary_product(rows: int, words: int, columns: int, rounds: int) -> list[fl
     x = jax.random.bits(keys[0], (rows, words), jnp.uint32)
     w = jax.random.bits(keys[1], (words, columns), jnp.uint32)
     product = jax.jit(differing_bits)
-    return _rates(lambda _: product(x, w), 2 * rows * columns * words * WORD_BITS, rounds)
+    return rates(lambda _: product(x, w), 2 * rows * columns * words * WORD_BITS, rounds)
 
 
 def differing_bits(x: Array, w: Array) -> Array:
@@ -160,7 +160,7 @@ def differing_bits(x: Array, w: Array) -> Array:
     return count
 
 
-def _rates(call: Callable[[Any], Any], amount: float, rounds: int, first: Any = None) -> list[float]:
+def rates(call: Callable[[Any], Any], amount: float, rounds: int, first: Any = None) -> list[float]:
     """Returns ``amount`` per second of each round; every call takes the result of the one before."""
     result = jax.block_until_ready(call(first))  # compiles
     began = time.perf_counter()

@@ -80,7 +80,8 @@ class JaxSide:
         _check_devices(plan, self._mesh.size)
         settings, dtype = model_of(plan)
         packed = one_cpu(self._mesh) and packs_signs(settings["name"]) and not plan.plain
-        model: Any = create_model(settings, dtype, Execution(packed=packed, scan_blocks=packed))
+        trained = {"packed": packed, "scan_blocks": packed, **plan.execution}
+        model: Any = create_model(settings, dtype, Execution(**trained))
         evaluated = create_model(settings, dtype, Execution(packed=packed))
         optimizer = fixed_optimizer()
         teacher = FixedTeacher(plan.batch, model.num_classes)
@@ -116,7 +117,7 @@ class JaxSide:
             device=f"{self._mesh.size} x {jax.devices()[0].device_kind}",
             dtype=jnp.dtype(dtype).name,
             mode="plain" if plan.plain else "",
-            settings={"name": settings["name"], **_settings_of(model)},
+            settings={"name": settings["name"], **settings_of(model)},
             parameters=num_params(self._state.params),
             devices=self._mesh.size,
         )
@@ -326,7 +327,7 @@ def load_config(text: str) -> Any:
     return module.get_config(argument) if colon else module.get_config()
 
 
-def _settings_of(model: Any) -> dict[str, Any]:
+def settings_of(model: Any) -> dict[str, Any]:
     """Returns the settings of a model and their values: its own fields and those of its blocks."""
     block = getattr(model, "block", None)
     owners = [model] if block is None else [model, block]

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import stand_ins
 from benchmarks.machine import commit, cores, cpu_model, versions
 from benchmarks.shares import add_shares, merged
 from benchmarks.workload import OURS, Compilation, Facts, Kind, Memory, Plan, Side, Worker, is_ours
@@ -111,11 +112,8 @@ def _measure_batch(
         "work": dataclasses.asdict(works[0]) if works[0] else None,  # the same in every dtype
         "sides": {
             side: {
-                **dataclasses.asdict(facts[side]),
-                **_without_work(compilation[side]),
+                **entry(facts[side], compilation[side], rounds[side], memory[side]),
                 "cached_first_step_seconds": cached.get(side, {}),
-                "images_per_second": rounds[side],
-                "memory": dataclasses.asdict(memory[side]),
             }
             for side in workers
         },
@@ -175,8 +173,15 @@ def _cached_first_steps(side: str, plan: Plan) -> dict[Kind, float]:
     return found
 
 
-def _without_work(compilation: Compilation) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(compilation).items() if name != "work"}
+def entry(facts: Facts, compilation: Compilation, rounds: Rounds, memory: Memory) -> dict[str, Any]:
+    """Returns what is reported of a side; the model's work, the same for all of them, is left out."""
+    counted = {name: value for name, value in dataclasses.asdict(compilation).items() if name != "work"}
+    return {
+        **dataclasses.asdict(facts),
+        **counted,
+        "images_per_second": rounds,
+        "memory": dataclasses.asdict(memory),
+    }
 
 
 def _ratios(rounds: dict[str, Rounds], memory: dict[str, Memory]) -> dict[str, dict[str, dict[str, float]]]:
@@ -198,6 +203,8 @@ def _ratios(rounds: dict[str, Rounds], memory: dict[str, Memory]) -> dict[str, d
 
 
 def _start_jax(plan: Plan, context: None) -> Side:
+    if plan.config is None:
+        stand_ins.provide_ml_collections()
     from benchmarks import jax_side  # here, because only the process of this side may import jax
 
     return jax_side.start(plan, context)

@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "pool_branches": (),
     },
     "deit_small": {"name": "deit", "norm_epsilon": 1e-5},
+    "bivit_deit_small": {"name": "bivit_release_deit"},
 }
 
 
@@ -56,6 +57,7 @@ class Plan:
         signs, equal blocks in a loop, and memory that is reused from step to step.
       cold: whether the steps run in the process that compiled them, not in a new one that finds them in
         the cache, as in every run but the first.
+      execution: fields of `bvit_jax.models.Execution` that replace what training and evaluation choose.
     """
 
     model: str | None
@@ -70,6 +72,7 @@ class Plan:
     cache: Path | None = None
     plain: bool = False
     cold: bool = False
+    execution: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -250,16 +253,16 @@ def _serve(connection: Connection, start: StartSide, plan: Plan, context: Any) -
         while request := connection.recv():
             try:
                 if request == "prepare":
-                    answer, setup_peak = _prepare(side, plan.kinds)
+                    answer, setup_peak = prepare(side, plan.kinds)
                 else:
-                    answer = _seconds(side, *request)
+                    answer = seconds_of(side, *request)
             except UserError as error:
                 answer = error
             connection.send(answer)
         connection.send(dataclasses.replace(side.memory(), setup_peak=setup_peak))
 
 
-def _seconds(side: Side, kind: Kind, steps: int) -> float | None:
+def seconds_of(side: Side, kind: Kind, steps: int) -> float | None:
     """Returns how long steps took; with 0 steps, that of `Side.first_step`."""
     if not steps:
         return side.first_step(kind)
@@ -269,7 +272,7 @@ def _seconds(side: Side, kind: Kind, steps: int) -> float | None:
     return time.perf_counter() - began
 
 
-def _prepare(side: Side, kinds: Iterable[Kind]) -> tuple[Any, int]:
+def prepare(side: Side, kinds: Iterable[Kind]) -> tuple[Any, int]:
     """Compiles and warms a side; returns what it reports and the peak of memory before the steps."""
     compilation = side.compile()
     setup_peak = process_memory().peak

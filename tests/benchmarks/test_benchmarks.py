@@ -95,15 +95,15 @@ class Here:
         self.facts, self.finished = self._side.facts, False
 
     def prepare(self) -> Compilation:
-        return workload._prepare(self._side, self._kinds)[0]
+        return workload.prepare(self._side, self._kinds)[0]
 
     def seconds(self, kind: Kind, steps: int) -> float:
-        seconds = workload._seconds(self._side, kind, steps)
+        seconds = workload.seconds_of(self._side, kind, steps)
         assert seconds is not None
         return seconds
 
     def first_step(self, kind: Kind) -> float | None:
-        return workload._seconds(self._side, kind, 0)
+        return workload.seconds_of(self._side, kind, 0)
 
     def finish(self) -> Memory:
         self.finished = True
@@ -123,7 +123,7 @@ class IdleSide:
             device="1 x cpu",
             dtype=dtype,
             mode="",
-            settings={"name": values["name"], **jax_side._settings_of(model)},
+            settings={"name": values["name"], **jax_side.settings_of(model)},
             parameters=jax_side.num_params(params),
         )
 
