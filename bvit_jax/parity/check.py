@@ -40,11 +40,11 @@ def check(path: Path) -> Iterator[Row]:
     """
     golden = GoldenFile(path)
     if golden.meta.get("case") == merging.CASE:
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
             yield from merging.check(golden)
         return
     subject = subject_of(golden.meta)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         yield from _check_model(golden, subject)
 
 

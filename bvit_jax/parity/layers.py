@@ -90,12 +90,8 @@ def layer_rows(path: Path) -> Iterator[LayerRow]:
             "the file has no trace/* to compare layers with; write one with python -m bvit_jax.parity dump"
         )
     config = config_of(golden.meta)
-    with jax.enable_x64(True):
-        wide = _run(golden, config, jnp.float64)
-    flips = {}
-    for dtype_name, dtype in NARROW.items():
-        narrow = _run(golden, config, dtype).signs
-        flips[dtype_name] = {n: float(np.mean(signs != narrow[n])) for n, signs in wide.signs.items()}
+    wide = _run(golden, config, jnp.float64)
+    flips = _flips(golden, config, wide)
     for name in [*trace, *(n for n in wide.outputs if n not in trace)]:
         ours, theirs = ({name: t[name]} if name in t else {} for t in (wide.outputs, trace))
         row = compare(name, ours, theirs)
@@ -104,14 +100,29 @@ def layer_rows(path: Path) -> Iterator[LayerRow]:
         yield LayerRow(name, wide.paths.get(name, ""), row.error, row.passed, shares)
 
 
+def flipped_signs(golden: GoldenFile) -> dict[str, dict[str, float]]:
+    """Returns by the dtypes of `NARROW`, and by PyTorch's names of the layers, the share of flipped signs."""
+    config = config_of(golden.meta)
+    return _flips(golden, config, _run(golden, config, jnp.float64))
+
+
+def _flips(golden: GoldenFile, config: ConfigDict, wide: _Trace) -> dict[str, dict[str, float]]:
+    flips = {}
+    for name, dtype in NARROW.items():
+        narrow = _run(golden, config, dtype).signs
+        flips[name] = {layer: float(np.mean(signs != narrow[layer])) for layer, signs in wide.signs.items()}
+    return flips
+
+
 def _run(golden: GoldenFile, config: ConfigDict, dtype: Any) -> _Trace:
     model = models.create_model(config, dtype)
     weights = np.float64 if dtype == jnp.float64 else np.float32
     state = golden.group("state")
     variables = from_state_dict(state, abstract_variables(model, config.image_size), weights)
     sizes = tuple((name, array.size) for name, array in golden.group("trace").items())
-    run, paths = _recording(model, sizes, dtype)
-    outputs, signs = jax.device_get(run(variables, golden.images().astype(weights)))
+    with jax.enable_x64(dtype == jnp.float64):
+        run, paths = _recording(model, sizes, dtype)
+        outputs, signs = jax.device_get(run(variables, golden.images().astype(weights)))
     return _Trace(paths, outputs, signs)
 
 
