@@ -78,6 +78,13 @@ SETTINGS = {
         one_of("float32", "bfloat16"),
         "Type of activations and products; parameters stay float32.",
     ),
+    "matmul_precision": Setting(
+        "default",
+        one_of("default", "high", "highest"),
+        "Products of float32 numbers: as JAX computes them, in bfloat16 on TPUs and in TF32 on GPUs"
+        " (`default`), in three passes of bfloat16 or in TF32 (`high`), or in float32 (`highest`).",
+        free=True,
+    ),
     "batch_size": Setting(512, whole(1), "Images per training step, over all devices."),
     "eval_batch_size": Setting(512, whole(1), "Images per evaluation step, over all devices.", free=True),
     "accumulate_steps": Setting(

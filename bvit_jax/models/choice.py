@@ -62,7 +62,7 @@ def images_at_once(mesh: Mesh, packed: bool) -> int:
 
 def one_cpu(mesh: Mesh) -> bool:
     """Returns whether the only device is a CPU, on which packing signs into bits measured best."""
-    return mesh.size == 1 and _platform(mesh) == "cpu"
+    return mesh.size == 1 and platform(mesh) == "cpu"
 
 
 def _packed(config: "ConfigDict", mesh: Mesh) -> bool:
@@ -80,7 +80,7 @@ def _remat(config: "ConfigDict", mesh: Mesh, train: bool) -> Remat:
     model: Any = config.model
     one_bit = packs_signs(model.name) and model.weight_bits == model.act_bits == 1
     exact = one_bit and config.compute_dtype == "float32"
-    return "products" if train and exact and _platform(mesh) == "tpu" else "none"
+    return "products" if train and exact and platform(mesh) == "tpu" else "none"
 
 
 def _scans(config: "ConfigDict", packed: bool, train: bool) -> bool:
@@ -90,5 +90,6 @@ def _scans(config: "ConfigDict", packed: bool, train: bool) -> bool:
     return packed and train and not any(config.model.get(rate) for rate in RATES)
 
 
-def _platform(mesh: Mesh) -> str:
+def platform(mesh: Mesh) -> str:
+    """Returns the platform of the devices of a mesh, such as "cpu"."""
     return mesh.devices.flat[0].platform

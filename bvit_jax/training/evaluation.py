@@ -135,7 +135,8 @@ def eval_settings(config: ConfigDict, mesh: Mesh, model: nn.Module | None = None
     """Returns the evaluation step of a run's model, or of another model on the same images."""
     model = runs.create_model(config, mesh, train=False) if model is None else model
     at_once = choose(config, mesh, train=False).images_at_once
-    return EvalSettings(model, Normalization(config.data.mean, config.data.std), at_once)
+    normalize = Normalization(config.data.mean, config.data.std)
+    return EvalSettings(model, normalize, at_once, matmul_precision=config.matmul_precision)
 
 
 def evaluate_workdir(

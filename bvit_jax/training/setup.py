@@ -20,6 +20,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.runtime.mesh import check_batch_size, make_mesh
 from bvit_jax.training.evaluation import eval_settings
 from bvit_jax.training.steps.batch import Inputs
+from bvit_jax.training.steps.precision import DEFAULT
 from bvit_jax.training.steps.programs import Program, Programs, jit_train_step, make_programs
 from bvit_jax.training.steps.state import TrainState, abstract_state
 from bvit_jax.training.steps.train import Objective, TrainSettings
@@ -151,10 +152,13 @@ def _train_settings(
             config.loss.distillation_weight,
             config.loss.label_smoothing,
             make_ranking(config, model, teacher.model),
+            # A CPU's products are not rounded, and their programs stay what they were.
+            teacher_precision=DEFAULT if models.choice.platform(mesh) == "cpu" else "highest",
         ),
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.ema.decay,
         mesh=mesh,
+        matmul_precision=config.matmul_precision,
     )
 
 

@@ -12,6 +12,7 @@ from bvit_jax.augment.normalization import Normalization
 from bvit_jax.losses.classification import cross_entropy, label_targets, topk_correct
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.training.steps.batch import Batch
+from bvit_jax.training.steps.precision import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class EvalSettings:
       images_at_once: if above 0 and a divisor of the batch, images go through the model in groups of this
         size, one after the other: a CPU keeps their activations in its caches.
       classes: those of the model that the labels number; None for all of them in their order.
+      matmul_precision: of products of float32 numbers, see `bvit_jax.training.steps.precision`.
     """
 
     model: nn.Module
     normalize: Normalization
     images_at_once: int = 0
     classes: tuple[int, ...] | None = None
+    matmul_precision: str = DEFAULT
 
 
 def eval_step(settings: EvalSettings, variables: object, batch: Batch) -> dict[str, Array]:

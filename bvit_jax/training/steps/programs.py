@@ -16,6 +16,7 @@ from bvit_jax.training.steps import first_batch, health
 from bvit_jax.training.steps.batch import Inputs
 from bvit_jax.training.steps.evaluate import EvalSettings, eval_step
 from bvit_jax.training.steps.keys import run_keys
+from bvit_jax.training.steps.precision import DEFAULT, at_precision
 from bvit_jax.training.steps.preview import preview
 from bvit_jax.training.steps.state import TrainState, create_state
 from bvit_jax.training.steps.train import TrainSettings, train_step
@@ -118,8 +119,11 @@ def make_programs(
         lambda key, given: create_state(key, training.model, training.optimizer, size, given, **kept),
         out_shardings=shardings,
     )
+    precision = training.matmul_precision
     start = jax.jit(
-        partial(first_batch.start, *pass_of), in_shardings=(shardings, spread, whole), out_shardings=shardings
+        at_precision(precision, partial(first_batch.start, *pass_of)),
+        in_shardings=(shardings, spread, whole),
+        out_shardings=shardings,
     )
     look = jax.jit(
         partial(preview, training.inputs), in_shardings=(spread, whole, whole), out_shardings=whole
@@ -134,7 +138,7 @@ def make_programs(
         create=Program("the initial state", create, (key, {})),
         first_batch=Program("what the first batch sets", start, seen) if starts else None,
         train=Program("the training step", train, (state, batch, teacher, key)),
-        health=Program("the health pass", jit_health(*pass_of), seen) if measures_health else None,
+        health=Program("the health pass", jit_health(*pass_of, precision), seen) if measures_health else None,
         preview=Program("the preview", look, (batch, with_sharding(state.step, whole), key)),
         gather=Program("the gathered variables", gatherer(mesh), (state.variables,)),
         evaluate=Program("the evaluation step", jit_eval_step(evaluation, mesh), (variables, eval_batch)),
@@ -155,7 +159,7 @@ def jit_train_step(
     whole = replicated(mesh)
     state = whole if state is None else state
     return jax.jit(
-        partial(train_step, settings),
+        at_precision(settings.matmul_precision, partial(train_step, settings)),
         in_shardings=(state, batch_sharded(mesh), whole, whole),
         out_shardings=(state, whole),
         donate_argnums=(0,) if donate else (),
@@ -166,15 +170,19 @@ def jit_eval_step(settings: EvalSettings, mesh: Mesh) -> jax.stages.Wrapped:
     """Compiles an evaluation step for a mesh: of (variables, batch)."""
     whole = replicated(mesh)
     return jax.jit(
-        partial(eval_step, settings), in_shardings=(whole, batch_sharded(mesh)), out_shardings=whole
+        at_precision(settings.matmul_precision, partial(eval_step, settings)),
+        in_shardings=(whole, batch_sharded(mesh)),
+        out_shardings=whole,
     )
 
 
-def jit_health(model: nn.Module, inputs: Inputs, accumulate_steps: int, mesh: Mesh) -> jax.stages.Wrapped:
+def jit_health(
+    model: nn.Module, inputs: Inputs, accumulate_steps: int, mesh: Mesh, matmul_precision: str = DEFAULT
+) -> jax.stages.Wrapped:
     """Compiles `health.measure` for a mesh: of (state, batch, key). The state keeps its shardings."""
     whole = replicated(mesh)
     return jax.jit(
-        partial(health.measure, model, inputs, accumulate_steps, mesh),
+        at_precision(matmul_precision, partial(health.measure, model, inputs, accumulate_steps, mesh)),
         in_shardings=(None, batch_sharded(mesh), whole),
         out_shardings=(whole, whole),
     )

@@ -20,6 +20,7 @@ from bvit_jax.optim import global_norm
 from bvit_jax.runtime.mesh import replicated
 from bvit_jax.training.steps.batch import Batch, Examples, Inputs
 from bvit_jax.training.steps.keys import MICROBATCHES_KEY, RANKING_KEY
+from bvit_jax.training.steps.precision import DEFAULT, precise
 from bvit_jax.training.steps.state import TrainState
 
 Metrics = dict[str, Array]
@@ -37,6 +38,7 @@ class Objective:
       label_smoothing: of the labels, from 0 to 1.
       ranking: the ranking term, which needs a teacher; None for none. With a ``distillation_weight`` of 0 the
         teacher's logits then do not count.
+      teacher_precision: of the teacher's products of float32 numbers; its probabilities are the targets.
     """
 
     teacher: nn.Module | None = None
@@ -45,6 +47,7 @@ class Objective:
     distillation_weight: float = 1.0
     label_smoothing: float = 0.1
     ranking: Ranking | None = None
+    teacher_precision: str = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class TrainSettings:
         ``ModelEma``, for parameters and running statistics; used where the state has an average.
       mesh: needed where arrays are sharded. Microbatches are then spread over it as the batch is, and
         parameters that are spread over devices are gathered for their use.
+      matmul_precision: of products of float32 numbers, see `bvit_jax.training.steps.precision`.
     """
 
     model: nn.Module
@@ -72,6 +76,7 @@ class TrainSettings:
     accumulate_steps: int = 1
     ema_decay: float = 0.0
     mesh: Mesh | None = None
+    matmul_precision: str = DEFAULT
 
 
 class Outcome(NamedTuple):
@@ -137,7 +142,8 @@ def loss(
     if objective.teacher is not None:
         normalize = objective.teacher_normalize
         seen = images if normalize is None else normalize(examples.pictures)
-        taught = cast(ModelOutput, objective.teacher.apply(teacher_variables, seen, **capture))
+        with precise(objective.teacher_precision):
+            taught = cast(ModelOutput, objective.teacher.apply(teacher_variables, seen, **capture))
     output, updates = settings.model.apply(
         {"params": params, "batch_stats": batch_stats},
         images,
