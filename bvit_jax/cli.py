@@ -277,7 +277,7 @@ def _definers(values: flags.FlagValues) -> tuple[Any, Any]:
 
 
 def _define_topology(values: flags.FlagValues, condition: str = "") -> None:
-    text = "TPU chips to compile for, such as v5e:16x16, in place of the devices that are here."
+    text = "Chips to compile for, such as v5e:16x16 or h100, in place of the devices that are here."
     flags.DEFINE_string("topology", "", condition + text, flag_values=values)
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from bvit_jax import models
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
-from bvit_jax.plan import hlo
+from bvit_jax.plan import gpus, hlo
 from bvit_jax.plan.fitting import largest_batch
 from bvit_jax.plan.topology import DoesNotFit, Topology, compile_step, open_topology
 from bvit_jax.runtime.chips import GIB, Chip, chip_of
@@ -35,7 +35,7 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
         steps is null, and without the teacher a DeiT-S takes its place, or for a ranking loss the
         real-valued model of the student's sizes. Weights to start from need not be there either where they
         are the teacher's.
-      topology: TPU chips to compile for, such as "v5e:4x4"; "" means the devices that are there.
+      topology: chips to compile for, such as "v5e:4x4" or "h100"; "" means the devices that are there.
 
     Returns:
       ``model``, ``compute_dtype``, ``parameters`` and ``parameters_bytes``, ``devices``, ``device_kind``,
@@ -49,6 +49,7 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
         the chip's main memory (`bvit_jax.plan.hlo.hbm_bytes`); and the same three per image.
       - where the chip is known ``flops_ms`` and ``bytes_ms``, the least time that these take by the chip's
         peaks, the larger of the two, ``bound_ms``, and of all devices ``images_per_second_bound``.
+      - Compiled for a GPU that is not there, operations and accessed bytes are not counted.
       - ``collectives`` by kind and ``collectives_for`` by purpose (`bvit_jax.plan.hlo`): count, and bytes of
         their results.
       - ``programs``: of each program of the run (`bvit_jax.training.steps.programs`) its megabytes, as above,
@@ -65,7 +66,7 @@ def dry_run(config: ConfigDict, topology: str = "") -> dict[str, Any]:
     _check_init(config, run)
     start = time.perf_counter()
     try:
-        compiled = compile_step(lower(run, config, config.batch_size))
+        compiled = _compiled(lower(run, config, config.batch_size), run)
     except DoesNotFit as error:
         raise _too_large(run, config, error) from error
     seconds = time.perf_counter() - start
@@ -92,6 +93,19 @@ def lower(run: Run, config: ConfigDict, images: int) -> Any:
     return run.programs.train.function.lower(state, batch, *rest)
 
 
+def _compiled(lowered: Any, run: Run) -> Any:
+    """Compiles a program; where the compiler says nothing of the memory, as for GPUs, its plan is checked.
+
+    Raises:
+      DoesNotFit: it needs more memory than the chip has.
+    """
+    compiled = compile_step(lowered)
+    chip = chip_of(run.mesh.devices.flat[0].device_kind)
+    if chip and not chip.compiler_bytes and total_bytes(compiled) > chip.hbm_bytes:
+        raise DoesNotFit(total_bytes(compiled), chip.hbm_bytes)
+    return compiled
+
+
 def _programs(run: Run, config: ConfigDict, train: Any, seconds: float) -> dict[str, Any]:
     """Compiles all programs but the training step, and returns what each of them needs."""
     found: dict[str, dict[str, float]] = {}
@@ -99,7 +113,7 @@ def _programs(run: Run, config: ConfigDict, train: Any, seconds: float) -> dict[
         start, compiled, took = time.perf_counter(), train, seconds
         if program is not run.programs.train:
             try:
-                compiled = compile_step(program.function.lower(*program.arguments))
+                compiled = _compiled(program.function.lower(*program.arguments), run)
             except DoesNotFit as error:
                 raise UserError(_does_not_fit(program.name, name, run, config, error)) from error
             took = time.perf_counter() - start
@@ -130,6 +144,7 @@ def cost_of(compiled: Any, run: Run, images: int) -> dict[str, Any]:
     text = compiled.as_text()
     moved = hlo.hbm_bytes(text)
     totals = {"gflops": flops / 1e9, "gb_accessed": accessed / 1e9, "gb_of_memory": moved / 1e9}
+    totals = {name: total for name, total in totals.items() if not math.isnan(total)}
     per_device = images / run.mesh.size
     figures: dict[str, Any] = {
         **_memory(compiled),
@@ -184,11 +199,12 @@ def total_bytes(compiled: Any) -> int:
 
 def _bound(chip: Chip, flops: float, moved: float, images: int) -> dict[str, Any]:
     of_flops, of_bytes = flops / chip.bfloat16_flops, moved / chip.bandwidth
-    seconds = max(of_flops, of_bytes)
+    counted = {} if math.isnan(flops) else {"flops_ms": _short(1e3 * of_flops)}
+    seconds = max(of_bytes, of_flops)  # of bytes alone where operations are not counted
     return {
         "chip": chip.name,
         "chip_mb": _mb(chip.usable_bytes),
-        "flops_ms": _short(1e3 * of_flops),
+        **counted,
         "bytes_ms": _short(1e3 * of_bytes),
         "bound_ms": _short(1e3 * seconds),
         "images_per_second_bound": _short(images / seconds),
@@ -213,7 +229,9 @@ def _mb(size: float) -> float:
 
 def _versions(target: Topology | None) -> dict[str, str]:
     versions = {"jax": jax.__version__}
-    if target:
+    if target and target.devices[0].platform != "tpu":
+        versions |= [gpus.compiler_version() or ("jax-cuda-pjrt", "unknown")]
+    elif target:
         try:
             versions["libtpu"] = importlib.metadata.version("libtpu")
         except importlib.metadata.PackageNotFoundError:  # TPU_LIBRARY_PATH names a file
@@ -283,7 +301,7 @@ def _too_large(run: Run, config: ConfigDict, error: DoesNotFit) -> UserError:
     def memory_of(units: int) -> int | None:
         per_device, start = units * unit, time.perf_counter()
         try:
-            size = total_bytes(compile_step(lower(run, config, per_device * devices)))
+            size = total_bytes(_compiled(lower(run, config, per_device * devices), run))
         except DoesNotFit:
             size = None
         shown = f"need {size / GIB:.2f} GiB" if size else "do not fit"

@@ -1,4 +1,4 @@
-"""TPU topologies without TPUs: libtpu's real compiler, for chips that this machine need not have."""
+"""Chips that this machine need not have: libtpu's real compiler for TPUs, and for GPUs `gpus`."""
 
 import importlib.util
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from bvit_jax.errors import UserError, nearest
+from bvit_jax.plan import gpus
 from bvit_jax.runtime import process
 from bvit_jax.runtime.chips import GIB, Chip, chip_named
 
@@ -63,7 +64,7 @@ class Topology:
 
 
 def open_topology(name: str) -> Topology:
-    """Returns the topology of a name such as "v5e:4x4".
+    """Returns the topology of a name such as "v5e:4x4", or of GPUs such as "h100".
 
     In a process of ours, call `process.stay_on_cpu` before JAX is used: nothing runs on a chip here. libtpu
     reads `ENVIRONMENT` when it is loaded; elsewhere these variables are taken back afterwards.
@@ -72,6 +73,9 @@ def open_topology(name: str) -> Topology:
       UserError: the name has the wrong form, there is no such chip or shape, or libtpu is missing or
         cannot be loaded.
     """
+    if (cards := gpus.parse(name)) is not None:
+        chip, count = cards
+        return Topology(f"{chip.name.lower()}:{count}", chip, gpus.open_gpus(chip, count))
     kind, shape = parse(name)
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -91,9 +95,9 @@ def open_topology(name: str) -> Topology:
         raise _user_error(name, kind, error) from error
     finally:
         process.raise_at_signals()  # libtpu makes its process ignore SIGHUP
-    chip = chip_named(kind)
-    assert chip is not None  # every family is in the table
-    return Topology(f"{kind}:{text}", chip, found.devices)
+    known = chip_named(kind)
+    assert known is not None  # every family is in the table
+    return Topology(f"{kind}:{text}", known, found.devices)
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
@@ -104,12 +108,11 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     """
     match = re.fullmatch(r"([A-Za-z]\w*):(\d+(?:x\d+)*)", name.strip())
     if match is None:
-        raise UserError(f"--topology is {name!r}; expected CHIP:SHAPE, such as v5e:4x4 or v4:2x2x2")
+        raise UserError(f"--topology is {name!r}; expected CHIP:SHAPE, such as v5e:4x4 or v4:2x2x2, or h100")
     kind = match[1].lower()
     if kind not in FAMILIES:
-        raise UserError(
-            f"--topology is {name!r}, in which the chip {match[1]!r} is unknown{nearest(kind, FAMILIES)}"
-        )
+        known = nearest(kind, (*FAMILIES, *gpus.GPUS))
+        raise UserError(f"--topology is {name!r}, in which the chip {match[1]!r} is unknown{known}")
     family = FAMILIES[kind]
     shape = tuple(int(size) for size in match[2].split("x"))
     expected = len(family.shapes[0].split("x"))

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from bvit_jax.errors import UserError
 from bvit_jax.plan import dry_run as dry_run_lib
+from bvit_jax.plan import gpus
 from bvit_jax.plan.dry_run import dry_run
 from bvit_jax.plan.topology import (
     DoesNotFit,
@@ -21,7 +23,7 @@ from bvit_jax.plan.topology import (
     open_topology,
     parse,
 )
-from bvit_jax.runtime.mesh import batch_sharded
+from bvit_jax.runtime.mesh import batch_sharded, make_mesh
 from bvit_jax.training.setup import Run
 from tests.configs import one_block
 from tests.processes import ROOT, run
@@ -55,7 +57,7 @@ def test_names(name: str, expected: tuple) -> None:
         ("v5e:", "expected CHIP:SHAPE"),
         ("v5e:4*4", "expected CHIP:SHAPE"),
         ("v5f:4x4", "the chip 'v5f' is unknown; did you mean 'v5p'?"),
-        ("gpu:4x4", "the chip 'gpu' is unknown; known: v4, v5e, v5p, v6e"),
+        ("gpu:4x4", "the chip 'gpu' is unknown; known: h100, h200, v4, v5e, v5p, v6e"),
         ("v5e:2x2x2", "v5e has 2 dimensions; try v5e:2x4"),
         ("v4:4x4", "v4 has 3 dimensions; try v4:2x2x4"),
         ("v5e:0x4", "v5e has 2 dimensions"),
@@ -66,6 +68,51 @@ def test_wrong_names_are_told_with_right_ones(name: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         parse(name)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("h100", ("H100", 1)), ("H200:8", ("H200", 8)), ("v5e:4x2", None), ("h100:2x2", None)],
+)
+def test_names_of_gpus(name: str, expected: tuple | None) -> None:
+    found = gpus.parse(name)
+    assert (found and (found[0].name, found[1])) == expected
+
+
+def test_more_gpus_than_a_machine_has() -> None:
+    with pytest.raises(UserError, match="--topology is 'h100:9'; expected 1 to 8 GPUs"):
+        gpus.parse("h100:9")
+
+
+def test_without_the_cuda_plugin_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "compiler_version", lambda: None)
+    with pytest.raises(UserError, match=r'--topology=h100 needs the compiler.*pip install "jax\[cuda13\]"'):
+        open_topology("h100")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gpus.compiler_version() is None, reason='no CUDA plugin: pip install "jax[cuda13]"')
+def test_compiles_for_gpus_without_one() -> None:
+    topology = open_topology("h100:2")
+    assert (topology.name, len(topology.devices)) == ("h100:2", 2)
+    assert {device.device_kind for device in topology.devices} == set(topology.chip.device_kinds)
+    mesh = make_mesh(topology.devices)
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=batch_sharded(mesh))
+    compiled = jax.jit(lambda x: jnp.sum(x @ x.T)).lower(x).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes == 128 * 256 * 2
+    assert "all-" in compiled.as_text()
+
+
+def test_a_program_that_is_larger_than_a_gpu_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run_lib, "total_bytes", lambda compiled: 90 * 10**9)
+    monkeypatch.setattr(dry_run_lib, "compile_step", lambda lowered: None)
+    for kind, fits in (("NVIDIA H100 80GB HBM3", False), ("NVIDIA H200", True), ("cpu", True)):
+        run: Any = SimpleNamespace(mesh=SimpleNamespace(devices=np.array(SimpleNamespace(device_kind=kind))))
+        if fits:
+            dry_run_lib._compiled(None, run)
+        else:
+            with pytest.raises(DoesNotFit, match=r"83\.82 GiB needed, 74\.51 GiB available"):
+                dry_run_lib._compiled(None, run)
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
