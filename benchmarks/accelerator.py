@@ -11,12 +11,14 @@ skipped where it is missing.
 Every piece (`benchmarks.pieces.catalogue`) has a process of its own, so that it leaves the device as it found
 it, and a failure is one line of the report. Pieces run in the order of their value; one that is not expected
 to fit into the time that is left is skipped. The report is written after each of them, with all that they
-print next to it in a ``.log``. The exit status is 1 if a piece fails or a number differs.
+print next to it in a ``.log``; ``--known`` goes on from it. The exit status is 1 if a piece fails or a number
+differs.
 """
 
 import argparse
 import json
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ from bvit_jax.errors import UserError, nearest
 
 PATIENCE = 3  # times its estimate that a piece may take
 LEAST_PATIENCE = 120  # seconds
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")  # as XLA and PyTorch say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +65,8 @@ def _chosen(arguments: argparse.Namespace) -> list[Piece]:
     checkout = arguments.reference.resolve() if arguments.reference else None
     if checkout and not (checkout / "models.py").exists():
         raise UserError(f"--reference is {arguments.reference}: there is no models.py")
+    if arguments.known and not arguments.known.is_file():
+        raise UserError(f"--known is {arguments.known}: there is no such file")
     every = (catalogue.quick_pieces if arguments.quick else catalogue.pieces)(str(checkout or ""))
     return [piece for piece in every if piece.part in parts]
 
@@ -79,14 +84,28 @@ def _measure(arguments: argparse.Namespace, chosen: list[Piece], argv: Sequence[
         reason = device.get("error") or "jax sees none; are its plugin and the driver installed?"
         raise UserError(f"no accelerator: {reason}; --quick tries the command on a CPU")
     command = shlex.join(["python", "-m", "benchmarks.accelerator", *argv])
-    report: dict[str, Any] = {"command": command, "device": device, "pieces": []}
-    for piece in chosen:
+    known = _known(arguments.known, device)
+    report: dict[str, Any] = {"command": command, "device": device, "pieces": known}
+    done = {(result["part"], result["name"]) for result in known}
+    for piece in (piece for piece in chosen if (piece.part, piece.name) not in done):
         result = _result(piece, str(arguments.reference or ""), deadline - time.monotonic(), log)
         report["pieces"].append(result)
         summary.add_floors(report["pieces"])
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
         print(f"{piece.part}: {piece.name}: {result['status']}", file=sys.stderr, flush=True)
     return report
+
+
+def _known(file: Path | None, device: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns what was done according to an earlier report.
+
+    Raises:
+      UserError: it is of another device.
+    """
+    report = json.loads(file.read_text()) if file else {"device": device, "pieces": []}
+    if report["device"].get("device") != device.get("device"):
+        raise UserError(f"--known is {file}, of another device: {report['device'].get('device')}")
+    return [result for result in report["pieces"] if result["status"] == "done"]
 
 
 def _result(piece: Piece, reference: str, left: float, log: Path) -> dict[str, Any]:
@@ -99,8 +118,9 @@ def _result(piece: Piece, reference: str, left: float, log: Path) -> dict[str, A
     found = process.run(piece, min(left, max(PATIENCE * piece.seconds, LEAST_PATIENCE)), log)
     result["seconds"] = found.pop("seconds")
     error = found.pop("error", "")
-    status = {"status": "failed", "error": error} if error else {"status": "done"}
-    return {**result, **status, "found": found, "arguments": dict(piece.arguments)}
+    status = "too large" if any(words in error for words in OUT_OF_MEMORY) else "failed"
+    ended = {"status": status, "error": error} if error else {"status": "done"}
+    return {**result, **ended, "found": found, "arguments": dict(piece.arguments)}
 
 
 def _log(arguments: argparse.Namespace) -> Path:
@@ -118,6 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny models, one round, on any device")
     parser.add_argument("--reference", type=Path, metavar="CHECKOUT", help="the PyTorch code")
     parser.add_argument(
+        "--known", type=Path, metavar="FILE", help="an earlier report; what is done there is not done again"
+    )
+    parser.add_argument(
         "--json",
         type=Path,
         default=Path("build/accelerator.json"),
@@ -128,4 +151,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # So that the piece that runs ends too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

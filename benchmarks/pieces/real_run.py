@@ -50,8 +50,8 @@ def digits(epochs: int) -> Iterator[dict[str, Any]]:
 def _start(workdir: Path, directory: str, epochs: int) -> subprocess.Popen[str]:
     command = [
         *(sys.executable, str(ROOT / "train.py"), "--config=digits", f"--workdir={workdir}"),
-        *(f"--config.epochs={epochs}", "--config.eval_every_epochs=1", "--config.log_every_steps=11"),
-        f"--config.data.data_dir={directory}/data",
+        *(f"--config.epochs={epochs}", f"--config.eval_every_epochs={max(epochs // 9, 1)}"),
+        *("--config.log_every_steps=11", f"--config.data.data_dir={directory}/data"),
     ]
     flags = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     variables = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}

@@ -30,7 +30,7 @@ def add_floors(pieces: list[dict[str, Any]]) -> None:
 
 
 def passed(pieces: list[dict[str, Any]]) -> bool:
-    """Returns whether no piece failed and all numbers are those of the PyTorch code."""
+    """Returns whether no piece failed, but for want of memory, and no number is another than expected."""
     return not any(p["status"] == "failed" or _wrong(p.get("found", {})) for p in pieces)
 
 
@@ -47,7 +47,9 @@ def table(report: Found) -> str:
     lines = [*_heading(report["device"]), ""]
     for piece in pieces:
         took = f"{piece['seconds']:.0f} of {piece['estimate']} s" if "seconds" in piece else ""
-        lines.append(f"{piece['part']:<8} {piece['name']:<44} {took:>12}  {_outcome(piece)}")
+        error = f"{piece['status']}: {piece['error']}" if piece["status"] != "done" else ""
+        outcome = "; ".join(filter(None, (_outcome(piece.get("found", {}), pieces), error)))
+        lines.append(f"{piece['part']:<8} {piece['name']:<44} {took:>12}  {outcome}")
     return "\n".join([*lines, "", *_kernels(pieces), *_aims(pieces)])
 
 
@@ -62,19 +64,16 @@ def _heading(device: Found) -> list[str]:
     ]
 
 
-def _outcome(piece: dict[str, Any]) -> str:
-    if piece["status"] != "done":
-        return f"{piece['status']}: {piece['error']}"
-    found = piece["found"]
-    if "images_per_second" in found and "settings" in found:
-        return _speed(found)
+def _outcome(found: Found, pieces: list[dict[str, Any]]) -> str:
+    if "settings" in found:
+        return _speed(found, pieces)
     if "bytes_per_second" in found:
         best = [f"{format_rate(max(map(max, found['bytes_per_second'].values())))}B/s"]
         products = found["operations_per_second"].items()
         return ", ".join([*best, *(f"{name} {format_rate(max(rates))}op/s" for name, rates in products)])
     if "top1" in found:
-        same = found["same_weights"] and found["same_metrics"]
-        return f"top-1 {found['top1']:.4f}; resumed {'bit for bit' if same else 'DIFFERENTLY'}"
+        same = found.get("same_weights") and found.get("same_metrics")
+        return f"top-1 {found['top1']:.4f}, {'resumed bit for bit' if same else 'NOT resumed bit for bit'}"
     if "cores" in found:
         speeds = {kind: statistics.median(rounds) for kind, rounds in found["images_per_second"].items()}
         return ", ".join(f"{kind} {speed:.0f} images/s" for kind, speed in speeds.items())
@@ -95,9 +94,11 @@ def _small(found: Found) -> str:
     return failed or f"{format_rate(max(rates))}op/s, {'exact' if exact else 'NOT EXACT'}"
 
 
-def _speed(side: Found) -> str:
+def _speed(side: Found, pieces: list[dict[str, Any]]) -> str:
     speeds = {kind: statistics.median(rounds) for kind, rounds in side["images_per_second"].items()}
     parts = [f"{kind} {speed:.0f} images/s" for kind, speed in speeds.items()]
+    if list(speeds) == ["training"] and (default := _default_of(side, pieces)):
+        parts[0] += f" ({speeds['training'] / _training(default):.2f} of the default)"
     parts.append(f"{_memory(side) / MIB:.0f} MiB an image")
     shares = side.get("achieved", {}).get("training", {})
     if "share_of_floor" in shares:
@@ -107,12 +108,19 @@ def _speed(side: Found) -> str:
     return ", ".join(parts)
 
 
+def _default_of(lever: Found, pieces: list[dict[str, Any]]) -> Found | None:
+    """Returns what the same model reaches at the same batch without a lever, if that was measured."""
+    same = ("batch", "dtype", "settings", "version")
+    others = [p["found"] for p in _sides(pieces) if p["part"] == "speed" and "PyTorch" not in p["name"]]
+    return next((side for side in others if all(side.get(k) == lever.get(k) for k in same)), None)
+
+
 def _memory(side: Found) -> float:
     return side["memory"]["peak"] / side["batch"]
 
 
 def _sides(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [p for p in pieces if p["status"] == "done" and "settings" in p["found"]]
+    return [p for p in pieces if "settings" in p.get("found", {})]
 
 
 def _kernels(pieces: list[dict[str, Any]]) -> list[str]:

@@ -114,6 +114,23 @@ def test_goes_on_after_a_failure_and_fails_in_the_end(run, tmp_path):
     assert good["status"] == "done"
 
 
+def test_a_batch_that_is_too_large_is_no_failure(run):
+    assert run([piece()], {"one": {"error": "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"}})[0] == 0
+
+
+def test_goes_on_from_an_earlier_report(run, tmp_path, capsys):
+    pieces = [piece("bad"), piece("good"), piece("other", "feed")]
+    results = {"bad": {"error": "what is wrong"}, "good": {}, "other": {}}
+    run(pieces, results, "--parts", "numbers")
+    known = (tmp_path / "found.json").rename(tmp_path / "known.json")
+    assert run(pieces, {**results, "bad": {}}, "--known", str(known)) == (0, ["bad", "other"])
+    assert len(json.loads((tmp_path / "found.json").read_text())["pieces"]) == 3
+    capsys.readouterr()
+    other = {**GPU, "device": "NVIDIA H200"}
+    assert run(pieces, results, "--known", str(known), device=other)[0] == 1
+    assert "of another device: NVIDIA H100" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["passed", "same_weights"])
 def test_fails_where_a_number_is_another(run, name):
     found = {"a": {"passed": False, "rows": [], "error": "x"}} if name == "passed" else {}
