@@ -48,7 +48,8 @@ def table(report: Found) -> str:
     for piece in pieces:
         took = f"{piece['seconds']:.0f} of {piece['estimate']} s" if "seconds" in piece else ""
         error = f"{piece['status']}: {piece['error']}" if piece["status"] != "done" else ""
-        outcome = "; ".join(filter(None, (_outcome(piece.get("found", {}), pieces), error)))
+        sides = _sides(pieces) if piece["part"] == "levers" else []
+        outcome = "; ".join(filter(None, (_outcome(piece.get("found", {}), sides), error)))
         lines.append(f"{piece['part']:<8} {piece['name']:<44} {took:>12}  {outcome}")
     return "\n".join([*lines, "", *_kernels(pieces), *_aims(pieces)])
 
@@ -64,9 +65,9 @@ def _heading(device: Found) -> list[str]:
     ]
 
 
-def _outcome(found: Found, pieces: list[dict[str, Any]]) -> str:
+def _outcome(found: Found, sides: list[dict[str, Any]]) -> str:
     if "settings" in found:
-        return _speed(found, pieces)
+        return _speed(found, sides)
     if "bytes_per_second" in found:
         best = [f"{format_rate(max(map(max, found['bytes_per_second'].values())))}B/s"]
         products = found["operations_per_second"].items()
@@ -94,11 +95,11 @@ def _small(found: Found) -> str:
     return failed or f"{format_rate(max(rates))}op/s, {'exact' if exact else 'NOT EXACT'}"
 
 
-def _speed(side: Found, pieces: list[dict[str, Any]]) -> str:
+def _speed(side: Found, sides: list[dict[str, Any]]) -> str:
     speeds = {kind: statistics.median(rounds) for kind, rounds in side["images_per_second"].items()}
     parts = [f"{kind} {speed:.0f} images/s" for kind, speed in speeds.items()]
-    if list(speeds) == ["training"] and (default := _default_of(side, pieces)):
-        parts[0] += f" ({speeds['training'] / _training(default):.2f} of the default)"
+    if default := _default_of(side, sides):
+        parts[-1] += f" ({speeds['training'] / _training(default):.2f} of the default)"
     parts.append(f"{_memory(side) / MIB:.0f} MiB an image")
     shares = side.get("achieved", {}).get("training", {})
     if "share_of_floor" in shares:
@@ -108,10 +109,10 @@ def _speed(side: Found, pieces: list[dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def _default_of(lever: Found, pieces: list[dict[str, Any]]) -> Found | None:
+def _default_of(lever: Found, sides: list[dict[str, Any]]) -> Found | None:
     """Returns what the same model reaches at the same batch without a lever, if that was measured."""
     same = ("batch", "dtype", "settings", "version")
-    others = [p["found"] for p in _sides(pieces) if p["part"] == "speed" and "PyTorch" not in p["name"]]
+    others = [p["found"] for p in sides if p["part"] == "speed" and "PyTorch" not in p["name"]]
     return next((side for side in others if all(side.get(k) == lever.get(k) for k in same)), None)
 
 
