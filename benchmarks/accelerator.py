@@ -90,10 +90,15 @@ def _measure(arguments: argparse.Namespace, chosen: list[Piece], argv: Sequence[
     for piece in (piece for piece in chosen if (piece.part, piece.name) not in done):
         result = _result(piece, str(arguments.reference or ""), deadline - time.monotonic(), log)
         report["pieces"].append(result)
+        _write(arguments.json, report)
         summary.add_floors(report["pieces"])
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        _write(arguments.json, report)
         print(f"{piece.part}: {piece.name}: {result['status']}", file=sys.stderr, flush=True)
     return report
+
+
+def _write(file: Path, report: dict[str, Any]) -> None:
+    file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _known(file: Path | None, device: dict[str, Any]) -> list[dict[str, Any]]:
@@ -102,7 +107,9 @@ def _known(file: Path | None, device: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
       UserError: it is of another device.
     """
-    report = json.loads(file.read_text()) if file else {"device": device, "pieces": []}
+    if file is None:
+        return []
+    report = json.loads(file.read_text())
     if report["device"].get("device") != device.get("device"):
         raise UserError(f"--known is {file}, of another device: {report['device'].get('device')}")
     return [result for result in report["pieces"] if result["status"] == "done"]

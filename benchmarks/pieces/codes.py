@@ -26,16 +26,15 @@ def products(shapes: Sequence[Sequence[int]], rounds: int = 3) -> Iterator[dict[
         found = {}
         for shape in shapes:
             try:
-                found["x".join(map(str, shape))] = _product(*shape, dtype, accumulator, rounds)
+                found["x".join(map(str, shape))] = _product(shape, dtype, accumulator, rounds)
             except Exception as error:  # a type that a device does not multiply
                 found["x".join(map(str, shape))] = {"error": one_line(error)}
         yield {dtype: found}
 
 
-def _product(
-    rows: int, inputs: int, outputs: int, dtype: str, accumulator: str, rounds: int
-) -> dict[str, Any]:
+def _product(shape: Sequence[int], dtype: str, accumulator: str, rounds: int) -> dict[str, Any]:
     """Measures the product alone, and with what makes its left operand: the sign of shifted activations."""
+    rows, inputs, outputs = shape
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (rows, inputs), jnp.bfloat16)
     move = jax.random.normal(keys[1], (inputs,))
