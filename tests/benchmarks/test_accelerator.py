@@ -233,6 +233,13 @@ def test_a_quick_pass(tmp_path):
     assert theirs["achieved"]["training"]["share_of_floor"] > 0
 
 
+def test_the_script_passes_its_options_on():
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "benchmarks" / "accelerator.sh"), "--help"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "--parts A,B" in ran.stdout
+
+
 # --- the table ---------------------------------------------------------------------------------
 
 

@@ -120,11 +120,8 @@ def make_programs(
         out_shardings=shardings,
     )
     precision = training.matmul_precision
-    start = jax.jit(
-        at_precision(precision, partial(first_batch.start, *pass_of)),
-        in_shardings=(shardings, spread, whole),
-        out_shardings=shardings,
-    )
+    start = at_precision(precision, partial(first_batch.start, *pass_of))
+    start = jax.jit(start, in_shardings=(shardings, spread, whole), out_shardings=shardings)
     look = jax.jit(
         partial(preview, training.inputs), in_shardings=(spread, whole, whole), out_shardings=whole
     )
