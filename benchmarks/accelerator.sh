@@ -45,8 +45,11 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if compgen -G "$carried/wheels/*.whl" >/dev/null; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" $carried/wheels/*.whl
-    export PYTHONPATH=$PYTHONPATH:$site
+    if "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" $carried/wheels/*.whl; then
+        export PYTHONPATH=$PYTHONPATH:$site
+    else
+        echo "the wheels in $carried are not used, nor what needs them" >&2
+    fi
 fi
 command -v nvidia-smi >/dev/null && nvidia-smi -L
 reference=()
