@@ -73,13 +73,13 @@ def pieces(reference: str) -> list[Piece]:
 TINY = {
     "image_size": 32,
     "num_classes": 10,
-    "width": [8, 8],
-    "depth": [1, 2],
-    "num_heads": [1, 1],
-    "mlp_dim": [16, 16],
-    "reduction": [2, 1],
+    "width": [8],
+    "depth": [1],
+    "num_heads": [1],
+    "mlp_dim": [16],
+    "reduction": [2],
 }
-TINY_DEIT = {"image_size": 32, "num_classes": 10, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32}
+TINY_DEIT = {"image_size": 32, "num_classes": 10, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32}
 
 
 def quick_pieces(reference: str) -> list[Piece]:
@@ -91,10 +91,10 @@ def quick_pieces(reference: str) -> list[Piece]:
         _ours("binaryvit", 4, "bfloat16", 10, settings=TINY, **once),
         _reference("deit_small", 2, reference, 10, settings=TINY_DEIT, **once),
         _ours("deit_small", 2, "float32", 10, settings=TINY_DEIT, **once),
-        _narrow("react_deit", 10),
+        _narrow("react_deit", 10, precisions=["highest"]),
         _real_run(150, 2),
         _codes(5, ((16, 8, 8),)),
-        _lever("remat=products", 4, 10, settings=TINY, **once),
+        _lever("remat=block", 4, 10, settings=TINY, **once),
         _feed(20, 64, 1),
     ]
 
@@ -103,10 +103,9 @@ def _golden(name: str, files: list[str], seconds: int) -> Piece:
     return Piece("numbers", name, seconds, "benchmarks.pieces.numbers:golden", {"files": files})
 
 
-def _narrow(file: str, seconds: int) -> Piece:
-    return Piece(
-        "numbers", f"narrow types: {file}", seconds, "benchmarks.pieces.numbers:narrow", {"file": file}
-    )
+def _narrow(file: str, seconds: int, **more: Any) -> Piece:
+    arguments = {"file": file, **more}
+    return Piece("numbers", f"narrow types: {file}", seconds, "benchmarks.pieces.numbers:narrow", arguments)
 
 
 def _ceilings(seconds: int, scale: float) -> Piece:

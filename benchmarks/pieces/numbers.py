@@ -51,14 +51,14 @@ def _row(row: Any) -> dict[str, Any]:
     }
 
 
-def narrow(file: str) -> Iterator[dict[str, Any]]:
+def narrow(file: str, precisions: Sequence[str] = PRECISIONS) -> Iterator[dict[str, Any]]:
     """Yields by precision of products what narrow types change: signs, and with them the logits."""
     from bvit_jax.parity.golden import GoldenFile
     from bvit_jax.parity.layers import NARROW, flipped_signs
 
     with _whole(file) as path:
         golden = GoldenFile(path)
-    for precision in PRECISIONS:
+    for precision in precisions:
         with jax.default_matmul_precision(precision):
             flips = flipped_signs(golden)
             errors = {name: _logits_error(golden, dtype) for name, dtype in NARROW.items()}

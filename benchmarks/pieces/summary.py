@@ -16,7 +16,7 @@ AIMS = {
     "memory": ("less peak memory of an image than eager PyTorch", 3.0),
     "floor": ("share of the floor", 0.45),
 }
-SUBJECT = "binaryvit"
+SUBJECT = ("binaryvit", 224)  # and images of this size
 
 
 def add_floors(pieces: list[dict[str, Any]]) -> None:
@@ -139,7 +139,7 @@ def _kernels(pieces: list[dict[str, Any]]) -> list[str]:
 
 def _aims(pieces: list[dict[str, Any]]) -> list[str]:
     """Returns what was reached of each aim that both of its sides were measured for."""
-    sides = [p for p in _sides(pieces) if p["found"]["settings"]["name"] == SUBJECT and p["part"] == "speed"]
+    sides = [p for p in _sides(pieces) if _is_subject(p["found"]["settings"]) and p["part"] == "speed"]
     ours = _best([p for p in sides if "PyTorch" not in p["name"]])
     others = {how: _best([p for p in sides if f"PyTorch {how}, batch" in p["name"]]) for how in AIMS}
     if ours is None:
@@ -149,12 +149,16 @@ def _aims(pieces: list[dict[str, Any]]) -> list[str]:
         reached["memory"] = _memory(others["eager"]) / _memory(ours)
     if share := ours["achieved"].get("training", {}).get("share_of_floor"):
         reached["floor"] = share
-    lines = [f"aims of training {SUBJECT}, the best of ours: batch {ours['batch']}, {ours['dtype']}"]
+    lines = [f"aims of training {SUBJECT[0]}, the best of ours: batch {ours['batch']}, {ours['dtype']}"]
     for how, (text, aim) in AIMS.items():
         if how in reached:
             verdict = "reached" if reached[how] >= aim else "MISSED"
             lines.append(f"  {text:<50} {reached[how]:6.2f} of {aim:<5} {verdict}")
     return lines
+
+
+def _is_subject(settings: Found) -> bool:
+    return (settings["name"], settings["image_size"]) == SUBJECT
 
 
 def _best(pieces: list[dict[str, Any]]) -> dict[str, Any] | None:

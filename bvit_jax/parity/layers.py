@@ -115,12 +115,12 @@ def _flips(golden: GoldenFile, config: ConfigDict, wide: _Trace) -> dict[str, di
 
 
 def _run(golden: GoldenFile, config: ConfigDict, dtype: Any) -> _Trace:
-    model = models.create_model(config, dtype)
     weights = np.float64 if dtype == jnp.float64 else np.float32
-    state = golden.group("state")
-    variables = from_state_dict(state, abstract_variables(model, config.image_size), weights)
     sizes = tuple((name, array.size) for name, array in golden.group("trace").items())
     with jax.enable_x64(dtype == jnp.float64):
+        model = models.create_model(config, dtype)
+        abstract = abstract_variables(model, config.image_size)
+        variables = from_state_dict(golden.group("state"), abstract, weights)
         run, paths = _recording(model, sizes, dtype)
         outputs, signs = jax.device_get(run(variables, golden.images().astype(weights)))
     return _Trace(paths, outputs, signs)

@@ -224,7 +224,7 @@ def test_a_quick_pass(tmp_path):
     assert {p["status"] for p in found.values()} == {"done"}
     assert found["golden files"]["found"]["deit"]["passed"]
     flips = found["narrow types: react_deit"]["found"]
-    assert 0 < flips["highest"]["float32"]["mean"] < flips["highest"]["bfloat16"]["mean"] < 0.5
+    assert 0 <= flips["highest"]["float32"]["mean"] < flips["highest"]["bfloat16"]["mean"] < 0.5
     side = found["binaryvit bfloat16, batch 4"]["found"]
     assert side["achieved"]["training"]["share_of_floor"] > 0
     assert side["memory"]["peak"] > 0
@@ -254,7 +254,7 @@ def side(name, speed, peak, work=True):
             "batch": 10,
             "dtype": "bfloat16",
             "devices": 1,
-            "settings": {"name": "binaryvit"},
+            "settings": {"name": "binaryvit", "image_size": 224},
             "work": dict.fromkeys(
                 ("binary_macs", "real_macs", "elements", "variable_bytes", "state_bytes"), 1000
             )
