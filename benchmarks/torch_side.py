@@ -6,7 +6,6 @@ is replaced by small stand-ins of what it uses of them.
 
 import contextlib
 import importlib
-import importlib.util
 import io
 import json
 import os
@@ -222,9 +221,11 @@ def _config(models: ModuleType, values: dict[str, Any], settings: Mapping[str, A
 @contextlib.contextmanager
 def _imports_from(checkout: Path) -> Iterator[None]:
     """Imports modules from the checkout, with stand-ins for what is missing, and silences it."""
-    stand_ins = {"timm": _timm, "transformers": _transformers}
-    for package, make in stand_ins.items():
-        if package not in sys.modules and importlib.util.find_spec(package) is None:
+    stand_ins = {"timm.models.layers": _timm, "transformers.modeling_outputs": _transformers}
+    for module, make in stand_ins.items():
+        try:
+            importlib.import_module(module)
+        except Exception:  # missing, of a version without it, or not made for this torch
             sys.modules.update(make())
     sys.path.insert(0, str(checkout))
     try:
