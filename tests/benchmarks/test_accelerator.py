@@ -49,7 +49,7 @@ def piece(name="one", part="numbers", seconds=1, needs=""):
         ("raise", "ValueError: what is wrong"),
         ("exit", "ended with status 7"),
         ("abort", "ended by SIGABRT: F0000 unknown flag"),
-        ("hang", "stopped after 3 s"),
+        pytest.param("hang", "stopped after 3 s", marks=pytest.mark.slow),
     ],
 )
 def test_a_piece_keeps_what_it_found_however_it_ends(tmp_path, how, error):
@@ -233,6 +233,7 @@ def test_a_quick_pass(tmp_path):
     assert theirs["achieved"]["training"]["share_of_floor"] > 0
 
 
+@pytest.mark.slow
 def test_the_script_passes_its_options_on():
     environment = {**os.environ, "PYTHON": sys.executable}
     command = ["bash", str(ROOT / "benchmarks" / "accelerator.sh"), "--help"]
