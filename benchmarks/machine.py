@@ -6,7 +6,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "numpy", "torch")
 
 
 def cpu_model() -> str:
