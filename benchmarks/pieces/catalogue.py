@@ -60,7 +60,7 @@ def pieces(reference: str) -> list[Piece]:
         _golden("other families", others, 90),
         _lever("remat=products", 512, 90),
         *(_lever(name, 128, 90) for name in LEVERS if name not in ("remat=products", "packed")),
-        _feed(60, 1280, 3),
+        _feed(60, 1280, 64, 3),
         _reference("binaryvit", 256, reference, 160, compiled=True),
         _ours("deit_small", 256, "bfloat16", 50),
         _ours("react_deit_small", 256, "bfloat16", 60),
@@ -96,7 +96,7 @@ def quick_pieces(reference: str) -> list[Piece]:
         _real_run(150, 2),
         _codes(5, ((16, 8, 8),)),
         _lever("remat=block", 4, 10, settings=TINY, **once),
-        _feed(20, 64, 1),
+        _feed(20, 64, 8, 1),
     ]
 
 
@@ -152,8 +152,8 @@ def _real_run(seconds: int, epochs: int) -> Piece:
     )
 
 
-def _feed(seconds: int, images: int, rounds: int) -> Piece:
-    arguments = {"images": images, "rounds": rounds}
+def _feed(seconds: int, images: int, batch: int, rounds: int) -> Piece:
+    arguments = {"images": images, "batch": batch, "rounds": rounds}
     return Piece(
         "feed", "photographs", seconds, "benchmarks.pieces.feed:photographs", arguments, ON_CPU, "data"
     )

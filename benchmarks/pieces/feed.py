@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import input_pipeline
+from benchmarks.input_pipeline import WARM_UP
 from benchmarks.machine import cores
 
 
-def photographs(images: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Yields the speeds of its rounds for training and evaluation."""
+def photographs(images: int, batch: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yields the speeds of its rounds for training and evaluation, of images on top of the first batches."""
     with tempfile.TemporaryDirectory() as directory:
         found = Path(directory) / "found.json"
-        arguments = ["--alone", "--images", str(images), "--measured", str(images), "--rounds", str(rounds)]
-        input_pipeline.main([*arguments, "--uint8", "--json", str(found)])
+        counts = {"images": images, "measured": images - WARM_UP * batch, "batch": batch, "rounds": rounds}
+        arguments = [part for name, count in counts.items() for part in (f"--{name}", str(count))]
+        input_pipeline.main(["--alone", "--uint8", *arguments, "--json", str(found)])
         yield {"cores": cores(), "images_per_second": json.loads(found.read_text())["bvit_jax"]}

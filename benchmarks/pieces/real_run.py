@@ -31,7 +31,7 @@ def digits(epochs: int) -> Iterator[dict[str, Any]]:
         whole, broken = Path(directory) / "whole", Path(directory) / "broken"
         began = time.perf_counter()
         _finish(_start(whole, directory, epochs), 0)
-        accuracies = [line["top1"] for line in _metrics(whole) if "top1" in line]
+        accuracies = [line["eval_top1"] for line in _metrics(whole) if "eval_top1" in line]
         yield {"top1": accuracies[-1], "run_seconds": time.perf_counter() - began}
 
         process = _start(broken, directory, epochs)
