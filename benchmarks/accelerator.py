@@ -4,9 +4,9 @@
     python -m benchmarks.accelerator --quick                                   # a trial on a CPU
 
 Run it from the root of a checkout; see `benchmarks/accelerator.sh` for a machine without a network. Needs
-jax, flax, optax, orbax-checkpoint, jaxtyping, safetensors and numpy; with ``--reference``, a checkout of
-github.com/Phuoc-Hoan-Le/BinaryViT, also torch. Pieces that need more say so and are
-skipped where it is missing.
+jax, flax, optax, orbax-checkpoint, safetensors and numpy; with ``--reference``, a checkout of
+github.com/Phuoc-Hoan-Le/BinaryViT, also torch. Pieces that need more say so and are skipped where it is
+missing.
 
 Every piece (`benchmarks.pieces.catalogue`) has a process of its own, so that it leaves the device as it found
 it, and a failure is one line of the report. Pieces run in the order of their value; one that is not expected

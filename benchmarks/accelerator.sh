@@ -4,8 +4,8 @@
 #   benchmarks/accelerator.sh fetch         where there is a network: puts what to carry along into .accelerator/
 #   benchmarks/accelerator.sh [OPTION...]   on that machine, with the options of benchmarks/accelerator.py
 #
-# The machine needs Python with jax and its CUDA plugin, flax, optax, orbax-checkpoint, jaxtyping and safetensors, and
-# torch for the PyTorch code. Git ignores .accelerator/, which holds
+# The machine needs Python with jax and its CUDA plugin, flax, optax, orbax-checkpoint and safetensors, and torch
+# for the PyTorch code. Git ignores .accelerator/, which holds
 #
 #   reference   the PyTorch code; fetch clones it from $REFERENCE
 #   wheels      what the training run and the input pipeline need, for Python $PYTHON_VERSION (3.12) on x86-64; in

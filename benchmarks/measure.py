@@ -204,7 +204,7 @@ def _ratios(rounds: dict[str, Rounds], memory: dict[str, Memory]) -> dict[str, d
 
 def _start_jax(plan: Plan, context: None) -> Side:
     if plan.config is None:
-        stand_ins.provide_ml_collections()
+        stand_ins.provide()
     from benchmarks import jax_side  # here, because only the process of this side may import jax
 
     return jax_side.start(plan, context)

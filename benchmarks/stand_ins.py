@@ -1,4 +1,7 @@
-"""A stand-in for ml-collections, of which models and golden files use only that keys are attributes."""
+"""Stand-ins for two packages that a bare GPU machine may lack.
+
+Models and golden files use of ml-collections only that keys are attributes, and of jaxtyping the annotations.
+"""
 
 import importlib.util
 import sys
@@ -24,12 +27,30 @@ class ConfigDict(dict[str, Any]):
         self[name] = value
 
 
-def provide_ml_collections() -> None:
-    """Makes ``ml_collections`` importable where it is not installed."""
-    if importlib.util.find_spec("ml_collections") is None:
-        module = ModuleType("ml_collections")
-        module.__dict__.update(ConfigDict=_nested, FieldReference=lambda default, field_type=None: default)
-        sys.modules["ml_collections"] = module
+class Annotation:
+    """The type of an array or a tree, without its dtype and shape."""
+
+    def __class_getitem__(cls, item: Any) -> Any:
+        return item[0] if isinstance(item, tuple) else Any
+
+
+def provide() -> None:
+    """Makes ``ml_collections`` and ``jaxtyping`` importable where they are not installed."""
+    _provide("ml_collections", ConfigDict=_nested, FieldReference=lambda default, field_type=None: default)
+    _provide("jaxtyping", __getattr__=_annotation)
+
+
+def _annotation(name: str) -> type[Annotation]:
+    if name.startswith("__"):  # what Python asks of every module
+        raise AttributeError(name)
+    return Annotation
+
+
+def _provide(name: str, **content: Any) -> None:
+    if importlib.util.find_spec(name) is None:
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        sys.modules[name] = module
 
 
 def _nested(values: Any = ()) -> ConfigDict:

@@ -7,8 +7,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from benchmarks import stand_ins
 from benchmarks.pieces.piece import one_line
-from benchmarks.stand_ins import provide_ml_collections
 
 
 def main(result: Path, request: dict[str, Any]) -> int:
@@ -17,7 +17,7 @@ def main(result: Path, request: dict[str, Any]) -> int:
     Returns:
       The exit status: 1 if it failed, and what was found has the ``error``.
     """
-    provide_ml_collections()
+    stand_ins.provide()
     module, _, function = request["call"].partition(":")
     found: dict[str, Any] = {}
     try:

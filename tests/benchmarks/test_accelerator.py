@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,11 +193,14 @@ def test_xla_knows_the_flags():
     subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, check=True)
 
 
-def test_stands_in_for_ml_collections(monkeypatch):
+def test_stands_in_for_what_is_missing(monkeypatch):
     monkeypatch.setattr(stand_ins.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.delitem(sys.modules, "ml_collections")
-    stand_ins.provide_ml_collections()
-    module = sys.modules["ml_collections"]
+    for name in ("ml_collections", "jaxtyping"):
+        monkeypatch.delitem(sys.modules, name)
+    stand_ins.provide()
+    module, annotations = sys.modules["ml_collections"], sys.modules["jaxtyping"]
+    assert annotations.Float[int, "batch"] is int
+    assert annotations.PyTree[int] is Any
     config = module.ConfigDict({"a": {"b": 1}})
     config.update({"c": {"d": module.FieldReference("auto", field_type=object)}})
     config.a.e = 2
@@ -205,14 +209,34 @@ def test_stands_in_for_ml_collections(monkeypatch):
     assert default_config().optim.b1 == 0.9
 
 
+# What neither jax, flax, optax, orbax-checkpoint, torch nor transformers brings along.
+MISSING = (
+    *("ml_collections", "jaxtyping", "tensorflow_datasets", "grain", "array_record", "google_crc32c"),
+    *("sklearn", "PIL", "matplotlib", "tensorboardX"),
+)
+# Python runs it at its start.
+SITE = f"""
+import importlib.machinery, sys
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {MISSING} else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Finder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+"""
+
+
 @pytest.mark.slow
-def test_a_quick_pass(tmp_path):
+def test_a_quick_pass_where_only_the_packages_of_the_steps_are(tmp_path):
     pytest.importorskip("torch")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
     file = tmp_path / "found.json"
     command = ["benchmarks/accelerator.py", "--quick", "--parts", "numbers,speed,levers", "--json", str(file)]
     ran = subprocess.run(
         [sys.executable, *command, "--reference", str(make_checkout(tmp_path / "checkout"))],
-        env={**environment(), "PYTHONPATH": ""},
+        env={**environment(), "PYTHONPATH": str(tmp_path / "site")},
         capture_output=True,
         text=True,
         timeout=300,
