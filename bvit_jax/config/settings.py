@@ -226,7 +226,7 @@ SETTINGS = {
     "loss.distillation_weight": Setting(
         1.0,
         FRACTION,
-        "Weight of the teacher's term; the labels have the rest. 0: no teacher, except for ranking.",
+        "Weight of the teacher's term; the labels have what is left. 0: no teacher, except for ranking.",
     ),
     "loss.teacher_targets": Setting(
         "soft",
@@ -242,6 +242,15 @@ SETTINGS = {
     ),
     "loss.ranking_layers": Setting((), BLOCKS, "Blocks that are ranked, in execution order; `()`: all."),
     "loss.ranking_every": Setting(2, whole(1), "One of this many images is ranked."),
+    "loss.regularization_weight": Setting(
+        0.0,
+        FRACTION,
+        "Weight of the term that draws the latent weights of binary blocks to ±1; the labels have what it and"
+        " the teacher's term leave.",
+    ),
+    "loss.regularization_start": Setting(
+        0.0, BELOW_ONE, "Share of the run before that term counts; 0: it always does."
+    ),
     "init.path": Setting(
         "", TEXT, "A workdir, or anything that `python -m bvit_jax.convert` reads; empty: random.", free=True
     ),
@@ -299,6 +308,7 @@ def validate(config: ConfigDict, *, allow_borders: bool = False) -> None:
         raise UserError(problem)
     _check_mixing(config)
     _check_ranking(config)
+    _check_regularization(config)
     if "name" not in config.model:
         raise UserError("config.model has no name; build it with bvit_jax.models.model_config")
 
@@ -331,4 +341,23 @@ def _check_ranking(config: ConfigDict) -> None:
         raise UserError(
             f"config.loss.ranking_every is {every}; expected a whole number that divides the {images} images"
             " of a microbatch, config.batch_size / config.accumulate_steps, such as 1"
+        )
+
+
+def _check_regularization(config: ConfigDict) -> None:
+    weight, distillation = config.loss.regularization_weight, config.loss.distillation_weight
+    if weight + distillation > 1 + 1e-9:
+        raise UserError(
+            f"config.loss.regularization_weight is {weight} and config.loss.distillation_weight"
+            f" {distillation}; expected at most 1 together, since the labels have the rest"
+        )
+    if config.loss.regularization_start and not weight:
+        raise UserError(
+            f"config.loss.regularization_start is {config.loss.regularization_start} and"
+            " config.loss.regularization_weight 0; raise the weight, or leave out the start"
+        )
+    if weight and "name" in config.model and "weight_bits" not in config.model:
+        raise UserError(
+            f"config.loss.regularization_weight is {weight}, and {config.model.name} has no binary weights;"
+            " set it to 0"
         )

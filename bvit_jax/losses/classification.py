@@ -13,6 +13,7 @@ Logits = Float[Array, "batch classes"]
 Targets = Float[Array, "batch classes"]
 Labels = Int[Array, " batch"]
 Loss = Float[Array, ""]
+ROUNDING = 1e-9  # by which weights that add up to 1 may miss it
 
 
 def _at_least_float32(x: Array) -> Array:
@@ -62,12 +63,13 @@ def training_loss(
     label_smoothing: float,
     teacher_targets: TeacherTargets = "soft",
     targets: Targets | None = None,
+    other_weight: float | Loss = 0.0,
 ) -> tuple[Loss, dict[str, Loss]]:
     """Returns the batch mean of the loss, and its terms without their weights.
 
-    With a teacher the loss is ``w · distillation + (1 - w) · label``, and at w = 1 the label term is left
-    out; without a teacher it is the label term alone. The first head of the model learns from the labels,
-    the last one from the teacher.
+    With a teacher the loss is ``w · distillation + (1 - w - o) · label``; without a teacher it is
+    ``(1 - o) · label``. A label term whose weight is always 0 is left out. The first head of the model learns
+    from the labels, the last one from the teacher.
 
     Args:
       head_logits: of each head.
@@ -77,23 +79,25 @@ def training_loss(
       label_smoothing: see `label_targets`.
       teacher_targets: "soft" for the teacher's probabilities, "hard" for its preferred class.
       targets: smoothed already, in place of ``labels``: what mixing images makes of them.
+      other_weight: o, that of other terms of the loss, which the caller adds; it may depend on the step.
 
     Returns:
       The loss, float32 or wider, and those of ``{"distillation_loss", "label_loss"}`` that are computed.
     """
     terms: dict[str, Loss] = {}
     weight = 0.0 if teacher_logits is None else distillation_weight
+    label_weight = 1 - weight - other_weight
     if teacher_logits is not None:
         distillation = soft_cross_entropy if teacher_targets == "soft" else hard_cross_entropy
         terms["distillation_loss"] = jnp.mean(distillation(head_logits[-1], teacher_logits))
-    if weight < 1:
+    if not isinstance(label_weight, float) or label_weight > ROUNDING:
         logits = _at_least_float32(head_logits[0])
         if targets is None:
             targets = label_targets(labels, logits.shape[-1], label_smoothing, logits.dtype)
         terms["label_loss"] = jnp.mean(cross_entropy(logits, targets))
-    if len(terms) == 1:
-        return next(iter(terms.values())), terms
-    return weight * terms["distillation_loss"] + (1 - weight) * terms["label_loss"], terms
+    weights = {"distillation_loss": weight, "label_loss": label_weight}
+    weighted = [weights[name] * term for name, term in terms.items()]
+    return sum(weighted[1:], weighted[0]), terms
 
 
 def topk_correct(logits: Logits, labels: Labels, k: int) -> Bool[Array, " batch"]:

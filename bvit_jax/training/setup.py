@@ -17,6 +17,7 @@ from bvit_jax.augment.erasing import Erasing
 from bvit_jax.augment.mixing import Mixing
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
+from bvit_jax.losses.regularization import Regularization
 from bvit_jax.runtime.mesh import check_batch_size, make_mesh
 from bvit_jax.training.evaluation import eval_settings
 from bvit_jax.training.steps.batch import Inputs
@@ -105,7 +106,7 @@ def build(
     schedule = optim.make_schedule(
         config.optim, batch_size=config.batch_size, steps_per_epoch=steps_per_epoch, epochs=config.epochs
     )
-    training = _train_settings(config, mesh, model, teacher, schedule)
+    training = _train_settings(config, mesh, model, teacher, schedule, steps_per_epoch)
     kept = {"ema": config.ema.decay > 0, "health": config.health}
     state = abstract_state(model, training.optimizer, config.model.image_size, mesh, **kept)
     # Layers in a scan cannot report, and the operations of a loop are counted once.
@@ -138,7 +139,12 @@ def build(
 
 
 def _train_settings(
-    config: ConfigDict, mesh: Mesh, model: nn.Module, teacher: Teacher, schedule: optax.Schedule
+    config: ConfigDict,
+    mesh: Mesh,
+    model: nn.Module,
+    teacher: Teacher,
+    schedule: optax.Schedule,
+    steps_per_epoch: int,
 ) -> TrainSettings:
     normalize = Normalization(config.data.mean, config.data.std)
     return TrainSettings(
@@ -152,6 +158,7 @@ def _train_settings(
             config.loss.distillation_weight,
             config.loss.label_smoothing,
             make_ranking(config, model, teacher.model),
+            _regularization(config, steps_per_epoch),
             # A CPU's products are not rounded, and their programs stay what they were.
             teacher_precision=DEFAULT if models.choice.platform(mesh) == "cpu" else "highest",
         ),
@@ -160,6 +167,11 @@ def _train_settings(
         mesh=mesh,
         matmul_precision=config.matmul_precision,
     )
+
+
+def _regularization(config: ConfigDict, steps_per_epoch: int) -> Regularization | None:
+    weight, start = config.loss.regularization_weight, config.loss.regularization_start
+    return Regularization(weight, round(start * config.epochs * steps_per_epoch)) if weight else None
 
 
 def _check_microbatch(config: ConfigDict, mesh: Mesh) -> None:

@@ -15,6 +15,7 @@ from bvit_jax.augment.mixing import dominant_labels, mix_targets
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.losses.classification import TeacherTargets, topk_correct, training_loss
 from bvit_jax.losses.ranking import Ranking, ranking_loss
+from bvit_jax.losses.regularization import Regularization, block_kernels, distance_to_one
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.optim import global_norm
 from bvit_jax.runtime.mesh import replicated
@@ -34,10 +35,11 @@ class Objective:
       teacher: the model that is distilled; None without one. It runs in evaluation mode, without gradient.
       teacher_normalize: how it was trained to see images; None for the student's normalisation.
       teacher_targets: whether its probabilities are the targets, or the class that it prefers.
-      distillation_weight: share of the distillation loss; the rest goes to the labels.
+      distillation_weight: share of the distillation loss; the labels have what this and regularization leave.
       label_smoothing: of the labels, from 0 to 1.
       ranking: the ranking term, which needs a teacher; None for none. With a ``distillation_weight`` of 0 the
         teacher's logits then do not count.
+      regularization: the term that draws the weights of the blocks to ±1; None for none.
       teacher_precision: of the teacher's products of float32 numbers; its probabilities are the targets.
     """
 
@@ -47,6 +49,7 @@ class Objective:
     distillation_weight: float = 1.0
     label_smoothing: float = 0.1
     ranking: Ranking | None = None
+    regularization: Regularization | None = None
     teacher_precision: str = DEFAULT
 
 
@@ -115,13 +118,13 @@ def train_step(
         params = lax.with_sharding_constraint(params, replicated(settings.mesh))
     if settings.accumulate_steps == 1:
         (value, outcome), grads = gradient(
-            params, settings, state.batch_stats, examples, teacher_variables, step_key
+            params, settings, state.batch_stats, examples, teacher_variables, step_key, state.step
         )
         metrics, batch_stats = metrics_of(value, outcome, examples), outcome.batch_stats
     else:
         micro_key = jax.random.fold_in(step_key, MICROBATCHES_KEY)
         grads, batch_stats, metrics = accumulate(
-            params, settings, state.batch_stats, examples, teacher_variables, micro_key
+            params, settings, state.batch_stats, examples, teacher_variables, micro_key, state.step
         )
     return update(settings, state, grads, batch_stats), {**metrics, "gradient_norm": global_norm(grads)}
 
@@ -133,6 +136,7 @@ def loss(
     examples: Examples,
     teacher_variables: Any,
     key: Array,
+    step: Array,
 ) -> tuple[Array, Outcome]:
     """Returns the loss of images that pass through the models together; ``key`` is that of dropout."""
     objective = settings.objective
@@ -152,7 +156,7 @@ def loss(
         rngs={"dropout": key},
         **capture,
     )
-    value, terms = total_loss(objective, output, taught, examples, key)
+    value, terms = total_loss(objective, params, output, taught, examples, key, step)
     return value, Outcome(terms, output.logits, updates.get("batch_stats", {}))
 
 
@@ -161,10 +165,18 @@ gradient = jax.value_and_grad(loss, has_aux=True)
 
 
 def total_loss(
-    objective: Objective, output: ModelOutput, taught: ModelOutput | None, examples: Examples, key: Array
+    objective: Objective,
+    params: Any,
+    output: ModelOutput,
+    taught: ModelOutput | None,
+    examples: Examples,
+    key: Array,
+    step: Array,
 ) -> tuple[Array, Metrics]:
-    """Returns the loss of the outputs of student and teacher, and its terms."""
+    """Returns the loss of the student's parameters and of both models' outputs, and its terms."""
     labels, weight = examples.labels, objective.distillation_weight
+    regularization = objective.regularization
+    regularized = 0.0 if regularization is None else regularization.weight_at(step)
     targets = None
     if examples.lam is not None:
         classes, smoothing = output.logits.shape[-1], objective.label_smoothing
@@ -178,7 +190,11 @@ def total_loss(
         distillation_weight=weight,
         label_smoothing=objective.label_smoothing,
         targets=targets,
+        other_weight=regularized,
     )
+    if regularization is not None:
+        terms["regularization_loss"] = distance_to_one(block_kernels(params))
+        value += regularized * terms["regularization_loss"]
     ranking = objective.ranking
     if ranking is not None and taught is not None:
         terms["ranking_loss"] = ranking_loss(
@@ -210,6 +226,7 @@ def accumulate(
     examples: Examples,
     teacher_variables: Any,
     key: Array,
+    step: Array,
 ) -> tuple[Any, Any, Metrics]:
     """Returns gradient, running statistics and metrics over microbatches, one after the other."""
     count = settings.accumulate_steps
@@ -218,7 +235,7 @@ def accumulate(
         total, batch_stats = carry
         part = examples.microbatch(index, count, settings.mesh)
         (value, outcome), grads = gradient(
-            params, settings, batch_stats, part, teacher_variables, jax.random.fold_in(key, index)
+            params, settings, batch_stats, part, teacher_variables, jax.random.fold_in(key, index), step
         )
         return (jax.tree.map(jnp.add, total, grads), outcome.batch_stats), metrics_of(value, outcome, part)
 
