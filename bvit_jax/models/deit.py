@@ -56,7 +56,7 @@ class DeiT(nn.Module):
           train: whether dropout and drop-path act; they draw from the "dropout" stream.
           capture: whether to return hidden states and attentions too.
           first_batch: whether learned values that start from the first batch are set from these images; see
-            `bvit_jax.models.bivit.first_values`.
+            `bvit_jax.layers.first_values`.
         """
         c = self.block
         x = ImageEmbedding(

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array
 
 from bvit_jax.errors import UserError
-from bvit_jax.models.bivit.first_values import COLLECTIONS
+from bvit_jax.layers.first_values import COLLECTIONS
 from bvit_jax.models.bivit.release import SWIN_FAMILY
 from bvit_jax.models.swin import PatchMerging
 from bvit_jax.models.transformer import TransformerConfig

@@ -26,10 +26,10 @@ from bvit_jax.binary.weights import BITS, WeightRule, binarize, weight_scale
 from bvit_jax.binary.zero_point import learned_step
 from bvit_jax.layers import sown
 from bvit_jax.layers.dense import BitDense
+from bvit_jax.layers.first_values import learned_values
 from bvit_jax.layers.init import kernel_init
 from bvit_jax.models import transformer
 from bvit_jax.models.bivit.attention import QuantizedAttention, families
-from bvit_jax.models.bivit.first_values import learned_values
 from bvit_jax.models.head import Attention
 from bvit_jax.models.settings import require_choice, require_known
 from bvit_jax.models.transformer import TransformerBlock, TransformerConfig

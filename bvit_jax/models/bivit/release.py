@@ -2,7 +2,7 @@
 
 The models are the real-valued ones with other products: every linear layer of a block is binary, and
 queries, keys, values and attention probabilities are quantised with a scale and a zero point a head.
-Both are learned, and start from the first batch of training: see `bvit_jax.models.bivit.first_values`.
+Both are learned, and start from the first batch of training: see `bvit_jax.layers.first_values`.
 
 Softmax probabilities are at least 0 and a zero point starts near 0, so that at first every probability
 becomes the scale, and attention is an average; only a zero point below -0.5 makes it choose. Where a sum of
@@ -21,9 +21,9 @@ from bvit_jax.binary import zero_point as quantize
 from bvit_jax.binary.codes import Codes
 from bvit_jax.layers import sown
 from bvit_jax.layers.dense import UncentredDense
+from bvit_jax.layers.first_values import SEEN, learned_values, unless
 from bvit_jax.layers.init import kernel_init
 from bvit_jax.models.bivit.attention import QuantizedAttention, families
-from bvit_jax.models.bivit.first_values import SEEN, learned_values, unless
 from bvit_jax.models.transformer import TransformerConfig
 
 

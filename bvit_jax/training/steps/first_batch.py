@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
 
-from bvit_jax.models.bivit.first_values import SEEN, first_batch
+from bvit_jax.layers.first_values import SEEN, first_batch
 from bvit_jax.training.steps.batch import Batch, Inputs
 from bvit_jax.training.steps.state import TrainState
 

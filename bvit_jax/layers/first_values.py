@@ -55,8 +55,8 @@ def first_batch(
 ) -> tuple[Any, Any]:
     """Runs the first training batch, from which the modules that saw none take their values.
 
-    A training step on the same images and with the same random streams then computes what Bi-ViT's released
-    code computes in its first step, gradients included.
+    A training step on the same images and with the same random streams then computes what the PyTorch code
+    computes in its first step, gradients included; that step, not this pass, advances running statistics.
 
     Args:
       model: one whose ``__call__`` takes ``first_batch``.
@@ -67,4 +67,18 @@ def first_batch(
     Returns:
       The output of the model, and the variables with values and flags set.
     """
-    return model.apply(variables, images, train=True, first_batch=True, rngs=rngs, mutable=list(COLLECTIONS))
+    output, updated = model.apply(
+        variables, images, train=True, first_batch=True, rngs=rngs, mutable=list(COLLECTIONS)
+    )
+    statistics = _with_flags(variables["batch_stats"], updated["batch_stats"])
+    return output, {"params": updated["params"], "batch_stats": statistics}
+
+
+def _with_flags(before: Mapping[str, Any], after: Mapping[str, Any]) -> Any:
+    """Returns the statistics ``before``, but those of modules with a flag as they are ``after``."""
+    if SEEN in before:
+        return after
+    return {
+        name: _with_flags(value, after[name]) if isinstance(value, Mapping) else value
+        for name, value in before.items()
+    }
