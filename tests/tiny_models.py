@@ -31,6 +31,12 @@ PYRAMID: dict[str, Any] = {
     "reduction": (2, 1),
     "image_size": 32,
 }
+BHVIT: dict[str, Any] = {  # with the images and windows of its code
+    "width": 4,
+    "depth": (1, 1, 1, 1),
+    "num_heads": (1, 2),
+    "mlp_dim": (4, 8, 16, 32),
+}
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "deit": ("deit", DEIT),
     "deit_1e-5": ("deit", DEIT | {"norm_epsilon": 1e-5}),
@@ -52,6 +58,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "binaryvit_some_fp": ("binaryvit", PYRAMID | {"some_fp": True}),
     "binaryvit_w4": ("binaryvit", PYRAMID | {"weight_bits": 4, "clip_val": 1.5}),
     "binaryvit_w1a32": ("binaryvit", PYRAMID | {"act_bits": 32}),
+    "bhvit": ("bhvit", BHVIT),
     "binaryvit_layer_norm": ("binaryvit", PYRAMID | {"norm": "layer_norm"}),
 }
 
@@ -60,6 +67,16 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "deit": DEIT | {"image_size": 8, "patch_size": 4},
     "react_deit": DEIT | {"depth": 1, "image_size": 12, "patch_size": 4},
     "binaryvit": PYRAMID | {"depth": (1, 1), "image_size": 16, "patch_size": 2},
+    # Two windows in the third stage.
+    "bhvit": {
+        "width": 4,
+        "depth": (1, 1, 1, 1),
+        "num_heads": (1, 2),
+        "mlp_dim": (4, 16, 16, 32),
+        "window_size": 1,
+        "image_size": 16,
+        "patch_size": 2,
+    },
     # Shifted and not in turns, and one that is left over.
     "swin": {
         "width": 8,

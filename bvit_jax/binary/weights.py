@@ -7,6 +7,7 @@ Source: the behaviour of ``transformer/utils_quant.py`` in github.com/Phuoc-Hoan
 project's.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -64,8 +65,37 @@ class WeightRule:
         return self.centred(jnp.where(self.window(kernel), gradient, 0))
 
 
+@dataclass(frozen=True)
+class Rectified(WeightRule):
+    """A rule whose window follows the spread of the weights, so that more of them get a gradient.
+
+    Source: ReCU (Xu et al., ICCV 2021), in the behaviour of github.com/IMRL/BHViT: the centred weights of a
+    row are divided by their standard deviation, over 2·sqrt(2), and the window is a quantile of a Laplace
+    distribution with the mean magnitude of the whole matrix.
+    """
+
+    def window(self, kernel: Kernel) -> Bool[Array, "*inputs outputs"]:
+        """Returns which weights get a gradient."""
+        size = jnp.abs(self._normalized(kernel))
+        return size <= -math.log(2 - 2 * RECU_QUANTILE) * jnp.mean(size)
+
+    def gradient(self, kernel: Kernel, gradient: Kernel) -> Kernel:
+        """Returns the gradient of the latent weights, through their normalisation."""
+        _, back = jax.vjp(self._normalized, kernel)
+        (to_kernel,) = back(jnp.where(self.window(kernel), gradient, 0))
+        return to_kernel
+
+    def _normalized(self, kernel: Kernel) -> Kernel:
+        centred = self.centred(kernel)
+        variance = jnp.var(centred, axis=_row_axes(kernel), ddof=1, keepdims=True)
+        return centred * (2 * math.sqrt(2)) / jnp.sqrt(variance + 1e-5)
+
+
+RECU_QUANTILE = 0.92
+
 DENSE = WeightRule(_without_mean)  # linear layers of BinaryViT: a row less its mean
 CONV = WeightRule()  # its convolutions, and all of Bi-ViT as released: no centring
+RECU = Rectified(_without_mean)  # an option of BHViT's linear layers
 BITS = WeightRule(forward=bit)  # where every sign is a bit
 
 

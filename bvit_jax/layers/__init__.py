@@ -11,7 +11,7 @@ one bit of any model.
 """
 
 from bvit_jax.layers.activation import DropPath, LayerScale, RPReLU, drop_path_rates, softmax
-from bvit_jax.layers.dense import BinaryDense, BinaryPatchConv, BitDense, UncentredDense
+from bvit_jax.layers.dense import BinaryConv, BinaryDense, BinaryPatchConv, BitDense, UncentredDense
 from bvit_jax.layers.grid import (
     average_channels,
     average_line,
@@ -27,6 +27,7 @@ from bvit_jax.layers.norm import BatchNorm, LayerNorm
 
 __all__ = [
     "BatchNorm",
+    "BinaryConv",
     "BinaryDense",
     "BinaryPatchConv",
     "BitDense",

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from bvit_jax.binary import products
+from bvit_jax.binary.convolutions import Geometry, binary_convolution
 from bvit_jax.binary.estimators import PARABOLA, Estimator, straight_through
 from bvit_jax.binary.multibit import quantize_weight
 from bvit_jax.binary.products import ProductConfig, accumulator_dtype
@@ -118,6 +119,45 @@ class BinaryPatchConv(nn.Module):
         kernel = self.param("kernel", kernel_init(self.weight_init, fan_in), shape)
         move = jnp.tile(move.reshape(channels), size * size)
         return _quantized_product(self, extract_patches(x, size), move, kernel)
+
+
+class BinaryConv(nn.Module):
+    """A 3×3 convolution of stride 1 in groups, ``W · sign(x + move) + bias``.
+
+    The zeros of the border come after the sign. ``move`` belongs to the caller. Returns the accumulator of
+    ``dtype``. For the other attributes see `BinaryDense` and `bvit_jax.binary.convolutions.Geometry`.
+    """
+
+    features: int
+    dilation: int
+    groups: int
+    weight_bits: int = 1
+    act_bits: int = 1
+    clip_val: float = 2.5
+    weight_init: WeightInit = "torch"
+    dtype: DTypeLike = jnp.float32
+    integer_products: bool = False
+    estimator: Estimator = PARABOLA
+    rule: WeightRule = DENSE
+
+    @nn.compact
+    def __call__(
+        self, x: Grid, move: Float[Array, " channels"]
+    ) -> Float[Array, "batch height width {self.features}"]:
+        inputs = x.shape[-1] // self.groups
+        init, fan_in = self.weight_init, 9 * inputs
+        kernel = self.param("kernel", kernel_init(init, fan_in), (3, 3, inputs, self.features))
+        bias = self.param("bias", bias_init(init, fan_in), (self.features,))
+        binary_input, geometry = self.act_bits == 1, Geometry(self.dilation, self.groups)
+        if binary_input and sown.watched(self):
+            sown.watch_sign(self, x.astype(accumulator_dtype(self.dtype)) + move, self.estimator)
+        if self.weight_bits == 1:
+            config = ProductConfig(self.dtype, self.estimator, binary_input, self.integer_products)
+            return binary_convolution(x, move, kernel, self.rule, geometry, config) + bias
+        x = x.astype(accumulator_dtype(self.dtype)) + move
+        x = (straight_through(self.estimator)(x) if binary_input else x).astype(self.dtype)
+        kernel = quantize_weight(kernel, self.weight_bits, self.clip_val)
+        return geometry.convolve(x, kernel.astype(self.dtype)) + bias
 
 
 def _quantized_product(layer: BinaryDense | BinaryPatchConv, x: Array, move: Array, kernel: Array) -> Array:

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax import Array, lax
 from jaxtyping import Float
 
@@ -119,3 +120,34 @@ def average_channels(x: Channels, size: int) -> Averaged:
 def average_channel_slices(x: Channels, size: int) -> Averaged:
     """Does what `average_channels` does by a sum of slices, in another order of the sum."""
     return sum((x[..., i::size] for i in range(1, size)), x[..., ::size]) / size
+
+
+@jax.named_scope(POOLING_SCOPE)
+def merge_tokens(
+    x: Tokens, size: int, share: Float[Array, "1 1 channels"]
+) -> Float[Array, "batch tokens//{size}**2 channels"]:
+    """Merges squares of a grid, ``share`` of their maximum and the rest of their average.
+
+    The squares, ``size`` tokens apart, begin (size - 1) // 2 before the grid; the average counts zeros there.
+    Among equal maxima the gradient goes to the first in row order. Sums, and the result, are in the dtype of
+    ``share`` at least.
+    """
+    reach, shape = (size - 1) // 2, (size, size)
+    padding = ((reach, reach), (reach, reach))
+    grid = to_grid(x).astype(jnp.promote_types(x.dtype, share.dtype))
+    largest = nn.max_pool(grid, shape, shape, padding)
+    return share * to_tokens(largest) + (1 - share) * to_tokens(nn.avg_pool(grid, shape, shape, padding))
+
+
+@jax.named_scope(POOLING_SCOPE)
+def mean_shift(x: Grid, size: int, axis: int) -> Grid:
+    """Averages ``size`` neighbours along one axis of a grid, around which it continues at its other end."""
+    reach = size // 2
+    return sum((jnp.roll(x, i, axis) for i in range(-reach, reach + 1) if i), x) / size
+
+
+def channel_shift(x: Grid, distance: int) -> Grid:
+    """Rolls the quarters of the channels of a grid down, up, right and left."""
+    moves = zip((1, 1, 2, 2), (distance, -distance, distance, -distance), strict=True)
+    quarters = jnp.split(x, 4, axis=-1)
+    return jnp.concatenate([jnp.roll(q, by, axis) for q, (axis, by) in zip(quarters, moves, strict=True)], -1)

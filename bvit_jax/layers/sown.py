@@ -13,9 +13,11 @@ from jax import Array
 from jaxtyping import Bool, Float, Float32
 
 from bvit_jax.binary.estimators import Estimator
+from bvit_jax.binary.levels import LARGEST
 
 COLLECTION = "health"
 BALANCE = "balance"
+LEVELS = LARGEST + 1  # of attention codes
 
 
 def watched(module: nn.Module) -> bool:
@@ -61,6 +63,16 @@ def watch_heads(module: nn.Module, codes: Float[Array, "batch heads queries keys
     if watched(module):
         dead = ~jnp.any(codes != 0, axis=(0, 2, 3))
         _sow(module, COLLECTION, "dead_heads", "", jnp.sum(dead, dtype=jnp.float32))
+
+
+def watch_levels(
+    module: nn.Module, codes: Float[Array, "batch heads queries keys"], scale: Float[Array, "*shape"]
+) -> None:
+    """Sows the share of each attention code from 0 to 3, and the number of learned scales not above 0."""
+    if watched(module):
+        for level in range(LEVELS):
+            _sow(module, COLLECTION, f"level_{level}", "", share(codes == level))
+        _sow(module, COLLECTION, "nonpositive_scales", "", jnp.sum(~(scale > 0), dtype=jnp.float32))
 
 
 def share(mask: Bool[Array, "batch ..."]) -> Float32[Array, ""]:

@@ -6,53 +6,16 @@ Source: BinaryViT (CVPRW 2023), section 3, in the behaviour of
 
 import itertools
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from bvit_jax.layers.activation import RPReLU, drop_path_rates
-from bvit_jax.layers.dense import BinaryPatchConv, real_patch_conv
-from bvit_jax.layers.grid import average_pool, to_grid, to_tokens
-from bvit_jax.layers.init import normal_init
+from bvit_jax.layers.activation import drop_path_rates
 from bvit_jax.models import settings
 from bvit_jax.models.blocks import BinaryBlock, BlockConfig
-from bvit_jax.models.embedding import ImageEmbedding
+from bvit_jax.models.embedding import STRIDE, Downsample, ImageEmbedding
 from bvit_jax.models.execution.stages import run_blocks
 from bvit_jax.models.head import ModelOutput, average_tokens, classify, model_output
 from bvit_jax.models.settings import Family
-
-STRIDE = 2  # between stages
-
-
-class Downsample(nn.Module):
-    """The patch embedding between two stages: a 2×2 product, binary or real, and new positions.
-
-    The binary one keeps a shortcut, the 2×2 average with its channels repeated. Returns
-    (batch, tokens / 4, features) in the compute dtype.
-    """
-
-    features: int
-    real: bool
-    config: BlockConfig
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        c = self.config
-        width = x.shape[-1]
-        x = c.make_norm("input_norm")(x, train=train).astype(c.dtype)
-        norm = c.make_norm("norm")
-        if self.real:
-            fan_in = STRIDE * STRIDE * width
-            conv = real_patch_conv(
-                self.features, STRIDE, fan_in, c.weight_init, c.dtype, "conv", use_bias=False
-            )
-            y = norm(to_tokens(conv(to_grid(x))), train=train)
-        else:
-            y = BinaryPatchConv(self.features, STRIDE, name="conv", **c.quantizer())(to_grid(x))
-            shortcut = jnp.tile(average_pool(x, STRIDE), (1, 1, self.features // width))
-            y = RPReLU(name="rprelu")(norm(y, train=train) + shortcut)
-        positions = self.param("positions", normal_init, (1, y.shape[1], self.features))
-        return (y + positions).astype(c.dtype)
 
 
 class BinaryViT(nn.Module):

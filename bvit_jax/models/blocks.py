@@ -19,6 +19,7 @@ from bvit_jax.binary import products
 from bvit_jax.binary.estimators import ESTIMATORS, Estimator
 from bvit_jax.binary.probabilities import quantize_probs
 from bvit_jax.binary.products import ProductConfig, accumulator_dtype
+from bvit_jax.binary.weights import DENSE, WeightRule
 from bvit_jax.layers import sown
 from bvit_jax.layers.activation import DropPath, LayerScale, RPReLU, softmax
 from bvit_jax.layers.dense import BinaryDense
@@ -32,8 +33,8 @@ from bvit_jax.models.settings import require, require_choice, require_epsilon, r
 
 
 @dataclass(frozen=True)
-class BlockConfig:
-    """Settings that all blocks of a model share.
+class UnitConfig:
+    """Settings that all binary units of a model share.
 
     Attributes:
       weight_bits, act_bits, clip_val: see `bvit_jax.layers.dense.BinaryDense`.
@@ -42,7 +43,6 @@ class BlockConfig:
       batch_norm_group: number of consecutive images that a batch norm normalises together, 0 for the global
         batch; see `bvit_jax.layers.norm.BatchNorm`.
       layer_scale: whether the two main branches end in a `LayerScale`.
-      pool_branches: kernel sizes of the pooling branches, 3 and 5 in the paper.
       dropout, attention_dropout: rates.
       weight_init: initialiser of the weight matrices.
       dtype: compute dtype, also of activations in memory.
@@ -59,7 +59,6 @@ class BlockConfig:
     norm_epsilon: float = 1e-5
     batch_norm_group: int = 0
     layer_scale: bool = True
-    pool_branches: tuple[int, ...] = (3, 5)
     dropout: float = 0.0
     attention_dropout: float = 0.0
     weight_init: WeightInit = "torch"
@@ -76,7 +75,7 @@ class BlockConfig:
         require_choice("norm", self.norm, get_args(NormName))
         require_choice("weight_bits", self.weight_bits, (1, 2, 3, 4, 5, 6, 7, 8, 32))
         require(self.clip_val > 0, "clip_val", self.clip_val, "expected above 0")
-        group, sizes = self.batch_norm_group, self.pool_branches
+        group = self.batch_norm_group
         require(group >= 0, "batch_norm_group", group, "expected a number of images, or 0")
         require(
             group == 0 or self.norm == "batch_norm",
@@ -84,14 +83,16 @@ class BlockConfig:
             group,
             "there are no batch norms; set it to 0 or norm to batch_norm",
         )
-        odd = all(size > 0 and size % 2 == 1 for size in sizes)
-        require(odd, "pool_branches", sizes, "expected odd kernel sizes")
-        require(len(set(sizes)) == len(sizes), "pool_branches", sizes, "expected each size once")
 
     @property
     def sign(self) -> Estimator:
         """The sign of activations."""
         return ESTIMATORS[self.estimator]
+
+    @property
+    def rule(self) -> WeightRule:
+        """How the weights of linear layers become one bit."""
+        return DENSE
 
     def quantizer(self) -> dict:
         """Returns the keyword arguments of a quantised product."""
@@ -112,6 +113,25 @@ class BlockConfig:
         return plain_variants(train=train)
 
 
+@dataclass(frozen=True)
+class BlockConfig(UnitConfig):
+    """Settings that all blocks of BinaryViT share.
+
+    Attributes:
+      pool_branches: kernel sizes of the pooling branches, 3 and 5 in the paper.
+    """
+
+    pool_branches: tuple[int, ...] = (3, 5)
+
+    def validate(self) -> None:
+        """Raises `UserError` for a value out of range."""
+        super().validate()
+        sizes = self.pool_branches
+        odd = all(size > 0 and size % 2 == 1 for size in sizes)
+        require(odd, "pool_branches", sizes, "expected odd kernel sizes")
+        require(len(set(sizes)) == len(sizes), "pool_branches", sizes, "expected each size once")
+
+
 class BinaryUnit(nn.Module):
     """``RPReLU(norm(W · sign(x + move)) + shortcut)``, the step around every product with weights.
 
@@ -119,12 +139,12 @@ class BinaryUnit(nn.Module):
     """
 
     features: int
-    config: BlockConfig
+    config: UnitConfig
 
     @nn.compact
     def __call__(self, x: Array, shortcut: Array, *, train: bool) -> Array:
         c = self.config
-        y = BinaryDense(self.features, name="dense", **c.quantizer())(x)
+        y = BinaryDense(self.features, name="dense", rule=c.rule, **c.quantizer())(x)
         y = c.make_norm("norm")(y, train=train) + shortcut
         return RPReLU(name="rprelu")(c.variants(train=train).materialize(y)).astype(c.dtype)
 
@@ -156,7 +176,7 @@ class BinaryAttention(nn.Module):
         k = BinaryUnit(width, c, name="key")(z, z, train=train)
         v = BinaryUnit(width, c, name="value")(z, z, train=train)
 
-        attend = self._attend_binary if c.act_bits == 1 else self._attend_real
+        attend = self._attend_binary if c.act_bits == 1 else partial(real_attention, c)
         context, attention = attend(
             self._heads(q, "query_move"),
             self._heads(k, "key_move"),
@@ -192,20 +212,23 @@ class BinaryAttention(nn.Module):
         context = products.binary_context(kept.values, v, product) * kept.scale
         return context, Attention(probs, used.dequantize())
 
-    def _attend_real(self, q: Array, k: Array, v: Array, *, train: bool) -> tuple[Array, Attention]:
-        c = self.config
-        product = partial(jnp.einsum, preferred_element_type=q.dtype)
-        q, k, v = (a.astype(c.dtype) for a in (q, k, v))
-        probs = softmax(product("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1]))
-        kept = nn.Dropout(c.attention_dropout)(probs, deterministic=not train)
-        return product("bhqk,bkhd->bqhd", kept.astype(c.dtype), v), Attention(probs, probs)
+
+def real_attention(
+    config: UnitConfig, q: Array, k: Array, v: Array, *, train: bool
+) -> tuple[Array, Attention]:
+    """Attends with real products; called in a compact method, with (batch, tokens, heads, size) each."""
+    product = partial(jnp.einsum, preferred_element_type=q.dtype)
+    q, k, v = (a.astype(config.dtype) for a in (q, k, v))
+    probs = softmax(product("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1]))
+    kept = nn.Dropout(config.attention_dropout)(probs, deterministic=not train)
+    return product("bhqk,bkhd->bqhd", kept.astype(config.dtype), v), Attention(probs, probs)
 
 
 class BinaryFeedForward(nn.Module):
     """Two binary units: widen with repeated shortcuts, narrow with averaged ones."""
 
     mlp_dim: int
-    config: BlockConfig
+    config: UnitConfig
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -230,7 +253,7 @@ class BinaryFeedForward(nn.Module):
             return binary and unrounded
         # The cost of the statistics does not depend on the number of tokens.
         pays = x.shape[0] * x.shape[1] >= self.mlp_dim
-        return binary and unrounded and pays and not c.batch_norm_group
+        return binary and unrounded and pays and c.rule is DENSE and not c.batch_norm_group
 
     def _packed(self, x: Array, train: bool) -> Array:
         """Computes the two units from the variables that they made in ``init``."""

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from bvit_jax.errors import UserError, nearest
-from bvit_jax.models import binaryvit, deit, react_deit, swin
+from bvit_jax.models import bhvit, binaryvit, deit, react_deit, swin
 from bvit_jax.models.bivit import paper, release
 from bvit_jax.models.execution.stages import PLAIN, POLICIES, Execution
 from bvit_jax.models.settings import Family
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # models also run where ml-collections is not installed
     from ml_collections import ConfigDict
 
 MODELS: dict[str, Family] = {
+    "bhvit": bhvit.FAMILY,
     "binaryvit": binaryvit.FAMILY,
     "bivit_deit": paper.DEIT_FAMILY,
     "bivit_release_deit": release.DEIT_FAMILY,

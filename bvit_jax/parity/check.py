@@ -20,7 +20,7 @@ from flax import linen as nn
 from bvit_jax import models, optim
 from bvit_jax.config import default_config
 from bvit_jax.errors import UserError
-from bvit_jax.models.bivit.first_values import first_batch
+from bvit_jax.layers.first_values import SEEN, first_batch
 from bvit_jax.parity import merging
 from bvit_jax.parity.golden import Arrays, GoldenFile, Row, compare
 from bvit_jax.parity.subject import Loss, Subject, subject_of
@@ -58,10 +58,15 @@ def _check_model(golden: GoldenFile, subject: Subject) -> Iterator[Row]:
     naming = subject.file_format.naming(config)
     variables = from_state_dict(golden.group("state"), abstract, np.float64, naming)
     yield _compare_inputs(golden, subject)
+    initial = variables
+    if "init/eval_logits" in golden.arrays:  # of a model that has seen no batch
+        output = _forward(model, variables, golden.images())
+        yield compare("untrained logits", {"": output.logits}, {"": golden.array("init/eval_logits")})
     if golden.group("init_state"):
         output, variables = jax.jit(functools.partial(first_batch, model))(variables, golden.images())
-        state = to_state_dict(variables, naming)
         yield compare("first logits", {"": output.head_logits[0]}, {"": golden.array("init/logits")})
+        statistics = _train(golden, subject, model, variables)[0][1][1]
+        state = to_state_dict({"params": variables["params"], "batch_stats": statistics}, naming)
         yield merging.compare_first_state(golden, state)
         variables = from_state_dict(state | golden.group("state2"), abstract, np.float64, naming)
 
@@ -75,7 +80,7 @@ def _check_model(golden: GoldenFile, subject: Subject) -> Iterator[Row]:
 
     yield from _check_training(golden, subject, model, variables)
     if "steps/lr" in golden.arrays:
-        yield from _check_steps(golden, subject, model, variables)
+        yield from _check_steps(golden, subject, model, initial)
 
 
 def _compare_inputs(golden: GoldenFile, subject: Subject) -> Row:
@@ -123,15 +128,15 @@ def _loss(model: nn.Module, loss_of: Loss) -> Callable[..., Any]:
         output, updates = model.apply(
             {"params": params, "batch_stats": statistics}, images, train=True, mutable=["batch_stats"]
         )
-        return loss_of(output, targets), (output.head_logits, updates.get("batch_stats", {}))
+        return loss_of(output, targets, params), (output.head_logits, updates.get("batch_stats", {}))
 
     return loss
 
 
-def _targets(golden: GoldenFile) -> Arrays:
-    targets = {"teacher_logits": golden.float64("input/teacher_logits")}
-    if "input/labels" in golden.arrays:
-        targets["labels"] = golden.array("input/labels")
+def _targets(golden: GoldenFile, group: str = "input") -> Arrays:
+    targets = {"teacher_logits": golden.float64(f"{group}/teacher_logits")}
+    if f"{group}/labels" in golden.arrays:
+        targets["labels"] = golden.array(f"{group}/labels")
     return targets
 
 
@@ -139,8 +144,7 @@ def _check_training(
     golden: GoldenFile, subject: Subject, model: nn.Module, variables: Variables
 ) -> Iterator[Row]:
     naming = subject.file_format.naming(subject.config)
-    batch = variables["params"], golden.images(), variables.get("batch_stats", {}), _targets(golden)
-    (loss, (logits, statistics)), (to_params, to_images) = _loss_and_gradients(model, subject.loss, *batch)
+    (loss, (logits, statistics)), (to_params, to_images) = _train(golden, subject, model, variables)
     if theirs := golden.group("train/logits"):  # of each head
         yield compare("train logits", {str(i): head for i, head in enumerate(logits)}, theirs)
     else:
@@ -155,7 +159,14 @@ def _check_training(
         yield compare("input gradient", {"images": np.moveaxis(to_images, -1, -3)}, theirs)
     if theirs := golden.group("train_state"):
         ours = to_state_dict({"batch_stats": statistics}, naming) | _buffers(golden, theirs, steps=1)
+        ours = {name: a for name, a in ours.items() if not name.endswith(SEEN) or name in theirs}
         yield compare("running statistics", ours, theirs, _deviations(theirs))
+
+
+def _train(golden: GoldenFile, subject: Subject, model: nn.Module, variables: Variables) -> Any:
+    """Returns ((loss, (logits, statistics)), gradients of parameters and images) of a training step."""
+    batch = variables["params"], golden.images(), variables.get("batch_stats", {}), _targets(golden)
+    return _loss_and_gradients(model, subject.loss, *batch)
 
 
 def _magnitudes(arrays: Arrays) -> dict[str, float]:
@@ -191,17 +202,19 @@ def _check_steps(
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), statistics, state, loss
 
+    batches, targets_of = golden.images("steps/images"), _targets(golden, "steps")
+    if golden.group("init_state"):
+        _, variables = jax.jit(functools.partial(first_batch, model))(variables, batches[0])
     params, statistics = variables["params"], variables.get("batch_stats", {})
     state, steps = optimizer.init(params), []
-    for images, teacher in zip(
-        golden.images("steps/images"), golden.float64("steps/teacher_logits"), strict=True
-    ):
-        targets = {"teacher_logits": teacher}
+    for number, images in enumerate(batches):
+        targets = {name: array[number] for name, array in targets_of.items()}
         params, statistics, state, loss = step(params, statistics, state, images, targets)
         steps.append(loss)
     yield compare("step losses", {"": np.array(steps)}, {"": golden.array("steps/loss")})
     theirs = golden.group("steps/final")
-    ours = to_state_dict({"params": params, "batch_stats": statistics})
+    naming = subject.file_format.naming(subject.config)
+    ours = to_state_dict({"params": params, "batch_stats": statistics}, naming)
     ours |= _buffers(golden, theirs, len(steps))
     floors = _deviations(theirs) | _final_floors(golden, rates.sum() / settings.eps)
     yield compare("final state", ours, theirs, floors)

@@ -11,12 +11,13 @@ from ml_collections import ConfigDict
 from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.losses import classification
+from bvit_jax.losses.regularization import block_kernels, distance_to_one
 from bvit_jax.models import ModelOutput
-from bvit_jax.parity.reference import config_of
-from bvit_jax.weights.formats import FORMATS, Format, bivit, reference, timm
+from bvit_jax.parity.reference import bhvit_config, config_of
+from bvit_jax.weights.formats import FORMATS, Format, bhvit, bivit, reference, timm
 
 Targets = Mapping[str, Array]  # ``teacher_logits`` and, if there are any, ``labels``
-Loss = Callable[[ModelOutput, Targets], Array]
+Loss = Callable[[ModelOutput, Targets, Any], Array]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Subject:
     Attributes:
       config: the configuration of our model.
       file_format: the format whose names the arrays have.
-      loss: from the model's output and the targets of the batch to a scalar.
+      loss: from the model's output, the targets of the batch and the parameters to a scalar.
     """
 
     config: ConfigDict
@@ -42,14 +43,18 @@ def subject_of(meta: Mapping[str, Any]) -> Subject:
     """
     if "kwargs" in meta:
         return _bivit(meta)
+    if meta.get("model_type") == bhvit.MODEL_TYPE:
+        return _bhvit(meta)
     return Subject(config_of(meta), FORMATS[reference.NAME], _distillation)
 
 
-def _distillation(output: ModelOutput, targets: Targets) -> Array:
+def _distillation(output: ModelOutput, targets: Targets, params: Any) -> Array:
+    del params
     return jnp.mean(classification.soft_cross_entropy(output.logits, targets["teacher_logits"]))
 
 
-def _two_heads(output: ModelOutput, targets: Targets) -> Array:
+def _two_heads(output: ModelOutput, targets: Targets, params: Any) -> Array:
+    del params
     value, _ = classification.training_loss(
         output.head_logits,
         targets["labels"],
@@ -59,6 +64,37 @@ def _two_heads(output: ModelOutput, targets: Targets) -> Array:
         label_smoothing=0.0,
     )
     return value
+
+
+# --- BHViT's code ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _WeightedLoss:
+    """The sum of distillation, cross-entropy and regularisation of the weights of the blocks."""
+
+    kd: float = 0.0
+    ce: float = 0.0
+    regularization: float = 0.0
+
+    def __call__(self, output: ModelOutput, targets: Targets, params: Any) -> Array:
+        loss = self.kd * _distillation(output, targets, params)
+        if self.ce:
+            logits = output.logits
+            one_hot = classification.label_targets(targets["labels"], logits.shape[-1], 0.0, logits.dtype)
+            loss += self.ce * jnp.mean(classification.cross_entropy(logits, one_hot))
+        if self.regularization:
+            loss += self.regularization * distance_to_one(block_kernels(params))
+        return loss
+
+
+def _bhvit(meta: Mapping[str, Any]) -> Subject:
+    config = bhvit_config(meta)
+    try:
+        loss = _WeightedLoss(**meta["loss_weights"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the golden file's meta has no or unknown loss_weights: {error}") from error
+    return Subject(config, FORMATS[bhvit.NAME], loss)
 
 
 # --- Bi-ViT's code: DeiT and Swin, real-valued in the names of timm and Microsoft, and binary ------

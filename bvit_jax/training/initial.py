@@ -33,6 +33,8 @@ _SHAPELESS = {
     "act_bits",
     "clip_val",
     "batch_norm_group",
+    "estimator",
+    "recu",
 }
 
 logger = logging.getLogger(__name__)

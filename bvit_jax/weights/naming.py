@@ -114,6 +114,24 @@ _VIT: Rules = (
     *_LEAVES,
 )
 
+# BHViT's code, which descends from that of BinaryViT.
+_BHVIT: Rules = (
+    (r"^embedding/patches/", "vit/embeddings/patch_embeddings/proj/"),
+    (r"^embedding/norm/", "vit/embeddings/patch_embeddings/norm/"),
+    (r"/mixer_norm/", "/layernorm_before/"),
+    (r"/mixer/move$", "/GC/move/bias"),
+    (r"/mixer/conv(\d)/", r"/GC/cov\1/"),
+    (r"/mixer/rprelu(\d)/", r"/GC/act\1/"),
+    (r"/mixer/norm/", "/GC/norm/"),
+    (r"/attention/tokens/share$", "/attention/attention/token_FA/a1"),
+    (r"/attention/tokens/norm/", "/attention/attention/token_FA/norm/"),
+    (r"/attention/prob_act/", "/attention/attention/att_prob_quantizer/"),
+    (r"/attention/prob_scale([23])$", r"/attention/attention/att_prob_clip\1"),
+    (r"/attention/share$", "/attention/attention/parm"),
+    (r"/shift_(\w+)/", r"/layerscale_\1/"),
+    *_VIT,
+)
+
 _DEIT: Rules = (
     (r"^embedding/distillation_token$", "vit/embeddings/distillation_token"),
     *_VIT,
@@ -201,6 +219,17 @@ BIVIT_DEIT = Naming((*_BIVIT_ATTENTION, *_TIMM_DEIT), (), _BIVIT_UNUSED)
 BIVIT_SWIN = Naming((*_BIVIT_ATTENTION, *_MICROSOFT_SWIN), _WINDOW_CONSTANTS, _BIVIT_UNUSED)
 
 
+def bhvit_naming(mixers: int) -> Naming:
+    """Returns the names of BHViT's code, which numbers the first ``mixers`` blocks and the others apart."""
+
+    def block(match: re.Match[str]) -> str:
+        number = int(match.group(1))
+        own = f"A/{number}" if number < mixers else f"B/{number - mixers}"
+        return f"vit/encoder/layer{own}/"
+
+    return Naming(((r"^block(\d+)/", block), *_BHVIT), REFERENCE.bookkeeping)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """Returns a key path of a variable tree as ``block0/mlp_norm/scale``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -210,7 +239,7 @@ def _torch_axes(path: str, ndim: int) -> tuple[int, ...]:
     """Returns our axes in PyTorch's order."""
     if path.endswith("/kernel"):  # (in, out) and (height, width, in, out)
         return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
-    if path.endswith("/move") and ndim == 4:  # (1, 1, 1, channels)
+    if ndim == 4:  # (1, height, width, channels)
         return (0, 3, 1, 2)
     return tuple(range(ndim))
 

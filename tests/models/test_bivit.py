@@ -12,9 +12,9 @@ from bvit_jax import models
 from bvit_jax.binary.estimators import PARABOLA
 from bvit_jax.errors import UserError
 from bvit_jax.layers.dense import BitDense
+from bvit_jax.layers.first_values import first_batch
 from bvit_jax.layers.kernels import noted_kernels
 from bvit_jax.models.bivit import paper
-from bvit_jax.models.bivit.first_values import first_batch
 from bvit_jax.weights.state_dicts import abstract_variables
 from tests.tiny_models import DEIT, SWIN, assert_same_trees
 

@@ -10,8 +10,8 @@ import pytest
 from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.layers.dense import UncentredDense
+from bvit_jax.layers.first_values import first_batch
 from bvit_jax.layers.kernels import noted_kernels
-from bvit_jax.models.bivit.first_values import first_batch
 from bvit_jax.models.bivit.release import ZeroPointQuantizer
 from bvit_jax.weights.state_dicts import abstract_variables
 from tests.tiny_models import tiny_config

@@ -555,7 +555,7 @@ def test_names_of_models_and_settings_are_suggested():
         models.model_config("deit", widht=8)
     with pytest.raises(UserError, match=r"config\.model\.weight_bits is not a setting of deit"):
         models.create_model({"name": "deit", "weight_bits": 1})
-    with pytest.raises(UserError, match="known: binaryvit, bivit_deit, bivit_release_deit"):
+    with pytest.raises(UserError, match="known: bhvit, binaryvit, bivit_deit, bivit_release_deit"):
         models.model_config("resnet")
 
 

@@ -30,8 +30,9 @@ MODELS = (
     "bivit_deit",
     "bivit_deit_nodist",
     "bivit_swin",
+    "bhvit_window3",
 )
-BINARYVIT = tuple(name for name in MODELS if name.startswith(("react", "binaryvit")))
+BATCH_NORMS = tuple(name for name in MODELS if name.startswith(("react", "binaryvit", "bhvit")))
 GROUPS = ["inputs", "eval logits", "train logits", "loss", "gradients"]
 
 
@@ -85,14 +86,14 @@ def test_golden_files_pass(golden_file, check, name):
     assert [row for row in rows if not row.passed] == []
     groups = [row.group for row in rows]
     assert set(GROUPS) <= set(groups)
-    assert ("running statistics" in groups) == (name in BINARYVIT)
+    assert ("running statistics" in groups) == (name in BATCH_NORMS)
     assert ("final state" in groups) == name.endswith("_steps")
     arrays = read(golden_file(name))
     assert ("eval attention" in groups) == ("eval/attention/0" in arrays)
     compared = len(arrays) - 1  # meta
     compared -= 3 * ("steps/lr" in arrays)  # images, teacher and rates are inputs of the steps
     compared -= sum(name.startswith("state2/") for name in arrays)  # likewise
-    assert ("first state" in groups) == name.startswith("bivit")
+    assert ("first state" in groups) == name.startswith(("bivit", "bhvit"))
     assert sum(row.count for row in rows) == compared
 
 

@@ -186,7 +186,7 @@ def test_names_without_a_new_head(tmp_path, source):
         (["--set=width=32"], "arrays that do not fit the model"),
         (
             ["--format=onnx"],
-            "no format 'onnx'; known: bivit, huggingface, microsoft, native, reference, timm",
+            "no format 'onnx'; known: bhvit, bivit, huggingface, microsoft, native, reference, timm",
         ),
         (["--format=microsoft"], "has no 'deit', only swin"),
         (["--config=none.json"], "no file none.json"),

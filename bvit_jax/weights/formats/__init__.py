@@ -4,7 +4,7 @@ A format is one module with a ``FORMAT``, listed here. Formats know the configur
 neither files nor variables: `bvit_jax.weights.loading` and `saving` move the arrays.
 """
 
-from bvit_jax.weights.formats import bivit, huggingface, reference, timm
+from bvit_jax.weights.formats import bhvit, bivit, huggingface, reference, timm
 from bvit_jax.weights.formats.base import Format, Interpretation
 
 __all__ = ["FORMATS", "Format", "Interpretation"]
@@ -15,6 +15,7 @@ FORMATS: dict[str, Format] = {
     known.name: known
     for known in (
         huggingface.FORMAT,
+        bhvit.FORMAT,
         reference.FORMAT,
         bivit.FORMAT,
         timm.FORMAT,

@@ -208,12 +208,12 @@ def _switches(raw: RawCheckpoint, model: str) -> dict[str, Any]:
     alpha = re.compile(re.escape(f"{_LAYER}0.layerscale_h") + r"(\d+)\.alpha")
     branches = sorted(int(match[1]) for name in raw.state if (match := alpha.fullmatch(name)))
     switches: dict[str, Any] = {
-        "weight_bits": _weight_bits(raw),
+        "weight_bits": weight_bits(raw),
         "act_bits": 1 if f"{attention}.att_prob_clip" in raw.state else 32,
         "norm": "batch_norm" if "vit.layernorm.running_mean" in raw.state else "layer_norm",
         "layer_scale": f"{_LAYER}0.output.layerscale.alpha" in raw.state,
         "pool_branches": tuple(branches),
-        "clip_val": _clip_val(raw),
+        "clip_val": clip_val(raw),
     }
     if model == "react_deit":
         return switches | {"class_token": "vit.embeddings.cls_token" in raw.state}
@@ -222,7 +222,7 @@ def _switches(raw: RawCheckpoint, model: str) -> dict[str, Any]:
     return switches | {"some_fp": some_fp}
 
 
-def _weight_bits(raw: RawCheckpoint) -> int:
+def weight_bits(raw: RawCheckpoint) -> int:
     """Returns the bits that the arguments state; `check_bits` compares them with the arrays."""
     bits = raw.args.get("weight_bits", 1)
     if type(bits) is not int:
@@ -230,7 +230,7 @@ def _weight_bits(raw: RawCheckpoint) -> int:
     return bits
 
 
-def _clip_val(raw: RawCheckpoint) -> float:
+def clip_val(raw: RawCheckpoint) -> float:
     limits = (a for name, a in raw.state.items() if name.endswith(".weight_clip_val"))
     return float(np.max(next(limits, np.array(DEFAULT_CLIP_VAL))))
 
