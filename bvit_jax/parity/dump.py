@@ -13,7 +13,7 @@ import numpy as np
 
 from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from bvit_jax.errors import UserError
-from bvit_jax.parity.reference import named
+from bvit_jax.parity.codes import code_of
 from bvit_jax.weights import tensor_files
 
 PROGRAM = Path(__file__).with_name("torch_side")
@@ -37,7 +37,7 @@ def dump(
 
     Args:
       out: the file, which must not exist and appears complete or not at all.
-      repo: checkout of github.com/Phuoc-Hoan-Le/BinaryViT.
+      repo: checkout of one of `bvit_jax.parity.codes.CODES`.
       python: interpreter with the modules that the checkout needs.
       model: one of our configurations; by default what the checkpoint's arguments say.
       checkpoint: weights; without it, random ones.
@@ -45,24 +45,23 @@ def dump(
       batch: number of random images.
       seed: for everything random.
       compact: whether to compress, and to store large outputs in float32.
-      overrides: values that replace arguments of the reference or entries of its config.json.
+      overrides: values that replace arguments of the PyTorch code or entries of its config.json.
 
     Raises:
       UserError: a path or a file is wrong, or the PyTorch code refuses or fails.
     """
-    _check_paths(out, repo, checkpoint)
+    code = code_of(repo)
+    _check_paths(out, checkpoint)
+    _check_batch(batch, images)
     if model is None and checkpoint is None:
         raise UserError("neither --model nor --checkpoint is given; pass one of them")
-    if batch is not None and batch < 1:
-        raise UserError(f"--batch is {batch}; expected at least 1")
-    if images and batch not in (None, len(images)):
-        raise UserError(f"--batch is {batch}, but there are {len(images)} --images; leave --batch out")
     # In the directory of the target, so that the last step is a rename.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
         scratch = Path(name)
         request = {
+            "code": code.name,
             "repo": str(repo.resolve()),
-            "settings": named(model) if model is not None else None,
+            "settings": code.settings(model) if model is not None else None,
             "overrides": dict(overrides or {}),
             "checkpoint": str(checkpoint) if checkpoint is not None else None,
             "images": None,
@@ -82,12 +81,7 @@ def dump(
         written.rename(out)
 
 
-def _check_paths(out: Path, repo: Path, checkpoint: Path | None) -> None:
-    if not (repo / "models.py").is_file() or not (repo / "configs").is_dir():
-        raise UserError(
-            f"--repo is {repo}, which has no models.py and configs/; "
-            "expected a checkout of github.com/Phuoc-Hoan-Le/BinaryViT"
-        )
+def _check_paths(out: Path, checkpoint: Path | None) -> None:
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"--checkpoint is {checkpoint}, which is not a file; expected a .pth file")
     if checkpoint is not None:
@@ -98,9 +92,16 @@ def _check_paths(out: Path, repo: Path, checkpoint: Path | None) -> None:
         raise UserError(f"no directory {out.parent} to write {out.name} in; create it first")
 
 
+def _check_batch(batch: int | None, images: Sequence[Path]) -> None:
+    if batch is not None and batch < 1:
+        raise UserError(f"--batch is {batch}; expected at least 1")
+    if images and batch not in (None, len(images)):
+        raise UserError(f"--batch is {batch}, but there are {len(images)} --images; leave --batch out")
+
+
 def _image_size(description: str, python: str) -> int:
     try:
-        return int(json.loads(description)["config"]["image_size"])
+        return int(json.loads(description)["image_size"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{python} wrote no description of the model; is it a Python interpreter?") from error
 

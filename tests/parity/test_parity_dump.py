@@ -5,7 +5,6 @@
 
 import argparse
 import hashlib
-import importlib
 import importlib.util
 import itertools
 import json
@@ -21,8 +20,6 @@ import pytest
 from PIL import Image
 
 from bvit_jax import parity
-from bvit_jax.errors import UserError
-from bvit_jax.parity import dump as dumping
 from bvit_jax.parity import layers
 from bvit_jax.parity.__main__ import main
 from bvit_jax.parity.check import check
@@ -30,10 +27,6 @@ from bvit_jax.parity.dump import load_images
 from bvit_jax.parity.layers import layer_rows
 
 torch = pytest.importorskip("torch")
-
-from bvit_jax.parity.torch_side.errors import Refused  # noqa: E402
-from bvit_jax.parity.torch_side.request import Request  # noqa: E402
-from bvit_jax.parity.torch_side.request import dump as write_golden_file  # noqa: E402
 
 REPO = Path(__file__).parents[1] / "torch_reference"
 SMALL = "--set=nb_classes=7"
@@ -54,28 +47,6 @@ def dumped(out, *arguments, repo=REPO):
     """Returns the file after a dump that must work."""
     assert dump(out, *arguments, repo=repo) == 0
     return out
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Runs the PyTorch side in this process, which has imported PyTorch already."""
-
-    def run(python, command, request, scratch):
-        importlib.invalidate_caches()
-        try:
-            resolved = Request(json.loads(json.dumps(request)))
-            if command == "describe":
-                return json.dumps(resolved.meta())
-            write_golden_file(resolved)
-        except Refused as error:
-            raise UserError(str(error)) from error
-        finally:
-            sys.modules.pop("models", None)
-        return ""
-
-    monkeypatch.setattr(dumping, "_run", run)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
 
 @pytest.fixture(scope="module")

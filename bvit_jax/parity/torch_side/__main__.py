@@ -35,7 +35,7 @@ def main() -> int:
         with open(path) as file:
             request = Request(json.load(file))
         if command == "describe":
-            sys.stdout.write(json.dumps(request.meta()))
+            sys.stdout.write(json.dumps(request.description()))
         else:
             with redirect_stdout(sys.stderr):  # the checkout prints while it builds
                 dump(request)

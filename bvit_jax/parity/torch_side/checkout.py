@@ -1,4 +1,4 @@
-"""The checkout of the PyTorch code: its settings, its configurations and its models."""
+"""A checkout of PyTorch code: its modules, what they miss, its configurations and its commit."""
 
 from __future__ import annotations
 
@@ -8,38 +8,13 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import Refused, one_line
-
-SWITCHES = (
-    "avg_res3",
-    "avg_res5",
-    "replace_ln_bn",
-    "disable_layerscale",
-    "enable_cls_token",
-    "some_fp",
-)
-SETTINGS = ("model", "model_type", "weight_bits", "input_bits", "nb_classes", *SWITCHES)
-SIZES = (
-    "image_size",
-    "patch_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "depths",
-    "num_attention_heads",
-    "intermediate_size",
-    "reduction_ratio",
-    "clip_val",
-)
-NOT_READ = {  # sizes that the code of a model type ignores
-    "extra-res-pyramid": ("patch_size", "num_hidden_layers"),
-    "extra-res": ("depths", "reduction_ratio"),
-    "deit": ("depths", "reduction_ratio", "clip_val"),
-}
 
 
 class DropPath(nn.Module):
@@ -52,38 +27,56 @@ class DropPath(nn.Module):
         return x
 
 
-def provide_timm() -> None:
-    """Provides stand-ins for timm if it is missing or of a version without the modules that are needed."""
+def to_2tuple(x: Any) -> Any:
+    """Returns a pair of the value, or the value if it is one."""
+    return x if isinstance(x, tuple) else (x, x)
+
+
+def provide(name: str, **contents: Any) -> None:
+    """Registers a module of that name, and the packages above it where they are missing."""
+    parent, _, leaf = name.rpartition(".")
+    if parent and parent not in sys.modules:
+        provide(parent)
+    module = types.ModuleType(name)
+    module.__dict__.update(contents)
+    sys.modules[name] = module
+    if parent:
+        setattr(sys.modules[parent], leaf, module)
+
+
+def provide_timm() -> bool:
+    """Provides stand-ins for timm's layers where it is missing or has none there; returns whether it did."""
     try:
         from timm.models.layers import DropPath as _  # noqa: F401
     except ImportError:
-        layers = types.ModuleType("timm.models.layers")
-        layers.__dict__.update(
-            trunc_normal_=nn.init.trunc_normal_,
-            DropPath=DropPath,
-            to_2tuple=lambda x: x if isinstance(x, tuple) else (x, x),
-        )
-        for name in ("timm", "timm.models"):
-            sys.modules[name] = types.ModuleType(name)
-        sys.modules["timm.models.layers"] = layers
+        functions = {"trunc_normal_": nn.init.trunc_normal_, "to_2tuple": to_2tuple}
+        provide("timm.models.layers", DropPath=DropPath, **functions)
+        return True
+    return False
 
 
-def import_models(repo: str) -> types.ModuleType:
-    """Returns the checkout's ``models`` module."""
-    provide_timm()
-    sys.path.insert(0, repo)
+def import_module(repo: str, name: str) -> types.ModuleType:
+    """Returns a module of the checkout."""
+    if repo not in sys.path:
+        sys.path.insert(0, repo)
     try:
-        return importlib.import_module("models")
+        return importlib.import_module(name)
     except ImportError as error:
         raise Refused(
-            f"cannot import models.py of {repo}: {error}; is {sys.executable} the reference's Python?"
+            f"cannot import {name}.py of {repo}: {error}; is {sys.executable} the reference's Python?"
         ) from error
     except Exception as error:
-        raise Refused(f"cannot import models.py of {repo}: {one_line(error)}") from error
+        raise Refused(f"cannot import {name}.py of {repo}: {one_line(error)}") from error
 
 
-def read_config(repo: str, name: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Returns the config.json of a directory of the checkout's ``configs``, overridden."""
+def read_config(
+    repo: str, name: str, overrides: dict[str, Any], settings: Collection[str], sizes: Collection[str]
+) -> dict[str, Any]:
+    """Returns the config.json of a directory of the checkout's ``configs``, overridden.
+
+    ``sizes`` may be overridden even if the file has none; ``settings`` are the code's arguments, which the
+    message about an unknown key names too.
+    """
     configs = os.path.join(repo, "configs")
     # Only the last part counts: a checkpoint may come from a machine with other paths.
     directory = os.path.basename(os.path.normpath(name))
@@ -97,8 +90,8 @@ def read_config(repo: str, name: str, overrides: dict[str, Any]) -> dict[str, An
     except ValueError as error:
         raise Refused(f"cannot read {path}: {error}") from error
     for key, value in overrides.items():
-        if key not in values and key not in SIZES:
-            known = ", ".join(k for k in (*SETTINGS, *SIZES) if k in values or k in SETTINGS)
+        if key not in values and key not in sizes:
+            known = ", ".join(k for k in (*settings, *sizes) if k in values or k in settings)
             raise Refused(f"--set {key}: config.json of {directory} has no such key; known: {known}")
         values[key] = value
     if not isinstance(values.get("image_size"), int):

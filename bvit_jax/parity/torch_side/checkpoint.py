@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkout import SETTINGS
 from .errors import Refused, one_line
 
 
@@ -56,16 +55,16 @@ def unreadable(error: BaseException) -> str:
     return f"{one_line(error)}; expected a .pth file of PyTorch, is it complete?"
 
 
-def settings_of(args: Any, path: str) -> dict[str, Any]:
-    """Returns the reference's arguments as a checkpoint holds them."""
+def settings_of(args: Any, path: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the code's arguments of these names as a checkpoint holds them."""
     if args is None:
         raise Refused(f"{path} holds no 'args'; say with --model NAME which model it is")
-    missing = [key for key in SETTINGS if not hasattr(args, key)]
+    missing = [key for key in keys if not hasattr(args, key)]
     if missing:
         raise Refused(
             f"the 'args' of {path} have no {', '.join(missing)}; say with --model NAME which model it is"
         )
-    return {key: getattr(args, key) for key in SETTINGS}
+    return {key: getattr(args, key) for key in keys}
 
 
 def load(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
