@@ -19,16 +19,19 @@ attention the number of its keys, the first product of the feed-forward C, M/C t
 the shortcut of the second averages as many channels, and the second M. That is 4 C + keys + 2 M.
 
 What the three numbers leave open is decided here and stated where it is used: pooling branches parallel to a
-block, the product that reduces keys and values, and LayerScale have no term.
+block, the product that reduces keys and values, and LayerScale have no term. In BHViT the three convolutions
+of a token mixer are one product with the fan-in of all three, three masks of attention are three products,
+and shift branches and merged tokens have no term.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bvit_jax.errors import UserError
 
-FAMILIES = ("binaryvit", "react_deit")
+FAMILIES = ("bhvit", "binaryvit", "react_deit")
 LEVELS = 255  # of a pixel above 0
 
 PUBLISHED_RESNET34 = 71_193_472
@@ -98,9 +101,14 @@ def _embedding(inputs: Sequence[int], layer: str) -> Step:
     return layer, f"floor({LEVELS} · {shown} / 2)", 1, LEVELS * fan_in // 2
 
 
-def _block(layer: str, width: int, mlp_dim: int, keys: int) -> Step:
-    formula = f"4·{width} + {keys} + {mlp_dim // width}·{width} + {mlp_dim}"
-    return layer, formula, 1, 4 * width + keys + 2 * mlp_dim
+def _block(layer: str, width: int, mlp_dim: int, keys: int, masks: int = 1) -> Step:
+    attended = f"{masks}·{keys}" if masks > 1 else f"{keys}"
+    formula = f"4·{width} + {attended} + {mlp_dim // width}·{width} + {mlp_dim}"
+    return layer, formula, 1, 4 * width + masks * keys + 2 * mlp_dim
+
+
+def _downsampling(stage: int, narrower: int) -> Step:
+    return f"stage {stage}: 2×2 product, 2×2 average", f"· 4, + 4·{narrower}", 4, 4 * narrower
 
 
 def _average(elements: int, layer: str = "average of all tokens") -> Step:
@@ -154,7 +162,7 @@ def capability_of(settings: Mapping[str, Any], name: str = "") -> Derivation:
     if model not in FAMILIES:
         raise UserError(
             f"config.model.name is {model!r}: the rules of representational capability are known for"
-            f" {' and '.join(FAMILIES)} only; choose one of them"
+            f" {', '.join(FAMILIES)} only; choose one of them"
         )
     for key in ("weight_bits", "act_bits"):
         if settings[key] != 1:
@@ -169,7 +177,7 @@ def capability_of(settings: Mapping[str, Any], name: str = "") -> Derivation:
             "config.model.some_fp is True: the rules of representational capability say nothing about a real"
             " product of features, which the patch embeddings between the stages are; set it to False"
         )
-    return _binaryvit(settings, name or model)
+    return (_bhvit if model == "bhvit" else _binaryvit)(settings, name or model)
 
 
 def _react_deit(s: Mapping[str, Any], name: str) -> Derivation:
@@ -194,10 +202,7 @@ def _binaryvit(s: Mapping[str, Any], name: str) -> Derivation:
     for stage, (width, depth, mlp_dim, reduction) in enumerate(stages, 1):
         if stage > 1:
             side //= 2
-            narrower = s["width"][stage - 2]
-            steps.append(
-                (f"stage {stage}: 2×2 product, 2×2 average", f"· 4, + 4·{narrower}", 4, 4 * narrower)
-            )
+            steps.append(_downsampling(stage, s["width"][stage - 2]))
             reduced *= 4
         keys = (side // reduction) ** 2
         steps += [_block(f"stage {stage}, block {i}", width, mlp_dim, keys) for i in range(1, depth + 1)]
@@ -212,3 +217,29 @@ def _binaryvit(s: Mapping[str, Any], name: str) -> Derivation:
             f" and value each they would add {reduced * side**2:,}"
         )
     return _derive(name, steps, [*notes, "not published"])
+
+
+def _bhvit(s: Mapping[str, Any], name: str) -> Derivation:
+    patch, side, width = s["patch_size"], s["image_size"] // s["patch_size"], s["width"]
+    steps = [_embedding((patch, patch, 3), f"patch embedding, real, {patch}×{patch}")]
+    for stage, (depth, mlp_dim) in enumerate(zip(s["depth"], s["mlp_dim"], strict=True), 1):
+        if stage > 1:
+            steps.append(_downsampling(stage, width))
+            side, width = side // 2, 2 * width
+        keys = s["window_size"] ** 2 + (side // s["window_size"]) ** 2  # of the window, and merged
+        block = _mixer_block if stage < 3 else partial(_block, keys=keys, masks=3)
+        steps += [block(f"stage {stage}, block {i}", width, mlp_dim) for i in range(1, depth + 1)]
+    steps.append(_average(side**2))
+    notes = [
+        "token mixers: one product with the 3·9 inputs of its three convolutions, in four groups of channels",
+        "attention: three products, one for each mask",
+        "merged tokens: no term beyond that of their keys, averages next to the blocks have none",
+    ]
+    if s["shift_branches"]:
+        notes.append("shift branches: no term, as pooling branches have none")
+    return _derive(name, steps, [*notes, *_OPEN[1:] * s["layer_scale"], "not published"])
+
+
+def _mixer_block(layer: str, width: int, mlp_dim: int) -> Step:
+    formula = f"27·{width // 4} + {mlp_dim // width}·{width} + {mlp_dim}"
+    return layer, formula, 1, 27 * width // 4 + 2 * mlp_dim

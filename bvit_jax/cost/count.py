@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from bvit_jax.binary.convolutions import GROUPS_SCOPE
 from bvit_jax.cost.memory import largest_live_set, saved_for_backward
 from bvit_jax.cost.program import Node, Operation, Path, Program, trace
 from bvit_jax.cost.values import LAYOUT, Value, analyse
@@ -280,9 +281,13 @@ def _add_elementwise(layer: LayerCost, operation: Operation, elements: int) -> N
 def _add_product(layer: LayerCost, operation: Operation, values: Mapping[Node, Value]) -> None:
     left, right = operation.inputs[:2]
     result = operation.outputs[0]
-    layer.macs[_kind(values[left], values[right])] += operation.times * _macs(operation)
-    layer.moved_bytes += operation.times * (left.bytes + right.bytes + result.bytes)
-    packed = sum(-(-node.size // 8) if values[node].one_bit else node.bytes for node in (left, right))
+    bits = _bits(values[left], values[right])
+    kind = BINARY if all(bits) else _kind(values[left], values[right])
+    groups = _groups(operation)
+    layer.macs[kind] += operation.times * _macs(operation) * max(math.prod(bits), 1) // groups
+    sizes, whole = (left.size, right.size // groups), (left.bytes, right.bytes // groups)
+    layer.moved_bytes += operation.times * (sum(whole) + result.bytes)
+    packed = sum(-(-n * size // 8) if n else real for n, size, real in zip(bits, sizes, whole))
     layer.packed_moved_bytes += operation.times * (packed + result.bytes)
 
 
@@ -296,9 +301,25 @@ def _macs(operation: Operation) -> int:
     return result.size * (right.size // features)  # padding included
 
 
+def _groups(operation: Operation) -> int:
+    """Returns the groups of channels of a convolution, whose kernel is zero between them."""
+    found = (scope for scope in operation.scopes if scope.startswith(GROUPS_SCOPE))
+    return next((int(scope.removeprefix(GROUPS_SCOPE)) for scope in found), 1)
+
+
+def _bits(left: Value, right: Value) -> tuple[int, int]:
+    """Returns how many bits an element of each operand needs, 0 for one that is real.
+
+    A sum of several arrays of codes needs one for each, if the other operand has one bit: then the product is
+    that many products.
+    """
+    several = left.one_bit or right.one_bit
+    a, b = (1 if x.one_bit else x.terms if several and x.terms > 1 else 0 for x in (left, right))
+    return a, b
+
+
 def _kind(left: Value, right: Value) -> str:
-    if left.one_bit and right.one_bit:
-        return BINARY
+    """Returns the kind of a product that is not binary."""
     if not (left.one_bit or right.one_bit):
         return REAL
     bits, other = (left, right) if left.one_bit else (right, left)

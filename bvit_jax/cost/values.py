@@ -3,7 +3,8 @@
 The analysis goes through the operations in order and tracks, per array, whether it depends on the images,
 whether its values are integers and in which range, and which parameters it is derived from. An array of
 integers in [-1, 1] consists of codes: signs, or the {0, 1} of binarised probabilities. That includes the
-sign of exactly zero, which is 0 in most of the models and has no bit.
+sign of exactly zero, which is 0 in most of the models and has no bit. A few arrays of codes, each times a
+number, may be added: a product with the sum is as many products of codes.
 """
 
 import math
@@ -22,6 +23,7 @@ scan_stack select_n slice split squeeze stop_gradient tile transpose sharding_co
 mesh_cast reshard real unstack
 """
 LAYOUT = frozenset(_LAYOUT_NAMES.split())
+MOST_TERMS = 3  # two bits: codes from 0 to 3 are the sum of three masks
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Value:
       distinct: the number of elements that are not copies of others by broadcasting.
       moved: whether the bounds are those before the addition of an integer that does not depend on the
         images: codes with an offset are still codes.
+      terms: of how many arrays of codes it is the sum, each times a number of its own; 0 if that is not known
+        or more than `MOST_TERMS`.
     """
 
     varies: bool
@@ -47,6 +51,7 @@ class Value:
     raw: Path | None = None
     distinct: int = 1
     moved: bool = False
+    terms: int = 0
 
     @property
     def one_bit(self) -> bool:
@@ -118,7 +123,23 @@ def _result(operation: Operation, node: Node, inputs: Sequence[Value]) -> Value:
     moved = known is not None and (
         any(value.moved for value in inputs) or (operation.name in ("add", "sub") and _is_offset(inputs))
     )
-    return Value(varies, integer, low, high, sources, raw, distinct, moved)
+    value = Value(varies, integer, low, high, sources, raw, distinct, moved)
+    return replace(value, terms=_terms(operation.name, value, inputs))
+
+
+def _terms(name: str, value: Value, inputs: Sequence[Value]) -> int:
+    """Returns `Value.terms` of the result of an operation."""
+    if value.one_bit:
+        return 1
+    if value.integer and value.low == 0 and value.high <= MOST_TERMS and not value.moved:
+        return int(value.high)  # the masks of all that reach 1, 2, 3
+    terms = [given.terms for given in inputs]
+    if name in ("add", "sub") and all(terms) and not any(given.moved for given in inputs):
+        return sum(terms) if sum(terms) <= MOST_TERMS else 0
+    if name == "mul":
+        numbers = [not given.varies and given.distinct == 1 for given in inputs]
+        return max((n for n, by in zip(terms, reversed(numbers), strict=True) if by), default=0)
+    return terms[0] if name in LAYOUT and len(terms) == 1 else 0
 
 
 Range = tuple[bool, float, float]

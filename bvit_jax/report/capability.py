@@ -18,13 +18,16 @@ ABLATION: dict[str, dict[str, Any]] = {  # the rows of configs/react_deit_small.
 
 
 def all_derivations() -> list[Derivation]:
-    """Returns the derivations of the paper's supplement, of its ablation and of BinaryViT."""
+    """Returns the derivations of the paper's supplement, of its ablation, of BHViT and of BinaryViT."""
     rows = [
         capability.capability_of(models.model_config("react_deit", **settings), name)
         for name, settings in ABLATION.items()
     ]
-    pyramid = capability.capability_of(models.model_config("binaryvit"), "BinaryViT")
-    return [capability.resnet34(), capability.deit_small(), *rows, pyramid]
+    rows += [
+        capability.capability_of(models.model_config(name), title)
+        for name, title in (("bhvit", "BHViT-S"), ("binaryvit", "BinaryViT"))
+    ]
+    return [capability.resnet34(), capability.deit_small(), *rows]
 
 
 def derivation_of(config: ConfigDict) -> Derivation:

@@ -37,6 +37,7 @@ class Row:
 
 NONE = "-"
 _OWN = "own formulation, against slow ones; not trained: docs/bivit.md"
+_BHVIT = "float64 parity: first batch, gradients, AdamW steps"
 _DISTILLED = {"distillation_token": True, "distillation_head": True}
 ROWS = (
     Row(
@@ -47,6 +48,10 @@ ROWS = (
         " and W4A1",
     ),
     Row("BinaryViT, real patch embeddings", "binaryvit_small.py:some_fp", NONE, "float64 parity"),
+    Row("BHViT-S", "bhvit.py", "68.4 (BHViT)", _BHVIT),
+    Row("BHViT-S, real patch embeddings", "bhvit.py:fp_downsample", "70.1 (BHViT)", _BHVIT),
+    Row("BHViT-T", "bhvit.py:tiny", "64.0 (BHViT)", _BHVIT),
+    Row("BHViT-T, real patch embeddings", "bhvit.py:tiny,fp_downsample", "66.0 (BHViT)", _BHVIT),
     Row("ReActNet-DeiT-S", "react_deit_small.py:cls", NONE, "float64 parity"),
     Row("+ average pooling", "react_deit_small.py:avg_pool", NONE, "float64 parity"),
     Row(
@@ -84,6 +89,7 @@ ROWS = (
     ),
     Row("BinaryViT for digits", "digits.py", NONE, "trained here: 96.9 to 98.9 % of the held-out digits"),
     Row("Bi-ViT for digits", "bivit_digits.py", NONE, "trained here: 93.6 % of the held-out digits"),
+    Row("BHViT for digits", "bhvit_digits.py", NONE, "trained here: 97.8 to 98.9 % of the held-out digits"),
     Row("DeiT for digits", "deit_digits.py", NONE, "trained here: 97.5 to 97.8 % of the held-out digits"),
 )
 

@@ -147,9 +147,10 @@ def _describe_weights(model: Pretrained, weights: Sequence[LatentWeights]) -> li
         Picture(
             "Latent weights",
             "Histograms of what each layer takes the sign of: its weights, in linear layers of BinaryViT"
-            " minus the mean of their output channel. The shaded range is [-1, 1], outside which a weight has"
-            " no gradient; the percentage is the share inside. Where no edge is visible, it lies outside"
-            " the frame. All frames have the same width; the first and last bars count what lies outside."
+            " and in all layers of BHViT minus the mean of their output channel. The shaded range is [-1, 1],"
+            " outside which a weight has no gradient; the percentage is the share inside. Where no edge is"
+            " visible, it lies outside the frame. All frames have the same width; the first and last bars"
+            " count what lies outside."
             + " Patch merging, where each output has a window of its own, is not here."
             * release,
             "weights",
@@ -212,8 +213,14 @@ def _describe_attention(sample: Sample, blocks: Sequence[Block], seen: Seen) -> 
         forms = "as the softmax returns it, and binarised, as the product with the values uses it"
     else:
         forms = "as the softmax returns it, which this model does not binarise"
-    apart = ", without class and distillation tokens" * bool(blocks[0].extra_tokens)
-    windows = " There is none outside a token's window." * (blocks[0].window is not None)
+    first = figures.attending(blocks)[0]
+    apart = ", without class and distillation tokens" * bool(first.extra_tokens)
+    windows = " There is none outside a token's window." * (first.window is not None)
+    if first is not blocks[0]:
+        windows = (
+            " Blocks without attention are not here. Outside a token's window there is only that to merged"
+            " tokens, spread over the squares that they stand for; the sum is next to the maps."
+        )
     return Picture(
         "Attention",
         f"Where tokens attend in {sample.name}, in the first and the last block of each stage: {forms}. Maps"
@@ -229,14 +236,19 @@ def _describe_attention(sample: Sample, blocks: Sequence[Block], seen: Seen) -> 
 def _describe_branches(params: Any, blocks: Sequence[Block]) -> Picture:
     title = "Weights of the pooling branches"
     scales = figures.branch_scales(params, blocks)
-    if not any(name.startswith("pool_") for name in scales):
+    if any(name.startswith("shift_") for name in scales):
+        names = "shift_h3 averages three rows, shift_ch5 moves quarters of the channels by two tokens"
+        title = "Weights of the shift branches"
+    elif any(name.startswith("pool_") for name in scales):
+        names = "pool_h3 averages three rows, pool_w5 five columns"
+    else:
         return Picture(title, "this model has no pooling branches.")
     return Picture(
         title,
         "The LayerScale factors of each block's branches, one per channel. Top: their mean"
-        " magnitude: pool_h3 averages three rows, pool_w5 five columns; attention_scale and mlp_scale scale"
-        " the main branches, where the model has them. Bottom: the median of each pooling branch, and the"
-        " range from the 5th to the 95th percentile. Pooling branches start at 0, main ones at 0.1.",
+        f" magnitude: {names}; attention_scale and mlp_scale scale"
+        " the main branches, where the model has them. Bottom: the median of each of the other branches, and"
+        " the range from the 5th to the 95th percentile. They start at 0, the main ones at 0.1.",
         "branches",
         lambda: draw.branches(scales),
     )

@@ -21,6 +21,7 @@ from bvit_jax import models
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.layers import sown
 from bvit_jax.layers.kernels import noted_kernels
+from bvit_jax.models.bhvit import MIXED_STAGES
 from bvit_jax.models.binaryvit import STRIDE
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.models.swin import MERGE, stage_window
@@ -39,7 +40,7 @@ class Block:
 
     Attributes:
       name: that of its parameters.
-      index: position among all blocks.
+      index: position among the attentions of the model, -1 for a block that has none.
       stage: from 0.
       side: tokens along a side of its grid.
       extra_tokens: class and distillation tokens before the grid.
@@ -63,6 +64,8 @@ def blocks_of(config: ConfigDict) -> list[Block]:
         return [Block(f"block{i}", i, 0, side, extra) for i in range(config.depth)]
     if config.name == "react_deit":
         return [Block(f"block{i}", i, 0, side, int(config.class_token)) for i in range(config.depth)]
+    if config.name == "bhvit":
+        return _bhvit_blocks(config, side)
     blocks: list[Block] = []
     for stage, depth in enumerate(config.depth):
         for i in range(depth):
@@ -74,6 +77,22 @@ def blocks_of(config: ConfigDict) -> list[Block]:
                 blocks.append(Block(f"block{index}", index, stage, side))
         side //= MERGE if windows else STRIDE
     return blocks
+
+
+def _bhvit_blocks(config: ConfigDict, side: int) -> list[Block]:
+    stages = [stage for stage, depth in enumerate(config.depth) for _ in range(depth)]
+    first = stages.index(MIXED_STAGES)
+    blocks = []
+    for i, stage in enumerate(stages):
+        own = side // STRIDE**stage
+        window = Window(own, config.window_size, 0) if i >= first else None
+        blocks.append(Block(f"block{i}", i - first if window else -1, stage, own, 0, window))
+    return blocks
+
+
+def attending(blocks: Sequence[Block]) -> list[Block]:
+    """Returns the blocks that have attention."""
+    return [block for block in blocks if block.index >= 0]
 
 
 def ends_of_stages(blocks: Sequence[Block]) -> list[Block]:
@@ -169,25 +188,28 @@ def flip_rates(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[str]
 def branch_scales(params: Params, blocks: Sequence[Block]) -> dict[str, list[np.ndarray | None]]:
     """Returns the LayerScale factors of each branch that any block has, one array (channels,) per block.
 
-    Branches are ``attention_scale``, ``mlp_scale`` and the pooling branches ``pool_h3`` and so on; None where
-    a block lacks one.
+    Branches are ``attention_scale``, ``mlp_scale`` and the pooling or shift branches ``pool_h3`` and so on;
+    None where a block lacks one.
     """
     scales = {
         block.name: {
             name: np.asarray(part["alpha"])
             for name, part in params[block.name].items()
-            if isinstance(part, Mapping) and "alpha" in part and name.startswith(("pool_", *MAIN_SCALES))
+            if isinstance(part, Mapping)
+            and "alpha" in part
+            and name.startswith((*SIDE_BRANCHES, *MAIN_SCALES))
         }
         for block in blocks
     }
     names = {name for found in scales.values() for name in found}
     order = [name for name in MAIN_SCALES if name in names] + sorted(
-        names - set(MAIN_SCALES), key=lambda name: (int(name.removeprefix("pool_")[1:]), name)
+        names - set(MAIN_SCALES), key=lambda name: (int(name.split("_")[1].strip("chw")), name)
     )
     return {name: [scales[block.name].get(name) for block in blocks] for name in order}
 
 
 MAIN_SCALES = ("attention_scale", "mlp_scale")
+SIDE_BRANCHES = ("pool_", "shift_")
 
 
 # --- positions ---------------------------------------------------------------------------------
@@ -288,16 +310,26 @@ def whole_attention(attention: np.ndarray, block: Block) -> np.ndarray:
 
     Args:
       attention: (windows, heads, queries, keys), one window where the block has none.
-      block: its block; outside a query's window there is no attention.
+      block: its block; outside a query's window there is no attention but that to merged tokens, which come
+        after those of the window: it is spread evenly over the tokens of the window that each stands for.
     """
-    if block.window is None or len(attention) == 1:
+    if block.window is None or attention.shape[-1] == block.side**2:
         return attention[0]
     tokens = block.side**2
     places = np.asarray(block.window.split(jnp.arange(tokens).reshape(1, tokens, 1)))[..., 0]
     whole = np.zeros((attention.shape[1], tokens, tokens), attention.dtype)
-    for place, inside in zip(places, attention, strict=True):
-        whole[:, place[:, None], place] = inside
+    size = places.shape[1]
+    for place, inside in zip(places, attention[:, :, :size], strict=True):
+        whole[:, place[:, None], place] = inside[..., :size]
+        for merged, share in zip(places, np.moveaxis(inside[..., size:], -1, 0)):
+            whole[:, place[:, None], merged] += share[..., None] / size
     return whole
+
+
+def merged_share(attention: np.ndarray, block: Block) -> float:
+    """Returns the mean share of the attention, (windows, heads, queries, keys), that merged tokens get."""
+    size = block.window.size**2 if block.window else attention.shape[-1]
+    return float(attention[:, :, :size, size:].sum(axis=-1).mean())
 
 
 def attention_maps(attention: np.ndarray, block: Block) -> dict[str, np.ndarray]:

@@ -169,8 +169,8 @@ def constant_share(shares: np.ndarray) -> float:
 
 
 def attention(image: np.ndarray, blocks: Sequence[Block], seen: Seen, binary: bool) -> Any:
-    """Draws attention over an image, one row for the first and the last block of each stage."""
-    chosen = figures.ends_of_stages(blocks)
+    """Draws attention over an image, one row for the first and the last block of each stage that attends."""
+    chosen = figures.ends_of_stages(figures.attending(blocks))
     rows = [attention_row(block, seen, binary) for block in chosen]
     columns = 1 + len(rows[0])
     figure, axes = subplots(len(rows), columns, figsize=(2.1 * columns + 0.8, 1.95 * len(rows) + 0.4))
@@ -204,6 +204,8 @@ def _block_text(block: Block, seen: Seen, binary: bool, keys: int) -> str:
         lines.append(f"attend to {keys}×{keys} keys")
     if binary:
         lines.append(f"{_percent(float(np.mean(seen.used[block.index] != 0)))} not 0")
+    if merged := figures.merged_share(seen.softmax[block.index], block):
+        lines.append(f"{_percent(merged)} to merged")
     return "\n".join(lines)
 
 
@@ -239,8 +241,8 @@ def _mark(axis: Any, block: Block, size: int) -> None:
 
 
 def branches(scales: dict[str, list[np.ndarray | None]]) -> Any:
-    """Draws the factors of the branches: mean magnitudes, and the spread of the pooling branches."""
-    pooling = [name for name in scales if name.startswith("pool_")]
+    """Draws the factors of the branches: mean magnitudes, and the spread of all but the main branches."""
+    pooling = [name for name in scales if name not in figures.MAIN_SCALES]
     count = len(scales[pooling[0]])
     magnitudes = np.array(
         [[np.nan if a is None else np.abs(a).mean() for a in found] for found in scales.values()]
@@ -253,6 +255,8 @@ def branches(scales: dict[str, list[np.ndarray | None]]) -> Any:
     axis = figure.add_subplot(grid[0, :])
     image = axis.imshow(magnitudes, aspect="auto", cmap="viridis", vmin=0)
     for (y, x), value in np.ndenumerate(magnitudes):
+        if np.isnan(value):
+            continue
         dark = value < 0.6 * np.nanmax(magnitudes)
         axis.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
     axis.set_yticks(range(len(scales)), list(scales), fontsize=9)

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from bvit_jax.workdir.metrics import Number
 
-UNSHOWN = ("images_per_second_per_chip", "memory_gb")
+UNSHOWN = ("images_per_second_per_chip", "memory_gb", *(f"level_{i}" for i in range(4)))
 BAR = 20  # columns
 
 
@@ -76,6 +76,7 @@ def _parts(step: int, total: int, metrics: Mapping[str, Number]) -> list[str]:
         "active_inputs": lambda x: f"active inputs {100 * x:.3g} %",
         "zeros": lambda x: f"zeros {100 * x:.3g} %",
         "dead_heads": lambda x: f"dead heads {x}",
+        "nonpositive_scales": lambda x: f"nonpositive scales {x}",
     }
     parts = [f"step {step}/{total}"]
     parts += [show(metrics[name]) for name, show in known.items() if name in metrics]

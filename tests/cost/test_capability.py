@@ -36,7 +36,8 @@ def test_the_published_deit_small_as_the_formula_and_as_printed():
 
 
 def test_every_line_follows_from_the_one_before():
-    for item in (capability.resnet34(), capability.capability_of(models.model_config("binaryvit"))):
+    derivations = all_derivations()
+    for item in (derivations[0], *derivations[-2:]):
         value = 0
         for line in item.lines:
             value = line.factor * value + line.added
@@ -55,6 +56,17 @@ def test_binaryvit_by_the_same_rules():
     assert of("binaryvit") == 49 * value == 46_566_660
 
 
+def test_bhvit_by_the_same_rules():
+    value, side, c = 4 * 4 * 3 * 255 // 2, 56, 64
+    for stage, (depth, m) in enumerate(zip((3, 4, 8, 4), (512, 1024, 1024, 2048))):
+        if stage:
+            value = 4 * (value + c)
+            side, c = side // 2, 2 * c
+        keys = 7 * 7 + (side // 7) ** 2
+        value += depth * (2 * m + (27 * c // 4 if stage < 2 else 4 * c + 3 * keys))
+    assert of("bhvit") == 49 * value
+
+
 def test_the_ablation_by_the_same_rules():
     values = [of("react_deit", **settings) for settings in ABLATION.values()]
     assert values == [155_568, 196 * 155_568, 196 * 155_568, 196 * 155_568]
@@ -68,6 +80,7 @@ def test_the_ablation_by_the_same_rules():
         ("binaryvit", {"weight_bits": 2}, "config.model.weight_bits is 2"),
         ("react_deit", {"act_bits": 32}, "config.model.act_bits is 32"),
         ("binaryvit", {"some_fp": True}, "config.model.some_fp"),
+        ("bhvit", {"some_fp": True}, "config.model.some_fp"),
     ],
 )
 def test_models_that_the_rules_say_nothing_of(name, settings, key):

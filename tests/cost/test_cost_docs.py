@@ -28,7 +28,7 @@ def cost(name: str, dtype: str, remat: str, training: bool) -> ModelCost:
     if name in CONFIGS:
         model = parse_config([f"--config={CONFIGS[name]}", "--config.model.drop_path=0.0"]).model
     else:
-        model = models.model_config("swin", drop_path=0.0)
+        model = models.model_config("bhvit" if name == "BHViT-S" else "swin", drop_path=0.0)
     return measure(Subject(model, dtype, remat), training=training)
 
 
@@ -51,7 +51,7 @@ def test_the_sums_of_binaryvit() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ReActNet-DeiT-S", "DeiT-S", "Bi-ViT DeiT-Ti", "Bi-ViT Swin-T", "Swin-T"])
+@pytest.mark.parametrize("name", ["BHViT-S", *CONFIGS, "Swin-T"])
 def test_intensity(name: str) -> None:
     total = cost(name, "float32", "none", training=False).total
     inference = cost(name, "float32", "none", training=False).inference_bytes

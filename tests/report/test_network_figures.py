@@ -18,6 +18,7 @@ from bvit_jax.models.windows import Window
 from bvit_jax.report import network_figures
 from bvit_jax.report.network_figures import (
     Block,
+    attending,
     attention_maps,
     blocks_of,
     branch_scales,
@@ -27,6 +28,7 @@ from bvit_jax.report.network_figures import (
     latent_weights,
     look,
     mean_frequency,
+    merged_share,
     position_biases,
     position_embeddings,
     position_similarity,
@@ -77,9 +79,9 @@ def test_blocks_are_those_of_the_model(name):
     blocks = blocks_of(model.config)
     named = [path for path in model.variables["params"] if "block" in path]
     assert {block.name for block in blocks} == set(named)
-    seen = seen_by(name)
-    assert len(seen.used) == len(seen.softmax) == len(blocks)
-    for block, attention in zip(blocks, seen.used, strict=True):
+    seen, attend = seen_by(name), attending(blocks)
+    assert len(seen.used) == len(seen.softmax) == len(attend)
+    for block, attention in zip(attend, seen.used, strict=True):
         whole = whole_attention(attention, block)
         assert whole.shape[1] == block.side**2 + block.extra_tokens
 
@@ -87,6 +89,27 @@ def test_blocks_are_those_of_the_model(name):
 def test_the_ends_of_stages():
     blocks = [Block(str(i), i, stage, 4) for i, stage in enumerate((0, 1, 1, 1, 2, 2))]
     assert [block.index for block in ends_of_stages(blocks)] == [0, 1, 3, 4, 5]
+
+
+def test_attention_to_merged_tokens_is_spread_over_their_squares():
+    window = Window(4, 2, 0)
+    block = Block("b", 0, 0, 4, 0, window)
+    attention = np.random.default_rng(0).random((4, 3, 8, 8)).astype(np.float32)
+    attention /= attention.sum(axis=-1, keepdims=True)
+    whole = whole_attention(attention, block)
+    np.testing.assert_allclose(whole.sum(axis=-1), 1, rtol=1e-5)
+    assert merged_share(attention, block) == pytest.approx(attention[:, :, :4, 4:].sum() / (4 * 3 * 4))
+    for query in range(16):
+        y, x = divmod(query, 4)
+        own, place = y // 2 * 2 + x // 2, y % 2 * 2 + x % 2
+        for key in range(16):
+            v, u = divmod(key, 4)
+            other = v // 2 * 2 + u // 2
+            expected = attention[own, :, place, 4 + other] / 4
+            if other == own:
+                expected = expected + attention[own, :, place, v % 2 * 2 + u % 2]
+            np.testing.assert_allclose(whole[:, query, key], expected, rtol=1e-5)
+    assert merged_share(attention[..., :4, :4], block) == 0
 
 
 def test_filters_are_sorted_from_smooth_to_fine():

@@ -60,7 +60,10 @@ class Page(HTMLParser):
 
 
 TEACHER = Path(str(resources.files("bvit_jax") / "assets" / "deit_digits"))
-BIVIT = {"bivit_deit": DEIT | {"depth": 1}, "bivit_swin": SWIN | {"depth": (2, 1)}}
+OTHERS = {
+    "bivit_deit": DEIT | {"depth": 1},
+    "bivit_swin": SWIN | {"depth": (2, 1)},
+}
 TITLES = {
     "Images": "images",
     "First-layer filters": "filters",
@@ -79,7 +82,7 @@ LINES = [{"step": s, "health": {"flipped": {"a/dense": 0.1 / s, "b": 0.0}}} for 
 def model_of(name: str) -> Pretrained:
     if name in TINY:
         return tiny_pretrained(name)
-    config = models.model_config(name, **BIVIT[name], num_classes=3)
+    config = models.model_config(name, **OTHERS[name], num_classes=3)
     names = tuple(f"name {i}" for i in range(3))
     variables = random_variables(abstract_of(config))
     return Pretrained(config, variables, deit_preprocessing(config.image_size), names)
@@ -114,6 +117,7 @@ def error_of(capsys, *arguments) -> str:
 # --- every model -------------------------------------------------------------------------------
 
 MISSING = {
+    "bhvit": {"Sign flips over training": "pass its workdir"},
     "binaryvit": {"Sign flips over training": "pass its workdir"},
     "binaryvit_w4": {"Latent weights": "have 4 bits", "Sign flips over training": "no weights of one bit"},
     "binaryvit_w1a32": {"Sign balance of activations": "no signs"},
@@ -137,7 +141,9 @@ def test_all_sections_are_there_drawn_or_not(name):
     found = sections(name)
     binary = "How far latent weights are from the edge of the window" in found
     positions = "Relative position biases" if "swin" in name else "Position embeddings"
-    expected = [positions if title == "Position embeddings" else title for title in TITLES]
+    branches = "Weights of the shift branches" if name == "bhvit" else "Weights of the pooling branches"
+    other = {"Position embeddings": positions, "Weights of the pooling branches": branches}
+    expected = [other.get(title, title) for title in TITLES]
     assert list(found) == [title for title in expected if binary or not title.startswith("How far")]
     for title, reason in MISSING[name].items():
         assert found[title].draw is None
@@ -219,6 +225,26 @@ def test_attention_is_drawn(name):
         side, text = drawn.get_array().shape[0], figure.axes[i * (row + 1)].get_ylabel()
         assert f"{block.side}×{block.side} tokens" in text
         assert (f"attend to {side}×{side} keys" in text) == (side != block.side)
+
+
+@pytest.mark.slow
+def test_the_pictures_of_bhvit_are_of_its_blocks():
+    model, seen = model_of("bhvit"), seen_by("bhvit")
+    blocks = network_figures.blocks_of(model.config)
+    figure = draw.attention(samples_of(model)[0].pixels, blocks, seen, True)
+    texts = [text for text in (axis.get_ylabel() for axis in figure.axes) if text]
+    assert [text.split("\n")[:3] for text in texts] == [
+        ["stage 2", "block2", "14×14 tokens"],
+        ["stage 3", "block3", "7×7 tokens"],
+    ]
+    assert all("to merged" in text for text in texts)
+    scales = network_figures.branch_scales(model.variables["params"], blocks)
+    names = [f"shift_{way}{size}" for size in (3, 5) for way in ("ch", "h", "w")]
+    assert list(scales) == ["attention_scale", "mlp_scale", *names]
+    assert [alpha is None for alpha in scales["attention_scale"]] == [True, True, False, False]
+    top, *small = [axis for axis in draw.branches(scales).axes if axis.get_title()]
+    assert "nan" not in [text.get_text() for text in top.texts]
+    assert [axis.get_title() for axis in small] == names
 
 
 @pytest.mark.parametrize(("value", "limits"), [(0, (0, 1)), (0.25, (0, 0.25)), (-0.5, (-0.5, 0))])

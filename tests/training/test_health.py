@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from bvit_jax import models
 from bvit_jax.augment.augmentation import Augmentation
@@ -19,6 +20,7 @@ from bvit_jax.binary.estimators import PARABOLA
 from bvit_jax.binary.weights import CONV, DENSE
 from bvit_jax.layers import dense, sown
 from bvit_jax.layers import kernels as signs
+from bvit_jax.models.bhvit import LevelQuantizer
 from bvit_jax.models.blocks import BinaryAttention
 from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from bvit_jax.training.steps import health
@@ -27,6 +29,7 @@ from bvit_jax.training.steps.programs import jit_health
 from bvit_jax.training.steps.state import abstract_state, create_state
 from bvit_jax.workdir.checkpoint import Checkpoints
 from tests.small import jit_train_step, make_train_step
+from tests.tiny_models import SMALLEST, images_for, spread_variables
 
 SIZE, BATCH = 16, 16
 TINY = {
@@ -41,6 +44,7 @@ TINY = {
     "pool_branches": (),
     "dropout": 0.2,
 }
+BHVIT = {"name": "bhvit", "num_classes": 10, **SMALLEST["bhvit"]}
 NORMALIZE = Normalization((0.5,) * 3, (0.25,) * 3)
 AUGMENTATION = Augmentation(Erasing(), Mixing(mixup_alpha=0.8))
 OPTIMIZER = optax.sgd(0.05)
@@ -148,10 +152,12 @@ def test_active_weights_are_those_that_get_a_gradient():
         ({"some_fp": True}, 7 + 6),
         ({"act_bits": 32}, 7 + 6 + 1),
         ({"weight_bits": 2}, 0),
+        # Three convolutions in two blocks, four products in two, two in every feed-forward; three between.
+        (BHVIT, 2 * 3 + 2 * 4 + 4 * 2 + 3),
     ],
 )
 def test_kernels_of_one_bit_follow_from_the_model(settings, kernels):
-    model = models.create_model({**TINY, **settings})
+    model = models.create_model(settings if "name" in settings else TINY | settings)
     mesh = make_mesh()
     state = abstract_state(model, OPTIMIZER, SIZE, mesh, health=True)
     leaves = jax.tree.leaves(state.signs)
@@ -293,6 +299,20 @@ def test_a_large_scale_kills_the_heads(program):
     assert health.totals(found)["dead_heads"] == 2
 
 
+def test_levels_and_steps_by_hand():
+    class Levels(nn.Module):
+        def __call__(self, codes, scale):
+            sown.watch_levels(self, codes, scale)
+
+    codes = jnp.array([0, 0, 0, 1, 3, 3, 0, 0], jnp.float32).reshape(2, 1, 2, 2)
+    scale = jnp.array([0.1, 0, -0.1, np.nan])
+    _, found = Levels().apply({}, codes, scale, mutable=["health"])
+    shares = {name: float(value[""]) for name, value in found["health"].items()}
+    assert shares == {"level_0": 5 / 8, "level_1": 1 / 8, "level_2": 0, "level_3": 2 / 8} | {
+        "nonpositive_scales": 3
+    }
+
+
 def test_totals():
     found = {"zeros": {"a": 0.5, "b": 0.0}, "dead_heads": {"a": 1.0, "b": 2.0}, "flipped": {"a": 0.25}}
     assert list(health.totals(found).items()) == [("flipped", 0.25), ("zeros", 0.25), ("dead_heads", 3)]
@@ -307,6 +327,95 @@ def test_figures_of_all_layers_come_once_an_epoch(every, epoch, steps):
     assert [step for step in logs if health.layers_due(step, every, epoch)] == steps
 
 
+# --- BHViT -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bhvit():
+    """Returns a BHViT, variables, images, and a function to its figures and what some layers are given."""
+    config = models.model_config(**BHVIT)
+    model = models.create_model(config)
+    images = images_for(config)
+
+    @jax.jit
+    def found(variables):
+        given = {}
+
+        def note(call, args, kwargs, context):
+            module = context.module
+            if isinstance(module, dense.BinaryConv):
+                given["/".join(module.path)] = args[0] + args[1]
+            if isinstance(module, LevelQuantizer):
+                given["/".join(module.path)] = args[0]
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(note):
+            _, updates = model.apply(variables, images, train=True, mutable=["batch_stats", "health"])
+        return updates["health"], given
+
+    def figures(variables):
+        collection, given = jax.device_get(found(variables))
+        return health_of(collection), given
+
+    return model, spread_variables(model, config), images, figures
+
+
+def health_of(collection):
+    """Returns ``{kind: {layer: value}}``."""
+    layers = {}
+    for path, value in flatten_dict(collection).items():
+        *layer, kind, part = path
+        layers.setdefault(kind, {})["/".join([*layer, part] if part else layer)] = float(value)
+    return layers
+
+
+@pytest.mark.slow
+def test_the_layers_of_bhvit(bhvit):
+    model, variables, images, figures = bhvit
+    with signs.noted_kernels() as kernels:
+        jax.eval_shape(lambda v: model.apply(v, images), variables)
+    found, _ = figures(variables)
+    layers = {"/".join(path) for path in kernels}
+    moves = {f"block{i}/attention/{name}_move" for i in (2, 3) for name in ("query", "key", "value")}
+    assert set(found["active_inputs"]) == set(found["zeros"]) == layers | moves
+    assert {f"block{i}/mixer/conv{j}" for i in (0, 1) for j in (1, 2, 3)} < layers
+    steps = {"block2/attention/prob_act", "block3/attention/prob_act"}
+    assert set(found["nonpositive_scales"]) == set(found["level_0"]) == steps
+    for step in steps:
+        assert sum(found[f"level_{i}"][step] for i in range(4)) == pytest.approx(1)
+    assert set(health.totals(found)) < set(health.KINDS)
+
+
+@pytest.mark.slow
+def test_signs_before_grouped_convolutions_and_levels(bhvit):
+    """What each convolution and each quantiser was given, in NumPy."""
+    _, variables, _, figures = bhvit
+    found, given = figures(variables)
+    assert len(given) == 2 * 3 + 2
+    for path, value in given.items():
+        if path.endswith("prob_act"):
+            own = functools.reduce(lambda tree, name: tree[name], path.split("/"), variables["params"])
+            step, zero_point = (np.reshape(own[name], (-1, 1, 1)) for name in ("alpha", "zero_point"))
+            codes = np.clip(np.round(value / step + zero_point), 0, 3)
+            shares = [found[f"level_{i}"][path] for i in range(4)]
+            assert shares == pytest.approx([np.mean(codes == i) for i in range(4)], abs=4e-3)
+            assert found["nonpositive_scales"][path] == np.sum(step <= 0)
+        else:
+            assert found["active_inputs"][path] == pytest.approx(np.mean(np.abs(value) < 1), abs=4e-3)
+            assert found["zeros"][path] == np.mean(value == 0)
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_positive_are_counted(bhvit):
+    _, variables, _, figures = bhvit
+    attention = variables["params"]["block3"]["attention"]
+    for alpha, zero_point, lost, dead in (([0.1, 0.2], 0, 0, 0), ([-0.1, 0.2], 0, 1, 1), ([0, 0.2], 0, 1, 0)):
+        attention["prob_act"] = {"alpha": jnp.array(alpha), "zero_point": jnp.full(2, float(zero_point))}
+        found, _ = figures(variables)
+        assert found["nonpositive_scales"]["block3/attention/prob_act"] == lost
+        assert found["dead_heads"]["block3/attention"] == dead
+
+
 # --- runs --------------------------------------------------------------------------------------
 
 
@@ -315,7 +424,7 @@ def test_the_same_on_eight_devices(program):
     eight = Program(devices=8)
     states = (p.state(step=1) for p in (program, eight))
     figures = [p.measure(state)[0] for p, state in zip((program, eight), states)]
-    for kind in health.KINDS:
+    for kind in figures[0]:
         # Batch norms over eight devices round otherwise, which moves single values over an edge.
         assert figures[1][kind] == pytest.approx(figures[0][kind], abs=2e-3), kind
 

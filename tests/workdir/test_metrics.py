@@ -300,6 +300,8 @@ def test_format_line():
     assert format_line(1, 2, health) == (
         "step 1/2  flipped 0.123 %  active weights 100 %  active inputs 70 %  zeros 0 %  dead heads 3"
     )
+    levels = {"nonpositive_scales": 1, "level_0": 0.5, "level_3": 0.5}
+    assert format_line(1, 2, levels) == "step 1/2  nonpositive scales 1"
     rest = {"bad_images": 0, "memory_gb": 1.0, "memory_peak_gb": 2.0, "gradient_norm": 0.5}
     assert format_line(1, 2, rest) == "step 1/2  memory peak gb 2  gradient norm 0.5"
     assert format_line(1, 2, {"bad_images": 3}) == "step 1/2  bad images 3"

@@ -2,13 +2,15 @@
 
 Kinds of figures, of every layer that has them:
 
-==================  =======================================================================================
-``flipped``         share of the signs of a binary kernel that differ from those at the last log
-``active_weights``  share of the latent weights of a binary kernel that its quantiser gives a gradient
-``active_inputs``   share of the inputs of a sign that its straight-through estimator gives a gradient
-``zeros``           share of the inputs of a sign that are exactly zero; see `bvit_jax.layers.sown`
-``dead_heads``      number of heads whose binarised attention probabilities are all zero over the batch
-==================  =======================================================================================
+======================  ===================================================================================
+``flipped``             share of the signs of a binary kernel that differ from those at the last log
+``active_weights``      share of the latent weights of a binary kernel that its quantiser gives a gradient
+``active_inputs``       share of the inputs of a sign that its straight-through estimator gives a gradient
+``zeros``               share of the inputs of a sign that are exactly zero; see `bvit_jax.layers.sown`
+``level_0``             share of attention codes that are 0; as many kinds as there are levels
+``dead_heads``          number of heads whose binarised attention probabilities are all zero over the batch
+``nonpositive_scales``  number of learned scales of attention levels that are 0, negative or NaN
+======================  ===================================================================================
 
 The first two need the weights alone. The others come from a forward pass over the last training batch, or
 its first microbatch, augmented and normalised as in the step, in training mode with the step's dropout;
@@ -29,7 +31,9 @@ from bvit_jax.layers.kernels import Signs, active_weights, flipped, noted_kernel
 from bvit_jax.training.steps.batch import Batch, Inputs
 from bvit_jax.training.steps.state import TrainState
 
-KINDS = ("flipped", "active_weights", "active_inputs", "zeros", "dead_heads")
+NUMBERS = ("dead_heads", "nonpositive_scales")  # all other kinds are shares
+_LEVELS = tuple(f"level_{level}" for level in range(sown.LEVELS))
+KINDS = ("flipped", "active_weights", "active_inputs", "zeros", *_LEVELS, *NUMBERS)
 
 Layers = dict[str, dict[str, float]]
 
@@ -99,14 +103,14 @@ def per_layer(figures: Figures) -> Layers:
 
 
 def totals(layers: Layers) -> dict[str, float]:
-    """Returns one number for each kind: the mean over its layers, and the number of all dead heads.
+    """Returns one number for each kind: the mean over its layers, and the sum of `NUMBERS`.
 
     Layers weigh the same, whatever their size: most activations are in the first stage of a pyramid
     and most weights in the last, which would hide what happens in all others.
     """
     found = {kind: layers[kind].values() for kind in KINDS if kind in layers}
     return {
-        kind: round(sum(values)) if kind == "dead_heads" else sum(values) / len(values)
+        kind: round(sum(values)) if kind in NUMBERS else sum(values) / len(values)
         for kind, values in found.items()
     }
 
