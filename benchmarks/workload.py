@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "pool_branches": (),
     },
     "deit_small": {"name": "deit", "norm_epsilon": 1e-5},
+    "bhvit_small": {"name": "bhvit"},
     "bivit_deit_small": {"name": "bivit_release_deit"},
 }
 

@@ -40,7 +40,7 @@ def found(need: str, reference: str) -> bool:
 
 def pieces(reference: str) -> list[Piece]:
     """Returns the pieces of the full size."""
-    binary = ["binaryvit", "react_deit", "bivit_deit"]
+    binary = ["binaryvit", "react_deit", "bivit_deit", "bhvit_window3"]
     others = ["deit", "deit_distilled", "swin", "bivit_swin", "bivit_merging", "react_deit_steps"]
     settings = ["react_deit_avgpool", "bivit_deit_nodist"]
     settings += [f"binaryvit_{name}" for name in ("some_fp", "w1a32", "w4a1")]
@@ -65,6 +65,7 @@ def pieces(reference: str) -> list[Piece]:
         _ours("deit_small", 256, "bfloat16", 50),
         _ours("react_deit_small", 256, "bfloat16", 60),
         _ours("bivit_deit_small", 256, "bfloat16", 60),
+        _ours("bhvit_small", 128, "bfloat16", 90),
         _golden("more settings", settings, 90),
         _reference("binaryvit", 64, reference, 40, autocast=False),
         _lever("packed", 128, 120),
