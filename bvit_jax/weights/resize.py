@@ -1,6 +1,7 @@
 """Models resized: to other image sizes, and to other numbers of classes."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -36,7 +37,9 @@ def resized(pretrained: Pretrained, image_size: int) -> Pretrained:
                 f" {array.shape}: a stage would be smaller than its window; choose a larger --image_size"
             )
         first = extra if name.startswith("params/embedding/") else 0
-        return resize_positions(array, first, round((target.shape[1] - first) ** 0.5))
+        tokens = array.reshape(1, -1, array.shape[-1])  # some models keep them as a grid
+        side = round((math.prod(target.shape[:-1]) - first) ** 0.5)
+        return resize_positions(tokens, first, side).reshape(target.shape)
 
     variables = jax.tree_util.tree_map_with_path(resize, pretrained.variables, abstract)
     return dataclasses.replace(

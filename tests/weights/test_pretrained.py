@@ -506,6 +506,18 @@ def test_an_image_size_that_does_not_divide():
         resize.resized(tiny_pretrained("deit"), 33)
 
 
+def test_positions_that_are_a_grid_are_resized_as_tokens_are():
+    model = tiny_pretrained("bhvit")
+    resized = resize.resized(model, 448)
+    for name, side in (("embedding", 56), ("downsample1", 28), ("downsample3", 7)):
+        found, own = (m.variables["params"][name]["positions"] for m in (resized, model))
+        tokens = own.reshape(1, side * side, -1)
+        np.testing.assert_array_equal(
+            found.reshape(1, 4 * side * side, -1), resize.resize_positions(tokens, 0, 2 * side)
+        )
+    assert resized.variables["params"]["embedding"]["positions"].shape == (1, 112, 112, 4)
+
+
 def test_a_new_head_is_initialised_and_the_rest_kept():
     model = tiny_pretrained("deit_heads")
     changed = resize.with_new_head(model, ("a", "b", "c", "d", "e"))
