@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -279,6 +280,25 @@ def test_stages_of_one_width_need_the_config_json(tmp_path):
     )
     loaded = weights.load(path, config_file=tmp_path / "config.json")
     assert loaded.config == model.config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("some_fp", [False, True])
+def test_bhvit_of_several_bits_has_a_clipping_for_every_quantised_weight(tmp_path, some_fp):
+    """Those of the grouped convolutions among them; a real patch embedding has none."""
+    model = tiny_pretrained("bhvit", weight_bits=4, clip_val=1.5, some_fp=some_fp)
+    state = foreign_state(model, "bhvit", np.random.default_rng(0))
+    clipped = {name.removesuffix("_clip_val") for name in state if name.endswith(".weight_clip_val")}
+    kinds = r"\.(cov\d|query|key|value|dense|patch_embed\d\.proj)\.weight$"
+    quantised = {name for name in state if re.search(kinds, name) and not (some_fp and "proj" in name)}
+    assert clipped == quantised
+    assert len(clipped) == 2 * (3 + 2) + 2 * (4 + 2) + 3 * (not some_fp)
+    path = write_safetensors(tmp_path / "x.safetensors", state)
+    loaded = weights.load(path, overrides=overrides_of(model))
+    assert loaded.config == model.config
+    assert_same_trees(loaded.variables, model.variables)
+    with pytest.raises(UserError, match="weight_bits is 1"):
+        weights.load(path, overrides=overrides_of(model) | {"weight_bits": 1})
 
 
 @pytest.mark.slow

@@ -62,7 +62,8 @@ def interpret(raw: RawCheckpoint) -> Interpretation:
         assumed.append(f"num_heads {settings['num_heads']} ({reference.HEAD_SIZE} channels each)")
     if "drop_path" in raw.args:
         settings["drop_path"] = float(raw.args["drop_path"])
-    settings |= from_config_values(raw.values)
+    said = from_config_values(raw.values)
+    settings |= {key: value for key, value in said.items() if key in settings}
     labels = reference.labels_of(raw.values, settings["num_classes"])
     preprocessing = deit_preprocessing(settings["image_size"])
     return Interpretation("bhvit", settings, preprocessing, labels, tuple(assumed))
@@ -125,4 +126,5 @@ FORMAT = Format(
     describe=describe,
     writes_constants=True,
     own_constants=reference.constants,
+    check_raw=reference.check_bits,
 )

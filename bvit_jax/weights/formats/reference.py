@@ -33,9 +33,10 @@ HEAD_SIZE = 64
 DEFAULT_CLIP_VAL = 2.5
 
 _LAYER = "vit.encoder.layer."
-_QUANTISED = (  # modules with quantised weights
+_QUANTISED = (  # modules with quantised weights, also of BHViT's code
     r"\.attention\.(query|key|value|reduction)$|"
-    r"\.layer\.\d+\.(attention\.output|intermediate|output)\.dense$|"
+    r"\.layer[AB]?\.\d+\.(attention\.output|intermediate|output)\.dense$|"
+    r"\.GC\.cov\d+$|"
     r"\.patch_embed\d+\.proj$"
 )
 _CONFIG_KEYS = {  # of its config.json -> of ours
