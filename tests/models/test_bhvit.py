@@ -1,11 +1,13 @@
 """BHViT's parts against its PyTorch code, and the model around them."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from bvit_jax import models
 from bvit_jax.binary import convolutions, gsb, products
@@ -13,12 +15,15 @@ from bvit_jax.binary.weights import DENSE, RECU
 from bvit_jax.errors import UserError
 from bvit_jax.layers import grid as grids
 from bvit_jax.layers.activation import RPReLU
+from bvit_jax.layers.first_values import first_batch
 from bvit_jax.losses import classification
 from bvit_jax.losses.regularization import distance_to_one
 from bvit_jax.models.bhvit import BHViTConfig, LevelQuantizer, TokenMixer, WindowAttention, WindowTokens
 from bvit_jax.models.embedding import Downsample
 from bvit_jax.models.windows import Window
+from bvit_jax.runtime.mesh import batch_sharded, make_mesh, replicated
 from bvit_jax.weights.naming import bhvit_naming, from_torch_layout, path_name, to_torch_layout
+from tests.tiny_models import images_for, smallest, spread_variables
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -108,6 +113,7 @@ def tokens(x):
 # --- binary --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_levels(units):
     unit = units("attq")
     quantize = LevelQuantizer()
@@ -138,6 +144,7 @@ def test_levels_of_the_first_batch(units):
     jax.tree.map(np.testing.assert_array_equal, same, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dilation", [1, 3, 5])
 def test_convolutions(units, dilation):
     unit = units(f"conv_dil{dilation}")
@@ -153,6 +160,7 @@ def test_convolutions(units, dilation):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rule"), [("linear", DENSE), ("linear_recu", RECU)])
 def test_linear_layers(units, name, rule):
     unit = units(name)
@@ -164,6 +172,7 @@ def test_linear_layers(units, name, rule):
     check_function(dense, unit, (unit["x"], unit["g_x"]), (unit["p/weight"].T, unit["g/weight"].T))
 
 
+@pytest.mark.slow
 def test_patches(units):
     unit = units("conv_patch")
     move = jnp.zeros(32)
@@ -176,6 +185,7 @@ def test_patches(units):
     check_function(convolve, unit, (unit["x"], unit["g_x"]), (kernel, gradient))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gsb", "gsb_large", "gsb_floor"])
 def test_masks_around_the_largest(units, name):
     unit = units(name)
@@ -204,6 +214,7 @@ def test_the_slope_at_the_kink_is_that_of_the_negative_side(units):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [14, 7])
 def test_tokens_of_windows(units, side):
     unit = units(f"tokens{side}")
@@ -214,6 +225,7 @@ def test_tokens_of_windows(units, side):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_mixer(units):
     unit = units("mixer")
     check_module(
@@ -238,6 +250,29 @@ def test_attention(units):
     )  # fmt: skip
 
 
+class Join(WindowAttention):
+    """What attention does with its tokens at the end, alone."""
+
+    @nn.compact
+    def __call__(self, x):
+        return self._join(x, Window(7 * math.isqrt(x.shape[1] - 49), 7, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [14, 7])
+def test_tokens_return_to_their_places(units, side):
+    unit = units(f"split{side}")
+    join = Join(2, 7, CONFIG)
+
+    def joined(x, share):
+        return join.apply({"params": {"share": share}}, x)
+
+    share, gradient = (np.moveaxis(unit[name], 1, -1) for name in ("parm", "g_parm"))
+    unit |= {name: tokens(unit[name]) for name in ("y", "gy")}
+    check_function(joined, unit, (unit["x"], unit["g_x"]), (share, gradient))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "real"), [("down_binary", False), ("down_fp", True)])
 def test_downsampling(units, name, real):
     unit = units(name)
@@ -250,6 +285,7 @@ def test_downsampling(units, name, real):
 # --- the loss ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_are_drawn_to_one(units):
     unit = units("regularization")
     names = [
@@ -277,6 +313,7 @@ SIZES = {
 SIZES |= {"num_heads": (2, 2), "mlp_dim": (16, 16, 32, 64)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "size"),
     [
@@ -311,3 +348,36 @@ def test_sizes_that_do_not_fit_are_named(settings, message):
     with pytest.raises(UserError) as error:
         models.create_model({"name": "bhvit", **SIZES, **settings})
     assert message in str(error.value)
+
+
+@pytest.mark.slow
+def test_eight_devices_compute_what_one_does():
+    """The first batch, and gradients and statistics of the step after it."""
+    model, config = smallest("bhvit", jnp.float64, recu=True)
+    variables = spread_variables(model, config, np.float64)
+    variables["batch_stats"] = jax.tree_util.tree_map_with_path(unless_flag, variables["batch_stats"])
+    images = images_for(config, 8, np.float64)
+
+    def run(variables, images):
+        _, started = first_batch(model, variables, images)
+
+        def loss(params):
+            output, updates = model.apply(
+                {**started, "params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            return jnp.mean(jnp.square(output.logits)), updates
+
+        return started, jax.value_and_grad(loss, has_aux=True)(started["params"])
+
+    found = []
+    for devices in (1, 8):
+        mesh = make_mesh(jax.devices()[:devices])
+        shardings = (replicated(mesh), batch_sharded(mesh))
+        placed = jax.device_put((variables, images), shardings)
+        found.append(jax.device_get(jax.jit(run, in_shardings=shardings)(*placed)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *found)
+
+
+def unless_flag(path, leaf):
+    """Returns the leaf, but 0 for the flag of the first batch."""
+    return jnp.zeros_like(leaf) if path[-1].key == "init_state" else leaf
