@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bvit_jax.binary.gsb import gsb_probabilities
 from bvit_jax.binary.probabilities import above, prob_codes, quantize_probs
 from tests import slow
 
@@ -113,3 +114,14 @@ def test_a_floor_passes_only_what_raises_a_value_below_it():
     assert floor == 0
     _, down, _ = forward_and_gradients(above, np.ones(4), x, jnp.array(0.1))
     np.testing.assert_array_equal(down, [0, 0, 1, 1])
+
+
+def test_masks_around_the_largest_at_their_edges():
+    """Half rounds to even, and at exactly 1 the scale still gets the gradient of the closed interval."""
+    probs = jnp.array([0.5, 1, 1.5, 4]).reshape(1, 1, 1, 4)
+    one, third = jnp.array(1.0), jnp.array(2.0)
+    y, back = jax.vjp(gsb_probabilities, probs, one, one, third)
+    np.testing.assert_array_equal(y[0, 0, 0], [0, 1, 1, 2])
+    to_probs, *to_scales = back(jnp.ones_like(y))
+    np.testing.assert_array_equal(to_probs, y)  # times the gradient, which is 1
+    np.testing.assert_array_equal(to_scales, [0.5 * 0 + 0 * 1 + 1 + 2, 0, 1])
