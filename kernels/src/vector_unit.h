@@ -1,0 +1,250 @@
+// What differs between vector units: counting bits and packing signs. A block is 32 outputs.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#if defined(BVIT_AVX512) || defined(BVIT_AVX2)
+#include <immintrin.h>
+#elif defined(BVIT_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace bvit {
+namespace {
+
+constexpr int kBlock = 32;
+
+// The population count in arithmetic that a compiler makes vectors of; recognised where there is an instruction.
+inline int32_t count_ones(uint32_t x) {
+  x -= x >> 1 & 0x55555555u;
+  x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
+  x = (x + (x >> 4)) & 0x0f0f0f0fu;
+  x += x >> 8;
+  return static_cast<int32_t>((x + (x >> 16)) & 63u);
+}
+
+// What is counted of the bits of a row and of 32 outputs, word by word: with `Xor` the product of signs, `terms` less
+// twice the bits that differ; with `And` the bits that both have. count_bits sets y for R rows at
+// once, 32 values each, `stride` apart.
+struct Xor {};
+struct And {};
+
+#if defined(BVIT_AVX512)
+constexpr int kBytes = 64;
+#elif defined(BVIT_AVX2)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+// As many numbers as the vector unit takes at once.
+template <typename T>
+struct Vectors {
+  static constexpr int kLanes = kBytes / sizeof(T);
+  typedef T Vector __attribute__((vector_size(kBytes)));
+  typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+
+  static Vector load(const T* from) {
+    Vector x;
+    __builtin_memcpy(&x, from, sizeof(x));
+    return x;
+  }
+  static Integers integers(const int32_t* from) {
+    Integers x;
+    __builtin_memcpy(&x, from, sizeof(x));
+    return x;
+  }
+  static Vector load(const int32_t* from) { return __builtin_convertvector(integers(from), Vector); }
+  static void store(T* to, Vector x) { __builtin_memcpy(to, &x, sizeof(x)); }
+};
+
+struct Signs {
+  uint32_t negative, nonzero;
+};
+
+#if defined(BVIT_AVX512)
+
+template <typename Op>
+inline __m512i combine(__m512i a, __m512i b) {
+  if constexpr (std::is_same_v<Op, Xor>) return _mm512_xor_si512(a, b);
+  return _mm512_and_si512(a, b);
+}
+
+template <typename Op, int R>
+inline void count_bits(const uint32_t* const* rows, const uint32_t* block, int64_t words, int32_t terms, int32_t* y,
+                       int64_t stride) {
+  __m512i sums[R][2];
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
+  for (int64_t word = 0; word < words; ++word) {
+    const __m512i low = _mm512_loadu_si512(block + word * kBlock);
+    const __m512i high = _mm512_loadu_si512(block + word * kBlock + 16);
+    for (int r = 0; r < R; ++r) {
+      const __m512i x = _mm512_set1_epi32(static_cast<int>(rows[r][word]));
+      sums[r][0] = _mm512_add_epi32(sums[r][0], _mm512_popcnt_epi32(combine<Op>(x, low)));
+      sums[r][1] = _mm512_add_epi32(sums[r][1], _mm512_popcnt_epi32(combine<Op>(x, high)));
+    }
+  }
+  const __m512i all = _mm512_set1_epi32(terms);
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < 2; ++i) {
+      __m512i sum = sums[r][i];
+      if constexpr (std::is_same_v<Op, Xor>) sum = _mm512_sub_epi32(all, _mm512_add_epi32(sum, sum));
+      _mm512_storeu_si512(y + r * stride + 16 * i, sum);
+    }
+}
+
+inline Signs pack32(const float* x) {
+  const __m512 zero = _mm512_setzero_ps(), a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
+  const uint32_t low = _mm512_cmp_ps_mask(a, zero, _CMP_LT_OQ), high = _mm512_cmp_ps_mask(b, zero, _CMP_LT_OQ);
+  const uint32_t low_not = _mm512_cmp_ps_mask(a, zero, _CMP_NEQ_UQ), high_not = _mm512_cmp_ps_mask(b, zero, _CMP_NEQ_UQ);
+  return {low | high << 16, low_not | high_not << 16};
+}
+
+#elif defined(BVIT_AVX2)
+
+template <typename Op>
+inline __m256i combine(__m256i a, __m256i b) {
+  if constexpr (std::is_same_v<Op, Xor>) return _mm256_xor_si256(a, b);
+  return _mm256_and_si256(a, b);
+}
+
+// The bits of each byte are looked up; sums of bytes are widened before they overflow.
+template <typename Op, int R>
+inline void count_bits(const uint32_t* const* rows, const uint32_t* block, int64_t words, int32_t terms, int32_t* y,
+                       int64_t stride) {
+  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
+                                         2, 3, 2, 3, 3, 4);
+  const __m256i nibble = _mm256_set1_epi8(15), ones8 = _mm256_set1_epi8(1);
+  // The sums of bytes are multiplied as they are widened.
+  const __m256i factor = _mm256_set1_epi16(std::is_same_v<Op, Xor> ? -2 : 1);
+  const int32_t start_sum = std::is_same_v<Op, Xor> ? terms : 0;
+  constexpr int kRows = R > 2 ? 2 : R, kLongest = 31;
+  for (int first = 0; first < R; first += kRows) {
+    for (int r = 0; r < kRows; ++r)
+      for (int i = 0; i < 4; ++i)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + (first + r) * stride + 8 * i), _mm256_set1_epi32(start_sum));
+    for (int64_t start = 0; start < words; start += kLongest) {
+      const int64_t end = words < start + kLongest ? words : start + kLongest;
+      __m256i bytes[kRows][4];
+      for (int r = 0; r < kRows; ++r)
+        for (int i = 0; i < 4; ++i) bytes[r][i] = _mm256_setzero_si256();
+      for (int64_t word = start; word < end; ++word) {
+        for (int r = 0; r < kRows; ++r) {
+          const __m256i x = _mm256_set1_epi32(static_cast<int>(rows[first + r][word]));
+          for (int i = 0; i < 4; ++i) {
+            const __m256i bits = combine<Op>(
+                x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + word * kBlock + 8 * i)));
+            const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(bits, nibble));
+            const __m256i high =
+                _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble));
+            bytes[r][i] = _mm256_add_epi8(bytes[r][i], _mm256_add_epi8(low, high));
+          }
+        }
+      }
+      for (int r = 0; r < kRows; ++r)
+        for (int i = 0; i < 4; ++i) {
+          auto* target = reinterpret_cast<__m256i*>(y + (first + r) * stride + 8 * i);
+          const __m256i wide = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes[r][i], ones8), factor);
+          _mm256_storeu_si256(target, _mm256_add_epi32(_mm256_loadu_si256(target), wide));
+        }
+    }
+  }
+}
+
+inline Signs pack32(const float* x) {
+  Signs signs{0, 0};
+  const __m256 zero = _mm256_setzero_ps();
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = _mm256_loadu_ps(x + 8 * i);
+    signs.negative |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, zero, _CMP_LT_OQ))) << 8 * i;
+    signs.nonzero |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, zero, _CMP_NEQ_UQ))) << 8 * i;
+  }
+  return signs;
+}
+
+#else
+
+template <typename Op, int R>
+inline void count_bits(const uint32_t* const* rows, const uint32_t* block, int64_t words, int32_t terms, int32_t* y,
+                       int64_t stride) {
+  for (int r = 0; r < R; ++r) {
+    int32_t* sums = y + r * stride;
+    for (int i = 0; i < kBlock; ++i) sums[i] = 0;
+    for (int64_t word = 0; word < words; ++word) {
+      const uint32_t x = rows[r][word];
+      const uint32_t* other = block + word * kBlock;
+#if defined(BVIT_NEON)
+      const uint32x4_t repeated = vdupq_n_u32(x);
+      for (int i = 0; i < kBlock; i += 4) {
+        const uint32x4_t z = vld1q_u32(other + i);
+        const uint32x4_t bits = std::is_same_v<Op, Xor> ? veorq_u32(repeated, z) : vandq_u32(repeated, z);
+        const uint32x4_t pairs = vpaddlq_u16(vpaddlq_u8(vcntq_u8(vreinterpretq_u8_u32(bits))));
+        vst1q_s32(sums + i, vaddq_s32(vld1q_s32(sums + i), vreinterpretq_s32_u32(pairs)));
+      }
+#else
+      for (int i = 0; i < kBlock; ++i) sums[i] += count_ones(std::is_same_v<Op, Xor> ? x ^ other[i] : x & other[i]);
+#endif
+    }
+    if (std::is_same_v<Op, Xor>)
+      for (int i = 0; i < kBlock; ++i) sums[i] = terms - 2 * sums[i];
+  }
+}
+
+#endif
+
+#if defined(BVIT_AVX512)
+
+// Returns e^-(i / sqrt(size)) of 16 whole numbers i below 256, from tables of i % 16 and of i / 16.
+inline Vectors<float>::Vector exponentials(Vectors<float>::Integers i, const float* tables) {
+  const auto index = reinterpret_cast<__m512i>(i);
+  const __m512 low = _mm512_permutexvar_ps(index, _mm512_loadu_ps(tables));
+  return low * _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), _mm512_loadu_ps(tables + 16));
+}
+
+#endif
+
+#if defined(BVIT_AVX512) || defined(BVIT_AVX2)
+
+// Sets the sums of each `size` neighbours of a block, and returns whether it knows that size.
+inline bool set_group_sums(const float* y, int64_t size, float* sums) {
+  if (size != 2 && size != 4 && size != 8) return false;
+  const __m256 a = _mm256_loadu_ps(y), b = _mm256_loadu_ps(y + 8), c = _mm256_loadu_ps(y + 16),
+               d = _mm256_loadu_ps(y + 24);
+  const __m256 ab = _mm256_hadd_ps(a, b), cd = _mm256_hadd_ps(c, d);  // in each half: two of the first, two of the second
+  if (size == 2) {
+    const auto ordered = [](__m256 x) {
+      return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0b11011000));
+    };
+    _mm256_storeu_ps(sums, ordered(ab));
+    _mm256_storeu_ps(sums + 8, ordered(cd));
+    return true;
+  }
+  const __m256 fours = _mm256_hadd_ps(ab, cd);
+  if (size == 4) {
+    _mm256_storeu_ps(sums, _mm256_permutevar8x32_ps(fours, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+  } else {
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
+  }
+  return true;
+}
+
+#endif
+
+template <typename T>
+inline bool set_group_sums(const T*, int64_t, T*) {
+  return false;
+}
+
+template <typename T>
+inline Signs pack32(const T* x) {
+  Signs signs{0, 0};
+  for (int i = 0; i < kBlock; ++i) {
+    signs.negative |= static_cast<uint32_t>(x[i] < 0) << i;
+    signs.nonzero |= static_cast<uint32_t>(x[i] != 0) << i;
+  }
+  return signs;
+}
+
+}  // namespace
+}  // namespace bvit
