@@ -49,9 +49,16 @@ def pack(bits: np.ndarray) -> np.ndarray:
     return np.sum(padded << places, axis=1, dtype=np.uint32)
 
 
-if os.environ.get(ENVIRONMENT, "") in vector_units():
-    choose(os.environ[ENVIRONMENT])
-check()
+def _start() -> None:
+    name = os.environ.get(ENVIRONMENT)
+    if name:
+        if name not in vector_units():
+            raise ImportError(f"{ENVIRONMENT} is {name!r}; this CPU has {', '.join(vector_units())}")
+        choose(name)
+    check()
+
+
+_start()
 TARGETS = _native.targets()
 for _name, _target in TARGETS.items():
     jax.ffi.register_ffi_target(_name, _target, platform="cpu")

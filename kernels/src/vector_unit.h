@@ -74,24 +74,28 @@ inline __m512i combine(__m512i a, __m512i b) {
 template <typename Op, int R>
 inline void count_bits(const uint32_t* const* rows, const uint32_t* block, int64_t words, int32_t terms, int32_t* y,
                        int64_t stride) {
-  __m512i sums[R][2];
-  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
+  __m512i low[R], high[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) low[r] = high[r] = _mm512_setzero_si512();
   for (int64_t word = 0; word < words; ++word) {
-    const __m512i low = _mm512_loadu_si512(block + word * kBlock);
-    const __m512i high = _mm512_loadu_si512(block + word * kBlock + 16);
+    const __m512i a = _mm512_loadu_si512(block + word * kBlock), b = _mm512_loadu_si512(block + word * kBlock + 16);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const __m512i x = _mm512_set1_epi32(static_cast<int>(rows[r][word]));
-      sums[r][0] = _mm512_add_epi32(sums[r][0], _mm512_popcnt_epi32(combine<Op>(x, low)));
-      sums[r][1] = _mm512_add_epi32(sums[r][1], _mm512_popcnt_epi32(combine<Op>(x, high)));
+      low[r] = _mm512_add_epi32(low[r], _mm512_popcnt_epi32(combine<Op>(x, a)));
+      high[r] = _mm512_add_epi32(high[r], _mm512_popcnt_epi32(combine<Op>(x, b)));
     }
   }
   const __m512i all = _mm512_set1_epi32(terms);
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < 2; ++i) {
-      __m512i sum = sums[r][i];
-      if constexpr (std::is_same_v<Op, Xor>) sum = _mm512_sub_epi32(all, _mm512_add_epi32(sum, sum));
-      _mm512_storeu_si512(y + r * stride + 16 * i, sum);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    if constexpr (std::is_same_v<Op, Xor>) {
+      low[r] = _mm512_sub_epi32(all, _mm512_add_epi32(low[r], low[r]));
+      high[r] = _mm512_sub_epi32(all, _mm512_add_epi32(high[r], high[r]));
     }
+    _mm512_storeu_si512(y + r * stride, low[r]);
+    _mm512_storeu_si512(y + r * stride + 16, high[r]);
+  }
 }
 
 inline Signs pack32(const float* x) {
@@ -118,36 +122,34 @@ inline void count_bits(const uint32_t* const* rows, const uint32_t* block, int64
   const __m256i nibble = _mm256_set1_epi8(15), ones8 = _mm256_set1_epi8(1);
   // The sums of bytes are multiplied as they are widened.
   const __m256i factor = _mm256_set1_epi16(std::is_same_v<Op, Xor> ? -2 : 1);
-  const int32_t start_sum = std::is_same_v<Op, Xor> ? terms : 0;
+  const int32_t first_sum = std::is_same_v<Op, Xor> ? terms : 0;
   constexpr int kRows = R > 2 ? 2 : R, kLongest = 31;
   for (int first = 0; first < R; first += kRows) {
-    for (int r = 0; r < kRows; ++r)
-      for (int i = 0; i < 4; ++i)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + (first + r) * stride + 8 * i), _mm256_set1_epi32(start_sum));
-    for (int64_t start = 0; start < words; start += kLongest) {
+    const uint32_t* const* own = rows + first;
+    int32_t* to = y + first * stride;
+    for (int64_t start = 0; start < words || start == 0; start += kLongest) {
       const int64_t end = words < start + kLongest ? words : start + kLongest;
-      __m256i bytes[kRows][4];
-      for (int r = 0; r < kRows; ++r)
-        for (int i = 0; i < 4; ++i) bytes[r][i] = _mm256_setzero_si256();
+      __m256i bytes[4 * kRows];
+#pragma GCC unroll 8
+      for (int i = 0; i < 4 * kRows; ++i) bytes[i] = _mm256_setzero_si256();
       for (int64_t word = start; word < end; ++word) {
-        for (int r = 0; r < kRows; ++r) {
-          const __m256i x = _mm256_set1_epi32(static_cast<int>(rows[first + r][word]));
-          for (int i = 0; i < 4; ++i) {
-            const __m256i bits = combine<Op>(
-                x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + word * kBlock + 8 * i)));
-            const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(bits, nibble));
-            const __m256i high =
-                _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble));
-            bytes[r][i] = _mm256_add_epi8(bytes[r][i], _mm256_add_epi8(low, high));
-          }
+        const auto* other = reinterpret_cast<const __m256i*>(block + word * kBlock);
+#pragma GCC unroll 8
+        for (int i = 0; i < 4 * kRows; ++i) {
+          const __m256i x = _mm256_set1_epi32(static_cast<int>(own[i / 4][word]));
+          const __m256i bits = combine<Op>(x, _mm256_loadu_si256(other + i % 4));
+          const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(bits, nibble));
+          const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble));
+          bytes[i] = _mm256_add_epi8(bytes[i], _mm256_add_epi8(low, high));
         }
       }
-      for (int r = 0; r < kRows; ++r)
-        for (int i = 0; i < 4; ++i) {
-          auto* target = reinterpret_cast<__m256i*>(y + (first + r) * stride + 8 * i);
-          const __m256i wide = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes[r][i], ones8), factor);
-          _mm256_storeu_si256(target, _mm256_add_epi32(_mm256_loadu_si256(target), wide));
-        }
+#pragma GCC unroll 8
+      for (int i = 0; i < 4 * kRows; ++i) {
+        auto* target = reinterpret_cast<__m256i*>(to + i / 4 * stride + 8 * (i % 4));
+        const __m256i before = start == 0 ? _mm256_set1_epi32(first_sum) : _mm256_loadu_si256(target);
+        const __m256i wide = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes[i], ones8), factor);
+        _mm256_storeu_si256(target, _mm256_add_epi32(before, wide));
+      }
     }
   }
 }
@@ -192,6 +194,26 @@ inline void count_bits(const uint32_t* const* rows, const uint32_t* block, int64
 }
 
 #endif
+
+template <typename T>
+inline T sum_of(typename Vectors<T>::Vector x) {
+#if defined(BVIT_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_reduce_add_ps(x);
+#endif
+  T sum = x[0];
+  for (int i = 1; i < Vectors<T>::kLanes; ++i) sum += x[i];
+  return sum;
+}
+
+template <typename T>
+inline int32_t largest_of(typename Vectors<T>::Integers x) {
+#if defined(BVIT_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(x));
+#endif
+  int32_t largest = x[0];
+  for (int i = 1; i < Vectors<T>::kLanes; ++i) largest = largest > x[i] ? largest : x[i];
+  return largest;
+}
 
 #if defined(BVIT_AVX512)
 
