@@ -5,10 +5,15 @@ randomness comes from keys, and results do not depend on the number of devices. 
 run on the host, in `bvit_jax.data`.
 """
 
-from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
-from bvit_jax.augment.erasing import Erasing
-from bvit_jax.augment.mixing import Mixing, dominant_labels, mix_targets
-from bvit_jax.augment.normalization import Normalization
+from typing import TYPE_CHECKING
+
+from bvit_jax.imports import lazily
+
+if TYPE_CHECKING:
+    from bvit_jax.augment.augmentation import NO_AUGMENTATION, Augmentation
+    from bvit_jax.augment.erasing import Erasing
+    from bvit_jax.augment.mixing import Mixing, dominant_labels, mix_targets
+    from bvit_jax.augment.normalization import Normalization
 
 __all__ = [
     "NO_AUGMENTATION",
@@ -19,3 +24,5 @@ __all__ = [
     "dominant_labels",
     "mix_targets",
 ]
+
+__getattr__ = lazily(__name__)

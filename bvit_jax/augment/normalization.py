@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float32, Num
+
+from bvit_jax.imports.shapes import Float32, Num
 
 
 @dataclass(frozen=True)

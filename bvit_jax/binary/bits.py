@@ -8,16 +8,16 @@ Channels come first here and positions last: a word holds 32 channels of one pos
 makes for a CPU run along positions and hold the values of a channel in registers.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int32, Shaped, UInt32
+
+from bvit_jax.imports.shapes import Bool, Float, Int32, Shaped, UInt32
 
 WORD = 32  # bits
-ALL_BITS = np.uint32(2**WORD - 1)
 
 
 class Bits(NamedTuple):
@@ -28,49 +28,109 @@ class Bits(NamedTuple):
       nonzero: set where a sign is not zero.
     """
 
-    negative: UInt32[Array, "words positions"]
-    nonzero: UInt32[Array, "words positions"]
+    negative: UInt32[Array, "*batch words positions"]
+    nonzero: UInt32[Array, "*batch words positions"]
 
 
-def pack(x: Float[Array, "channels positions"]) -> Bits:
+def pack(x: Float[Array, "*batch channels positions"]) -> Bits:
     """Packs the signs of real numbers, 32 channels in a word; the sign of a NaN is 1."""
-    missing = -x.shape[0] % WORD
-    if missing:
-        x = jnp.pad(x, ((0, missing), (0, 0)))
-    x = x.reshape(-1, WORD, x.shape[1])
-    return Bits(_to_words(x < 0), _to_words(x != 0))
+    return Bits(to_words(x < 0), to_words(x != 0))
 
 
-def _to_words(bits: Array) -> Array:
+def to_words(bits: Bool[Array, "*batch channels positions"]) -> UInt32[Array, "*batch words positions"]:
+    """Packs bits, 32 channels in a word; the bits beyond the last channel are not set."""
+    *batch, channels, positions = bits.shape
+    if missing := -channels % WORD:
+        bits = jnp.pad(bits, ((0, 0),) * len(batch) + ((0, missing), (0, 0)))
+    bits = bits.reshape(*batch, -1, WORD, positions).astype(jnp.uint32)
     places = jnp.arange(WORD, dtype=jnp.uint32)[:, None]
-    return jnp.sum(bits.astype(jnp.uint32) << places, axis=1, dtype=jnp.uint32)
+    return jnp.sum(bits << places, axis=-2, dtype=jnp.uint32)
+
+
+def full_words(channels: int) -> UInt32[np.ndarray, "words 1"]:
+    """Returns words whose bits are set for so many channels."""
+    bits = np.arange(-(-channels // WORD) * WORD) < channels
+    return np.packbits(bits, bitorder="little").view(np.uint32)[:, None]
 
 
 def product(
-    a: Bits, b: Bits, then: Callable[[Int32[Array, "rows columns"]], Array] = lambda y: y
-) -> Shaped[Array, "rows columns"]:
-    """Returns ``then(y)`` of the exact product of the signs, ``y = sign(a).T @ sign(b)``.
+    weights: Bits,
+    x: Float[Array, "channels positions"],
+    then: Callable[[Int32[Array, "outputs positions"]], Array] = lambda y: y,
+    *,
+    bit: bool = False,
+) -> Shaped[Array, "outputs positions"]:
+    """Returns ``then(y)`` of the exact product of signs, ``y = codes.T @ sign(x)``.
 
-    It is fastest where no sign of ``a`` is zero and its channels fill their words, which holds for weights.
-    XLA fuses the product with ``then``, and nothing else with them, because they are inside a conditional:
-    the product is computed once for all readers of the result.
+    It is fastest where no sign is zero, neither of the weights nor of x, which a program finds out when it
+    runs.
+
+    Args:
+      weights: packed codes (channels, outputs); ``nonzero`` has no words where none of them is zero.
+      x: real.
+      then: an element-wise function.
+      bit: whether the sign of zero is 1; else it is 0.
     """
-    full = jnp.all(a.nonzero == ALL_BITS)
-    branches = (lambda a, b, zeros=zeros: then(_product(a, b, zeros)) for zeros in (False, True))
-    return lax.cond(full, *branches, a, b)
+    channels = x.shape[0]
+    full = full_words(channels)
+    no_zeros = []
+    if weights.nonzero.shape[0]:
+        no_zeros.append(jnp.all(weights.nonzero == full))
+    else:
+        weights = Bits(weights.negative, jnp.broadcast_to(full, weights.negative.shape))
+    if bit:
+        packed = Bits(to_words(x < 0), jnp.broadcast_to(full, (full.shape[0], x.shape[1])))
+    else:
+        packed = pack(x)
+        no_zeros.append(jnp.all(x != 0))
+    return once(
+        no_zeros,
+        lambda a, b: then(channels - 2 * differing(a.negative, b.negative)),
+        lambda a, b: then(sign_product(a, b)),
+        weights,
+        packed,
+    )
 
 
-def _product(a: Bits, b: Bits, zeros: bool) -> Array:
-    """Counts the pairs that are not zero and, twice with a minus, those whose signs differ."""
-    different, pairs = jnp.int32(0), jnp.int32(0)
-    for word in range(a.negative.shape[0]):
-        nonzero = b.nonzero[word]
-        if zeros:
-            nonzero = nonzero & a.nonzero[word][:, None]
-        unequal = b.negative[word] ^ a.negative[word][:, None]
-        different += _count(nonzero & unequal)
-        pairs += _count(nonzero)
-    return pairs - 2 * different
+def once(
+    conditions: Sequence[Bool[Array, ""]], fast: Callable[..., Array], exact: Callable[..., Array], *of: Any
+) -> Array:
+    """Returns ``fast(*of)`` where all conditions hold, otherwise ``exact(*of)``, computed once.
+
+    XLA fuses what is inside, and nothing else with it: it would compute a product again for each reader.
+    """
+    if not conditions:
+        return lax.optimization_barrier(fast(*of))
+    return lax.cond(jnp.all(jnp.stack(list(conditions))), fast, exact, *of)
+
+
+def differing(
+    a: UInt32[Array, "*batch words rows"], b: UInt32[Array, "*batch words columns"]
+) -> Int32[Array, "*batch rows columns"]:
+    """Counts the bits in which each row differs from each column."""
+    return sum(_count(row ^ column) for row, column in _pairs(a, b)) + jnp.int32(0)
+
+
+def common(
+    a: UInt32[Array, "*batch words rows"], b: UInt32[Array, "*batch words columns"]
+) -> Int32[Array, "*batch rows columns"]:
+    """Counts the bits that are set both in each row and in each column."""
+    return sum(_count(row & column) for row, column in _pairs(a, b)) + jnp.int32(0)
+
+
+def sign_product(a: Bits, b: Bits) -> Int32[Array, "*batch rows columns"]:
+    """Returns the product of signs, zeros among them: ``sign(a).T @ sign(b)`` of what was packed."""
+    y = jnp.int32(0)
+    for nonzero, negative in zip(_pairs(a.nonzero, b.nonzero), _pairs(a.negative, b.negative), strict=True):
+        both = nonzero[0] & nonzero[1]
+        y += _count(both) - 2 * _count(both & (negative[0] ^ negative[1]))
+    return y
+
+
+def _pairs(a: Array, b: Array) -> Iterator[tuple[Array, Array]]:
+    """Yields each word of rows and columns, so that they broadcast."""
+    for word in range(a.shape[-2]):
+        yield a[..., word, :, None], b[..., word, None, :]
 
 
 def _count(words: Array) -> Array:

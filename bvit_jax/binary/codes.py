@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import jax
 from jax import Array
-from jaxtyping import Float, Key
+
+from bvit_jax.imports.shapes import Float, Key
 
 
 class Codes(NamedTuple):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Bool, Float
 
 from bvit_jax.binary.products import PRODUCT, ProductConfig, accumulator_dtype, integer_dtype
 from bvit_jax.binary.weights import WeightRule, weight_scale
+from bvit_jax.imports.shapes import Bool, Float
 
 Grid = Float[Array, "batch height width channels"]
 Features = Float[Array, "batch height width features"]

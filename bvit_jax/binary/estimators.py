@@ -12,7 +12,8 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+
+from bvit_jax.imports.shapes import Float
 
 Elementwise = Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]
 

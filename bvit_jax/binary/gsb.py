@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 
 from bvit_jax.binary.probabilities import sum_to
+from bvit_jax.imports.shapes import Float
 
 FLOOR = float(np.float32(1e-5))  # of each scale
 NEAR, FAR = 0.9, 0.7  # shares of a row's largest

@@ -11,10 +11,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float
 
 from bvit_jax.binary.codes import Codes
 from bvit_jax.binary.probabilities import sum_to
+from bvit_jax.imports.shapes import Float
 
 LARGEST = 3  # code; also what probabilities are multiplied with before
 MOMENTUM = 0.1  # weight of the first batch's minimum in the zero point

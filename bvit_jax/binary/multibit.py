@@ -8,7 +8,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+
+from bvit_jax.imports.shapes import Float
 
 
 def quantize_weight(w: Float[Array, "*shape"], bits: int, clip: float) -> Float[Array, "*shape"]:

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float
 
 from bvit_jax.binary.codes import Codes
+from bvit_jax.imports.shapes import Float
 
 
 def quantize_probs(probs: Float[Array, "*shape"], scale: Float[Array, "*#shape"]) -> Codes:

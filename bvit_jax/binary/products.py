@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Float
 
 from bvit_jax.binary.estimators import PARABOLA, Estimator
 from bvit_jax.binary.weights import WeightRule
+from bvit_jax.imports.shapes import Float
 
 CODE_DTYPE = jnp.bfloat16
 PRODUCT = "binary_product"  # the name by which a rematerialisation policy finds integer products

@@ -15,10 +15,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float
 
 from bvit_jax.binary.codes import Codes
 from bvit_jax.binary.estimators import Elementwise, bit
+from bvit_jax.imports.shapes import Bool, Float
 
 Kernel = Float[Array, "*inputs outputs"]
 

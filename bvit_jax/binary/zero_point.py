@@ -14,9 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float
 
 from bvit_jax.binary.probabilities import sum_to
+from bvit_jax.imports.shapes import Float
 
 OUTPUT_LIMIT = 10.0  # of the GELU's output
 UNSIGNED = -1e-5  # a tensor whose minimum is at least this counts as unsigned

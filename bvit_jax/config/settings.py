@@ -19,6 +19,8 @@ from bvit_jax.config.values import (
     DECAY,
     FLAG,
     FRACTION,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     MEANS,
     NOT_NEGATIVE,
     POSITIVE,
@@ -32,9 +34,6 @@ from bvit_jax.config.values import (
     whole,
 )
 from bvit_jax.errors import UserError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Setting(NamedTuple):

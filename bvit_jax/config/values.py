@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True)
 class Values:

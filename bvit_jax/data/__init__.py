@@ -5,16 +5,21 @@ that a batch depends only on the seed and its number. Knows no models and puts n
 Augmentation on the device is in `bvit_jax.augment`; `bvit_jax.data.prepare` writes datasets.
 """
 
-from bvit_jax.data.pipeline import (
-    Batch,
-    eval_batches,
-    open_eval_split,
-    open_train_split,
-    steps_per_epoch,
-    train_augment,
-    train_batches,
-)
-from bvit_jax.data.splits import Split, open_split, sample_digest
+from typing import TYPE_CHECKING
+
+from bvit_jax.imports import lazily
+
+if TYPE_CHECKING:
+    from bvit_jax.data.pipeline import (
+        Batch,
+        eval_batches,
+        open_eval_split,
+        open_train_split,
+        steps_per_epoch,
+        train_augment,
+        train_batches,
+    )
+    from bvit_jax.data.splits import Split, open_split, sample_digest
 
 __all__ = [
     "Batch",
@@ -28,3 +33,5 @@ __all__ = [
     "train_augment",
     "train_batches",
 ]
+
+__getattr__ = lazily(__name__)

@@ -4,6 +4,13 @@
 alike. It reads runs and weights of any format; it knows nothing of training, losses or the data sets.
 """
 
-from bvit_jax.inference.classifier import Classifier, Guess, load, predict, save
+from typing import TYPE_CHECKING
+
+from bvit_jax.imports import lazily
+
+if TYPE_CHECKING:
+    from bvit_jax.inference.classifier import Classifier, Guess, load, predict, save
 
 __all__ = ["Classifier", "Guess", "load", "predict", "save"]
+
+__getattr__ = lazily(__name__)

@@ -10,20 +10,25 @@ accumulator, float32 at least: ``BinaryDense(64)`` maps (..., channels) to (...,
 one bit of any model.
 """
 
-from bvit_jax.layers.activation import DropPath, LayerScale, RPReLU, drop_path_rates, softmax
-from bvit_jax.layers.dense import BinaryConv, BinaryDense, BinaryPatchConv, BitDense, UncentredDense
-from bvit_jax.layers.grid import (
-    average_channels,
-    average_line,
-    average_pool,
-    extract_patches,
-    tile_channels,
-    to_grid,
-    to_tokens,
-    upsample,
-)
-from bvit_jax.layers.kernels import active_weights, flipped, noted_kernels, pack_signs
-from bvit_jax.layers.norm import BatchNorm, LayerNorm
+from typing import TYPE_CHECKING
+
+from bvit_jax.imports import lazily
+
+if TYPE_CHECKING:
+    from bvit_jax.layers.activation import DropPath, LayerScale, RPReLU, drop_path_rates, softmax
+    from bvit_jax.layers.dense import BinaryConv, BinaryDense, BinaryPatchConv, BitDense, UncentredDense
+    from bvit_jax.layers.grid import (
+        average_channels,
+        average_line,
+        average_pool,
+        extract_patches,
+        tile_channels,
+        to_grid,
+        to_tokens,
+        upsample,
+    )
+    from bvit_jax.layers.kernels import active_weights, flipped, noted_kernels, pack_signs
+    from bvit_jax.layers.norm import BatchNorm, LayerNorm
 
 __all__ = [
     "BatchNorm",
@@ -51,3 +56,5 @@ __all__ = [
     "to_tokens",
     "upsample",
 ]
+
+__getattr__ = lazily(__name__)

@@ -6,9 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax import Array, lax
-from jaxtyping import Float
+
+from bvit_jax.imports.shapes import Float
 
 POOLING_SCOPE = "pooling"
 
@@ -132,11 +132,12 @@ def merge_tokens(
     Among equal maxima the gradient goes to the first in row order. Sums, and the result, are in the dtype of
     ``share`` at least.
     """
-    reach, shape = (size - 1) // 2, (size, size)
-    padding = ((reach, reach), (reach, reach))
+    reach, shape = (size - 1) // 2, (1, size, size, 1)
+    padding = ((0, 0), (reach, reach), (reach, reach), (0, 0))
     grid = to_grid(x).astype(jnp.promote_types(x.dtype, share.dtype))
-    largest = nn.max_pool(grid, shape, shape, padding)
-    return share * to_tokens(largest) + (1 - share) * to_tokens(nn.avg_pool(grid, shape, shape, padding))
+    largest = lax.reduce_window(grid, -jnp.inf, lax.max, shape, shape, padding)
+    average = lax.reduce_window(grid, 0.0, lax.add, shape, shape, padding) / size**2
+    return share * to_tokens(largest) + (1 - share) * to_tokens(average)
 
 
 @jax.named_scope(POOLING_SCOPE)

@@ -5,19 +5,24 @@ A family is one module here, with its settings and its ``validate()``, and an en
 `bvit_jax.binary`; knows no optimiser, no data and no files.
 """
 
-from bvit_jax.models.choice import choose
-from bvit_jax.models.execution.stages import Execution
-from bvit_jax.models.factory import (
-    create_model,
-    current_name,
-    family,
-    model_config,
-    num_params,
-    packs_signs,
-    real_backbone,
-    same_layers,
-)
-from bvit_jax.models.head import ModelOutput
+from typing import TYPE_CHECKING
+
+from bvit_jax.imports import lazily
+
+if TYPE_CHECKING:
+    from bvit_jax.models.choice import choose
+    from bvit_jax.models.execution.stages import Execution
+    from bvit_jax.models.factory import (
+        create_model,
+        current_name,
+        family,
+        model_config,
+        num_params,
+        packs_signs,
+        real_backbone,
+        same_layers,
+    )
+    from bvit_jax.models.head import ModelOutput
 
 __all__ = [
     "Execution",
@@ -32,3 +37,5 @@ __all__ = [
     "real_backbone",
     "same_layers",
 ]
+
+__getattr__ = lazily(__name__)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Float32, Int64, Shaped
+
+from bvit_jax.imports.shapes import Float, Float32, Int64, Shaped
 
 MASKED = -100.0  # added to the scores of pairs that only the cyclic shift made neighbours
 

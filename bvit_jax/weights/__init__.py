@@ -6,10 +6,17 @@ To follow a checkpoint: `raw_checkpoint` reads files, `formats` interpret them, 
 rename arrays, `document` carries what PyTorch's files cannot say.
 """
 
-from bvit_jax.weights.formats import FORMATS
-from bvit_jax.weights.loading import load
-from bvit_jax.weights.preprocessing import Preprocessing
-from bvit_jax.weights.pretrained import Pretrained
-from bvit_jax.weights.saving import NATIVE, save, to_format
+from typing import TYPE_CHECKING
+
+from bvit_jax.imports import lazily
+
+if TYPE_CHECKING:
+    from bvit_jax.weights.formats import FORMATS
+    from bvit_jax.weights.loading import load
+    from bvit_jax.weights.preprocessing import Preprocessing
+    from bvit_jax.weights.pretrained import Pretrained
+    from bvit_jax.weights.saving import NATIVE, save, to_format
 
 __all__ = ["FORMATS", "NATIVE", "Preprocessing", "Pretrained", "load", "save", "to_format"]
+
+__getattr__ = lazily(__name__)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from bvit_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from bvit_jax.config.values import IMAGENET_MEAN, IMAGENET_STD
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 MAX_SIZE = 1 << 16  # pixels

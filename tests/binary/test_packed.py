@@ -13,7 +13,7 @@ import pytest
 from jax import Array
 
 from bvit_jax import models
-from bvit_jax.binary import bits
+from bvit_jax.binary import bits, units
 from bvit_jax.models.blocks import BinaryFeedForward, BlockConfig
 from bvit_jax.models.execution import packed_feed_forward
 from bvit_jax.runtime import allocator
@@ -56,10 +56,10 @@ def close(a: object, b: object, tolerance: float = 1e-12) -> None:
 def test_product_is_that_of_the_signs(channels: int, zeros: bool) -> None:
     a, b = (values(channels, n, seed=n, zeros=zeros) for n in (7, 11))
     expected = np.sign(a).T @ np.sign(b)
-    y = bits.product(bits.pack(a), bits.pack(b))
+    y = bits.product(bits.pack(a), b)
     assert y.dtype == jnp.int32
     np.testing.assert_array_equal(y, expected)
-    doubled = bits.product(bits.pack(a), bits.pack(b), lambda y: 2.0 * y.astype(float))
+    doubled = bits.product(bits.pack(a), b, lambda y: 2.0 * y.astype(float))
     np.testing.assert_array_equal(doubled, 2 * expected)
 
 
@@ -105,7 +105,7 @@ def test_feed_forward_equals_the_plain_one(
     monkeypatch: pytest.MonkeyPatch, width: int, mlp_dim: int, rows: int
 ) -> None:
     """In one part, in parts, and where the rows asked for do not divide the tokens."""
-    monkeypatch.setattr(packed_feed_forward, "WIDE_VALUES", rows * mlp_dim)
+    monkeypatch.setattr(units, "WIDE_VALUES", rows * mlp_dim)
     monkeypatch.setattr(packed_feed_forward, "NARROW_ROWS", rows)
     x, weights = values(4, 25, width, zeros=True), values(4, 25, width, seed=1)
     plain, fast = (feed_forward(mlp_dim, pack) for pack in (False, True))

@@ -17,20 +17,19 @@ are packed with their zeros, so that the estimator's forward function must be `j
 Within a loop channels come first and tokens last; see `bvit_jax.binary.bits`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bvit_jax.binary import bits
+from bvit_jax.binary import bits, units
 from bvit_jax.binary.estimators import Estimator
 from bvit_jax.binary.weights import DENSE, weight_scale
 
-# Tokens per part, and values of the hidden layer per part; measured.
-NARROW_ROWS, WIDE_VALUES = 1568, 800 * 1024
+NARROW_ROWS = 1568  # tokens per part where there is no hidden layer; measured
 
 
 class Unit(NamedTuple):
@@ -92,29 +91,27 @@ def feed_forward(
     return _forward(x, expand, contract, estimator, epsilon)[0]
 
 
-def inference(x: Array, units: Sequence[Unit], running: Sequence[Moments], epsilon: float) -> Array:
+def inference(x: Array, layers: Sequence[Unit], running: Sequence[Moments], epsilon: float) -> Array:
     """Returns the feed-forward branch in evaluation: as `feed_forward`, with running statistics.
 
     Args:
       x: (tokens, channels), float32 or float64.
-      units: ``expand`` and ``contract``.
+      layers: ``expand`` and ``contract``.
       running: the running statistics of their batch norms, those of the products times the weights' scale.
       epsilon: of the batch norms.
 
     Returns:
       (tokens, channels).
     """
-    expand, contract = units
-    norm1, norm2 = (_fold_running(u, m, epsilon) for u, m in zip(units, running, strict=True))
-    weights = _pack_weights(expand), _pack_weights(contract)
+    expand, contract = (
+        _folded(u, _fold_running(u, m, epsilon)) for u, m in zip(layers, running, strict=True)
+    )
+    return units.feed_forward(x, expand, contract)
 
-    def part(_: None, x: Array) -> tuple[None, Array]:
-        x = x.T
-        shifted = _hidden(x, weights[0], expand, norm1)
-        y, pooled = _contract(shifted, weights[1], expand, contract)
-        return None, _rprelu(_normalise(y, norm2, contract) + pooled, contract).T
 
-    return _in_parts(part, None, (x,), _wide_rows(x, expand))[1]
+def _folded(unit: Unit, norm: _Norm) -> units.Unit:
+    product = units.Product(unit.move, *_pack_weights(unit))
+    return units.Unit(product, norm.factor, norm.shift - unit.move1, unit.slope, unit.move2)
 
 
 def _forward(
@@ -130,7 +127,7 @@ def _forward(
         y, pooled = _contract(_hidden(x.T, weights[0], expand, norm1), weights[1], expand, contract)
         return None, (y.T, pooled.T)
 
-    _, (y, pooled) = _in_parts(part, None, (x,), _wide_rows(x, expand))
+    _, (y, pooled) = units.in_parts(part, None, (x,), _wide_rows(x, expand))
     mean = jnp.mean(y, axis=0)
     moments2 = Moments(mean, jnp.mean(jnp.square(y - mean), axis=0))
     norm2 = _fold(contract, weight_scale(contract.kernel), moments2, epsilon)
@@ -245,7 +242,7 @@ def _through_hidden(
         return jax.tree.map(jnp.add, sums, new), (to_signs1.T, to_shortcut.T)
 
     zeros = [jnp.zeros(s, x.dtype) for s in (codes2.shape, codes1.shape, *3 * (codes1.shape[1:],))]
-    return _in_parts(part, tuple(zeros), (x, to_product2, to_sum2), _wide_rows(x, expand))
+    return units.in_parts(part, tuple(zeros), (x, to_product2, to_sum2), _wide_rows(x, expand))
 
 
 # --- parts of the computation, channels first ---------------------------------------------------
@@ -253,19 +250,18 @@ def _through_hidden(
 
 def _hidden(x: Array, weights: bits.Bits, unit: Unit, norm: _Norm) -> Array:
     """Returns the input of the first RPReLU less its first shift, (hidden, tokens); x (channels, tokens)."""
-    signs = bits.pack(x + unit.move[:, None])
     shortcut = (unit.kernel.shape[1] // x.shape[0], 1)
 
     def to_shifted(y: Array) -> Array:
         return _normalise(y.astype(x.dtype), norm, unit) + jnp.tile(x, shortcut)
 
-    return bits.product(weights, signs, to_shifted)
+    return bits.product(weights, x + unit.move[:, None], to_shifted)
 
 
 def _contract(shifted: Array, weights: bits.Bits, expand: Unit, contract: Unit) -> tuple[Array, Array]:
     """Returns the second product and the second shortcut, both (channels, tokens)."""
     hidden = _rprelu(shifted, expand)
-    y = bits.product(weights, bits.pack(hidden + contract.move[:, None])).astype(hidden.dtype)
+    y = bits.product(weights, hidden + contract.move[:, None]).astype(hidden.dtype)
     return y, jnp.mean(hidden.reshape(y.shape[0], -1, y.shape[1]), axis=1)
 
 
@@ -275,8 +271,7 @@ def _normalise(y: Array, norm: _Norm, unit: Unit) -> Array:
 
 
 def _rprelu(shifted: Array, unit: Unit) -> Array:
-    slope, move2 = unit.slope[:, None], unit.move2[:, None]
-    return jnp.maximum(shifted, 0) + slope * jnp.minimum(shifted, 0) + move2
+    return units.rprelu(shifted, unit.slope[:, None], unit.move2[:, None])
 
 
 def _row_sums(rows: Array) -> Array:
@@ -321,7 +316,7 @@ def _signs(x: Array, unit: Unit) -> _Signs:
         return (sums[0] + jnp.sum(signs, axis=0), sums[1] + _exact(signs.T, signs)), None
 
     zeros = jnp.zeros(channels, jnp.float32), jnp.zeros((channels, channels), jnp.float32)
-    sums, _ = _in_parts(part, zeros, (x,), _rows(x.shape[0], NARROW_ROWS))
+    sums, _ = units.in_parts(part, zeros, (x,), units.rows_at_once(x.shape[0], NARROW_ROWS))
     total, products = (s.astype(x.dtype) for s in sums)
     mean = total / x.shape[0]
     return _Signs(mean, products - jnp.outer(mean, total))
@@ -341,19 +336,4 @@ def _exact(a: Array, b: Array) -> Array:
 
 
 def _wide_rows(x: Array, expand: Unit) -> int:
-    return _rows(x.shape[0], WIDE_VALUES // expand.kernel.shape[1])
-
-
-def _rows(tokens: int, most: int) -> int:
-    """Returns the largest divisor of a number of tokens that is at most ``most``."""
-    return next(rows for rows in range(max(min(tokens, most), 1), 0, -1) if tokens % rows == 0)
-
-
-def _in_parts(part: Callable, carry: Any, arrays: Sequence[Array], rows: int) -> tuple[Any, Any]:
-    """Runs ``part(carry, *arrays) -> carry, results`` on ``rows`` rows of the arrays at a time."""
-    count = arrays[0].shape[0]
-    if rows == count:
-        return part(carry, *arrays)
-    split = tuple(array.reshape(-1, rows, array.shape[1]) for array in arrays)
-    carry, results = lax.scan(lambda carry, split: part(carry, *split), carry, split)
-    return carry, jax.tree.map(lambda array: array.reshape(count, -1), results)
+    return units.rows_at_once(x.shape[0], units.WIDE_VALUES // expand.kernel.shape[1])

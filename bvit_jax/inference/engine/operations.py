@@ -1,0 +1,219 @@
+"""What the engine computes with bits, as pure functions of tokens (images, tokens, channels).
+
+Real arrays have one dtype, that of the tokens: float32, or float64. Weights and parameters are folded ahead,
+see `bvit_jax.inference.engine.fold`; a width F that is a multiple of a narrower one is meant where a shortcut
+has fewer channels. Each product is exact: an integer, whatever the dtype.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bvit_jax.binary import bits, units
+from bvit_jax.binary.units import Product, Unit
+from bvit_jax.imports.shapes import Bool, Float
+from bvit_jax.layers.grid import to_grid, to_tokens, upsample
+
+__all__ = [
+    "Context",
+    "End",
+    "Product",
+    "Unit",
+    "attention",
+    "branches",
+    "context",
+    "count",
+    "feed_forward",
+    "scores",
+    "unit",
+    "unit_end",
+]
+
+Tokens = Float[Array, "images tokens channels"]
+Outputs = Float[Array, "images tokens outputs"]
+Vector = Float[Array, " channels"]
+
+
+class End(NamedTuple):
+    """The end of a branch, and the norm of what it is added to; each (channels,).
+
+    The residual r of a branch y becomes ``r + y * alpha + move``, and what the next branch reads is that
+    times ``factor`` plus ``shift``.
+    """
+
+    alpha: Vector
+    move: Vector
+    factor: Vector
+    shift: Vector
+
+
+class Context(NamedTuple):
+    """What follows the counts of attention: a norm and an RPReLU, folded; each (channels,).
+
+    ``factor`` includes the scale of the attention probabilities; for the others see `Unit`.
+    """
+
+    factor: Vector
+    shift: Vector
+    slope: Vector
+    move2: Vector
+
+
+def count(x: Float[Array, "*batch inputs"], product: Product, *, bit: bool = False) -> Array:
+    """Returns the integers ``W · sign(x + move)``, (..., F) in the dtype of x.
+
+    Args:
+      x: (..., K).
+      product: K to F.
+      bit: whether the sign of zero is 1; else it is 0.
+    """
+    y = units.count(x.reshape(-1, x.shape[-1]).T, product, bit=bit).T
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def unit(x: Tokens, u: Unit, shortcut: Float[Array, "images tokens shortcut"]) -> Outputs:
+    """Returns a binary unit; a shortcut of F / e channels is repeated e times along the channels."""
+    y = units.unit(_columns(x), u, _columns(shortcut)).T
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def unit_end(
+    x: Tokens, u: Unit, shortcut: Float[Array, "images tokens shortcut"], residual: Outputs, end: End
+) -> tuple[Outputs, Outputs]:
+    """Returns the residual after a branch that ends in a unit, and its norm: see `End`."""
+    return _ended(unit(x, u, shortcut), residual, end)
+
+
+def feed_forward(
+    x: Tokens, expand: Unit, contract: Unit, residual: Tokens, end: End
+) -> tuple[Tokens, Tokens]:
+    """Returns the residual after the feed-forward branch of x, and its norm: see `End`.
+
+    The shortcut of ``expand`` is x repeated along the channels; that of ``contract`` the mean of each e
+    neighbouring hidden channels.
+    """
+    rows, residuals = (array.reshape(-1, x.shape[-1]) for array in (x, residual))
+    r, n = units.feed_forward(rows, expand, contract, lambda y, r: _ended(y, r, end), (residuals,))
+    return r.reshape(x.shape), n.reshape(x.shape)
+
+
+def attention(
+    q: Tokens,
+    k: Float[Array, "images keys channels"],
+    v: Float[Array, "images keys channels"],
+    moves: Float[Array, "3 channels"],
+    norm: Context,
+    scale: Float[Array, ""],
+    num_heads: int,
+    reduction: int,
+) -> Tokens:
+    """Returns attention of one-bit probabilities with its norm, shortcuts and RPReLU.
+
+    Args:
+      q, k, v: queries, and the keys and values of a grid that was pooled by ``reduction`` on each side.
+      moves: what is added to queries, keys and values before their signs.
+      norm: after the counts; then q, and k + v repeated over the grid, are added.
+      scale: s of the probabilities p, which count where ``round(p / s)``, half to even, is at least 1.
+      num_heads: of equal width.
+      reduction: 1 where nothing was pooled.
+    """
+    products = scores(q + moves[0], k + moves[1], num_heads)
+    probs = jax.nn.softmax(products / math.sqrt(q.shape[-1] // num_heads), axis=-2)
+    counted = context(jnp.round(probs / scale) >= 1, v + moves[2])
+    shortcut = k + v if reduction == 1 else upsample(k + v, reduction)
+    return units.rprelu(counted * norm.factor + norm.shift + q + shortcut, norm.slope, norm.move2)
+
+
+def scores(
+    q: Tokens, k: Float[Array, "images keys channels"], num_heads: int, *, bit: bool = False
+) -> Float[Array, "images heads keys tokens"]:
+    """Returns the products of the signs of queries and keys, head by head: integers, the keys first.
+
+    Args:
+      q, k: their channels are those of the heads, one after the other.
+      num_heads: of equal width.
+      bit: whether the sign of zero is 1; else it is 0.
+    """
+    q, k = (x.swapaxes(1, 2).reshape(x.shape[0], num_heads, -1, x.shape[1]) for x in (q, k))
+    size, dtype = q.shape[2], q.dtype
+    packed = [_packed(x, bit) for x in (k, q)]
+    return bits.once(
+        [] if bit else [jnp.all(x != 0) for x in (k, q)],
+        lambda k, q: (size - 2 * bits.differing(k.negative, q.negative)).astype(dtype),
+        lambda k, q: bits.sign_product(k, q).astype(dtype),
+        *packed,
+    )
+
+
+def context(
+    mask: Bool[Array, "images heads keys tokens"],
+    v: Float[Array, "images keys channels"],
+    *,
+    bit: bool = False,
+) -> Tokens:
+    """Returns the sum of the signs of those values that a mask has for a query, head by head: integers.
+
+    Args:
+      mask: keys first, as `scores` returns them.
+      v: its channels are those of the heads, one after the other.
+      bit: whether the sign of zero is 1; else it is 0.
+    """
+    images, heads, _, tokens = mask.shape
+    counted = bits.to_words(mask)
+    values = jax.tree.map(
+        lambda words: words.reshape(images, -1, heads, v.shape[-1] // heads).swapaxes(1, 2), _packed(v, bit)
+    )
+    total = jnp.sum(lax.population_count(counted).astype(jnp.int32), axis=-2, keepdims=True, dtype=jnp.int32)
+    y = bits.once(
+        [] if bit else [jnp.all(v != 0)],
+        lambda v, counted, total: total - 2 * bits.common(v.negative, counted),
+        lambda v, counted, _: bits.common(v.nonzero, counted) - 2 * bits.common(v.negative, counted),
+        values,
+        counted,
+        total,
+    )
+    return y.reshape(images, -1, tokens).swapaxes(1, 2).astype(v.dtype)
+
+
+def branches(n: Tokens, x: Tokens, taps: Float[Array, "taps channels"]) -> Tokens:
+    """Adds to x the average-pooling branches of n, as one cross-shaped stencil of their square grid.
+
+    Args:
+      n: what the branches read.
+      x: what they are added to.
+      taps: 1 + 2·R of them: the centre, the two vertical neighbours at distances 1 to R, and the two
+        horizontal ones. Beyond the border n is zero.
+    """
+    grid = to_grid(lax.optimization_barrier(n))
+    side, reach = grid.shape[1], taps.shape[0] // 2
+    y = x + n * taps[0]
+    padded = jnp.pad(grid, ((0, 0), (reach, reach), (reach, reach), (0, 0)))
+    for axis, of_axis in ((1, taps[1 : reach + 1]), (2, taps[reach + 1 :])):
+        line = lax.slice_in_dim(padded, reach, reach + side, axis=3 - axis)
+        for distance, tap in enumerate(of_axis, 1):
+            before, after = (
+                lax.slice_in_dim(line, reach + offset, reach + offset + side, axis=axis)
+                for offset in (-distance, distance)
+            )
+            y += to_tokens(before + after) * tap
+    return y
+
+
+def _packed(x: Array, bit: bool) -> bits.Bits:
+    """Packs the signs of (..., channels, positions)."""
+    if not bit:
+        return bits.pack(x)
+    negative = bits.to_words(x < 0)
+    return bits.Bits(negative, jnp.broadcast_to(bits.full_words(x.shape[-2]), negative.shape))
+
+
+def _ended(y: Array, residual: Array, end: End) -> tuple[Array, Array]:
+    r = residual + y * end.alpha + end.move
+    return r, r * end.factor + end.shift
+
+
+def _columns(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1]).T
