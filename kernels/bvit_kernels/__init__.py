@@ -1,7 +1,7 @@
-"""Compiled operations for the inference engine of bvit_jax: products of signs that count bits, with what follows.
+"""Compiled operations for the inference engine of bvit_jax: products of signs that count bits.
 
-Importing the package tests the code for this CPU's vector unit against numpy and registers the operations with
-JAX, as the targets `TARGETS` of `jax.ffi.ffi_call` on CPUs. It raises ImportError if the test fails.
+Importing the package compares products with numpy's and registers the operations with JAX, as targets of
+`jax.ffi.ffi_call` on CPUs. It raises ImportError if the products differ.
 """
 
 import os
@@ -25,7 +25,7 @@ def vector_units() -> list[str]:
 
 
 def choose(name: str) -> None:
-    """Sets which code runs, for all that is compiled already too; raises ValueError if the CPU cannot run it."""
+    """Sets which code runs, also for programs that are compiled; raises ValueError if the CPU cannot."""
     _native.choose(name)
 
 
@@ -59,6 +59,5 @@ def _start() -> None:
 
 
 _start()
-TARGETS = _native.targets()
-for _name, _target in TARGETS.items():
+for _name, _target in _native.targets().items():
     jax.ffi.register_ffi_target(_name, _target, platform="cpu")
