@@ -1,5 +1,18 @@
 """The inference engine: networks whose every binary product counts bits, with everything foldable folded.
 
-`operations` are the steps that a family is made of; another implementation of them need only take their
-place. Runs with JAX alone: no Flax, no configuration library.
+`fold` makes the flat dict of arrays of a model, the only file here that reads Flax's variables; `apply` runs
+it, with JAX alone. `operations` are the steps that a family is made of; another implementation of them need
+only take their place. A family is one file with ``apply``, one in `folding`, and an entry of `families`.
 """
+
+from typing import TYPE_CHECKING
+
+from bvit_jax.imports import lazily
+
+if TYPE_CHECKING:
+    from bvit_jax.inference.engine.families import apply
+    from bvit_jax.inference.engine.fold import fold
+
+__all__ = ["apply", "fold"]
+
+__getattr__ = lazily(__name__)

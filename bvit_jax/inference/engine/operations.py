@@ -22,11 +22,14 @@ __all__ = [
     "End",
     "Product",
     "Unit",
+    "attended",
     "attention",
     "branches",
     "context",
     "count",
     "feed_forward",
+    "follow",
+    "repeated",
     "scores",
     "unit",
     "unit_end",
@@ -120,11 +123,24 @@ def attention(
       num_heads: of equal width.
       reduction: 1 where nothing was pooled.
     """
+    return follow(attended(q, k, v, moves, scale, num_heads), norm, q + repeated(k + v, reduction))
+
+
+def attended(q: Tokens, k: Tokens, v: Tokens, moves: Array, scale: Array, num_heads: int) -> Tokens:
+    """Returns the counts of `attention`, before their norm: integers."""
     products = scores(q + moves[0], k + moves[1], num_heads)
     probs = jax.nn.softmax(products / math.sqrt(q.shape[-1] // num_heads), axis=-2)
-    counted = context(jnp.round(probs / scale) >= 1, v + moves[2])
-    shortcut = k + v if reduction == 1 else upsample(k + v, reduction)
-    return units.rprelu(counted * norm.factor + norm.shift + q + shortcut, norm.slope, norm.move2)
+    return context(jnp.round(probs / scale) >= 1, v + moves[2])
+
+
+def repeated(x: Tokens, reduction: int) -> Tokens:
+    """Returns pooled tokens repeated over the grid that they come from."""
+    return x if reduction == 1 else upsample(x, reduction)
+
+
+def follow(counted: Tokens, norm: Context, shortcut: Tokens) -> Tokens:
+    """Returns the RPReLU of a norm of counts and a shortcut: see `Context`."""
+    return units.rprelu(counted * norm.factor + norm.shift + shortcut, norm.slope, norm.move2)
 
 
 def scores(

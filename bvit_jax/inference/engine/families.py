@@ -1,0 +1,37 @@
+"""The families of the engine: each has a file here with ``apply``, and one in `folding` with ``fold``."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from bvit_jax.errors import UserError
+from bvit_jax.imports.shapes import Float
+from bvit_jax.inference.engine.parameters import Parameters
+
+FAMILIES = {"binaryvit": "binaryvit", "react_deit": "binaryvit"}
+
+
+def module_of(name: str, package: str) -> Any:
+    """Returns the file of a model's family in a package; raises `UserError` if the engine does not run it."""
+    if name not in FAMILIES:
+        raise UserError(f"a {name!r} model cannot be packed; expected one of {', '.join(sorted(FAMILIES))}")
+    return importlib.import_module(f"{package}.{FAMILIES[name]}")
+
+
+def apply(
+    settings: Mapping[str, Any], arrays: Mapping[str, Any], images: Float[Array, "images height width 3"]
+) -> Float[Array, "images classes"]:
+    """Returns the logits of a folded model, in the dtype of its arrays.
+
+    Args:
+      settings: the model's name and all of its settings.
+      arrays: what `bvit_jax.inference.engine.fold.fold` returned for it.
+      images: normalised.
+    """
+    parameters = Parameters(arrays)
+    images = images.astype(jnp.asarray(parameters["head/bias"]).dtype)
+    logits: Array = module_of(settings["name"], __package__).apply(settings, parameters, images)
+    return logits

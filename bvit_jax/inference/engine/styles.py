@@ -1,0 +1,95 @@
+"""The steps between products with the norms of a model: folded batch norms, or layer norms.
+
+Both have the same functions: those of `bvit_jax.inference.engine.operations` and `normalise`. A layer norm is
+computed from each token, so that nothing of it is known before; its units are `ScaledUnit`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bvit_jax.binary import units
+from bvit_jax.inference.engine import operations
+from bvit_jax.inference.engine.operations import Context, End, Outputs, Tokens
+from bvit_jax.inference.engine.parameters import ScaledUnit
+from bvit_jax.layers.grid import average_channel_slices, tile_channels
+
+
+class Folded:
+    """Batch norms, which are part of `Unit`, `End` and `Context`."""
+
+    unit = staticmethod(operations.unit)
+    unit_end = staticmethod(operations.unit_end)
+    feed_forward = staticmethod(operations.feed_forward)
+    attention = staticmethod(operations.attention)
+    follow = staticmethod(operations.follow)
+
+    @staticmethod
+    def normalise(x: Tokens, factor: Array, shift: Array) -> Tokens:
+        """Returns the norm of tokens."""
+        return x * factor + shift
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Layer norms of some epsilon."""
+
+    epsilon: float
+
+    def normalise(self, x: Tokens, factor: Array, shift: Array) -> Tokens:
+        """Returns the norm of tokens."""
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return centred * lax.rsqrt(variance + self.epsilon) * factor + shift
+
+    def unit(self, x: Tokens, u: ScaledUnit, shortcut: Tokens) -> Outputs:
+        """Computes `operations.unit`."""
+        y = self.normalise(operations.count(x, u.product) * u.scale, u.factor, u.shift)
+        y += tile_channels(shortcut, y.shape[-1] // shortcut.shape[-1])
+        return units.rprelu(y, u.slope, u.move2)
+
+    def unit_end(
+        self, x: Tokens, u: ScaledUnit, shortcut: Tokens, residual: Outputs, end: End
+    ) -> tuple[Outputs, Outputs]:
+        """Computes `operations.unit_end`."""
+        r = residual + self.unit(x, u, shortcut) * end.alpha + end.move
+        return r, self.normalise(r, end.factor, end.shift)
+
+    def feed_forward(
+        self, x: Tokens, expand: ScaledUnit, contract: ScaledUnit, residual: Tokens, end: End
+    ) -> tuple[Tokens, Tokens]:
+        """Computes `operations.feed_forward`."""
+        hidden = self.unit(x, expand, x)
+        shortcut = average_channel_slices(hidden, hidden.shape[-1] // x.shape[-1])
+        return self.unit_end(hidden, contract, shortcut, residual, end)
+
+    def attention(
+        self,
+        q: Tokens,
+        k: Tokens,
+        v: Tokens,
+        moves: Array,
+        norm: Context,
+        scale: Array,
+        num_heads: int,
+        reduction: int,
+    ) -> Tokens:
+        """Computes `operations.attention`; the factor of ``norm`` is that of the layer norm alone."""
+        counted = operations.attended(q, k, v, moves, scale, num_heads) * scale
+        return self.follow(counted, norm, q + operations.repeated(k + v, reduction))
+
+    def follow(self, counted: Tokens, norm: Context, shortcut: Tokens) -> Tokens:
+        """Computes `operations.follow`."""
+        shifted = self.normalise(counted, norm.factor, norm.shift) + shortcut
+        return units.rprelu(shifted, norm.slope, norm.move2)
+
+
+Style = Folded | Normalised
+
+
+def style_of(settings: Mapping[str, Any]) -> Style:
+    """Returns the steps for a model's settings."""
+    return Folded() if settings["norm"] == "batch_norm" else Normalised(settings["norm_epsilon"])
