@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bvit_jax.inference.engine import operations
+from bvit_jax.inference.engine.levels import Operations
 from bvit_jax.inference.engine.parameters import Parameters
-from bvit_jax.inference.engine.styles import Style, style_of
+from bvit_jax.inference.engine.styles import with_norms
 from bvit_jax.layers.grid import average_pool, extract_patches, to_grid
 
 STRIDE = 2  # between stages
@@ -41,64 +41,64 @@ def stages(settings: Mapping[str, Any]) -> list[Stage]:
     ]
 
 
-def apply(settings: Mapping[str, Any], p: Parameters, images: Array) -> Array:
+def apply(settings: Mapping[str, Any], p: Parameters, images: Array, operations: Operations) -> Array:
     """Returns the logits (images, classes); see `bvit_jax.inference.engine.families.apply`."""
-    style = style_of(settings)
-    x, n = embed(style, p.at("embedding"), images, settings["patch_size"])
+    op = with_norms(operations, settings)
+    x, n = embed(op, p.at("embedding"), images, settings["patch_size"])
     for number, stage in enumerate(stages(settings)):
         if number > 0:
-            x, n = downsample(style, p.at(f"downsample{number}"), n)
+            x, n = downsample(op, p.at(f"downsample{number}"), n)
         for index in stage.blocks:
-            x, n = block(style, p.at(f"block{index}"), x, n, stage)
+            x, n = block(op, p.at(f"block{index}"), x, n, stage)
     pooled = n[:, 0] if settings.get("class_token") else jnp.mean(n, axis=1)
     return classify(p, pooled)
 
 
 def embed(
-    style: Style, p: Parameters, images: Array, patch_size: int, gelu: bool = False
+    op: Operations, p: Parameters, images: Array, patch_size: int, gelu: bool = False
 ) -> tuple[Array, Array]:
     """Returns the tokens of images and their norm."""
     x = extract_patches(images, patch_size) @ p["patches"]
     if "bias" in p:
         x += p["bias"]
     if "inner/factor" in p:
-        x = style.normalise(x, p["inner/factor"], p["inner/shift"])
+        x = op.normalise(x, p["inner/factor"], p["inner/shift"])
     x = (jax.nn.gelu(x, approximate=False) if gelu else x) + p["positions"]
     if "tokens" in p:
         tokens = jnp.broadcast_to(p["tokens"], (x.shape[0], *p["tokens"].shape))
         x = jnp.concatenate([tokens, x], axis=1)
-    return x, style.normalise(x, p["norm/factor"], p["norm/shift"])
+    return x, op.normalise(x, p["norm/factor"], p["norm/shift"])
 
 
-def downsample(style: Style, p: Parameters, n: Array) -> tuple[Array, Array]:
+def downsample(op: Operations, p: Parameters, n: Array) -> tuple[Array, Array]:
     """Returns the tokens of the next stage, and their norm, from the normalised ones of a stage."""
     patches = extract_patches(to_grid(n), STRIDE)
     if "kernel" in p:
         x = patches @ p["kernel"]
         if "inner/factor" in p:
-            x = style.normalise(x, p["inner/factor"], p["inner/shift"])
+            x = op.normalise(x, p["inner/factor"], p["inner/shift"])
     else:
-        x = style.unit(patches, p.unit("unit"), average_pool(n, STRIDE))
+        x = op.unit(patches, p.unit("unit"), average_pool(n, STRIDE))
     x += p["positions"]
-    return x, style.normalise(x, p["norm/factor"], p["norm/shift"])
+    return x, op.normalise(x, p["norm/factor"], p["norm/shift"])
 
 
-def block(style: Style, p: Parameters, x: Array, n: Array, stage: Stage) -> tuple[Array, Array]:
+def block(op: Operations, p: Parameters, x: Array, n: Array, stage: Stage) -> tuple[Array, Array]:
     """Returns the tokens after a block, and their norm."""
     inner = p.at("attention")
-    q = style.unit(n, inner.unit("query"), n)
+    q = op.unit(n, inner.unit("query"), n)
     z = n
     if stage.reduction > 1:
         z = average_pool(n, stage.reduction)
-        z = style.unit(z, inner.unit("reduce"), z)
-    k, v = (style.unit(z, inner.unit(name), z) for name in ("key", "value"))
-    y = style.attention(
+        z = op.unit(z, inner.unit("reduce"), z)
+    k, v = (op.unit(z, inner.unit(name), z) for name in ("key", "value"))
+    y = op.attention(
         q, k, v, inner["moves"], inner.context("norm"), inner["scale"], stage.num_heads, stage.reduction
     )
-    x, n = style.unit_end(y, p.unit("attention_output"), y, x, p.end("attention_end"))
+    x, n = op.unit_end(y, p.unit("attention_output"), y, x, p.end("attention_end"))
     if "taps" in p:
-        x = operations.branches(n, x, p["taps"])
-    return style.feed_forward(n, p.unit("mlp/expand"), p.unit("mlp/contract"), x, p.end("mlp_end"))
+        x = op.branches(n, x, p["taps"])
+    return op.feed_forward(n, p.unit("mlp/expand"), p.unit("mlp/contract"), x, p.end("mlp_end"))
 
 
 def classify(p: Parameters, pooled: Array) -> Array:

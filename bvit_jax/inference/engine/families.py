@@ -9,6 +9,7 @@ from jax import Array
 
 from bvit_jax.errors import UserError
 from bvit_jax.imports.shapes import Float
+from bvit_jax.inference.engine.levels import Operations, best
 from bvit_jax.inference.engine.parameters import Parameters
 
 FAMILIES = {"binaryvit": "binaryvit", "react_deit": "binaryvit"}
@@ -22,7 +23,10 @@ def module_of(name: str, package: str) -> Any:
 
 
 def apply(
-    settings: Mapping[str, Any], arrays: Mapping[str, Any], images: Float[Array, "images height width 3"]
+    settings: Mapping[str, Any],
+    arrays: Mapping[str, Any],
+    images: Float[Array, "images height width 3"],
+    operations: Operations | None = None,
 ) -> Float[Array, "images classes"]:
     """Returns the logits of a folded model, in the dtype of its arrays.
 
@@ -30,8 +34,11 @@ def apply(
       settings: the model's name and all of its settings.
       arrays: what `bvit_jax.inference.engine.fold.fold` returned for it.
       images: normalised.
+      operations: what computes its steps; the fastest that can run here if None.
     """
     parameters = Parameters(arrays)
     images = images.astype(jnp.asarray(parameters["head/bias"]).dtype)
-    logits: Array = module_of(settings["name"], __package__).apply(settings, parameters, images)
+    logits: Array = module_of(settings["name"], __package__).apply(
+        settings, parameters, images, operations or best()
+    )
     return logits

@@ -47,7 +47,7 @@ def fold(
         found = (
             ", ".join(f"{key} {value}" for key, value in real.items()) or f"{config['name']} is real-valued"
         )
-        raise UserError(f"only a model whose weights and activations have one bit can be packed; {found[0]}")
+        raise UserError(f"only a model whose weights and activations have one bit can be packed; {found}")
     wide = jax.tree.map(lambda array: np.asarray(array, np.float64), dict(variables))
     family = families.module_of(config["name"], folding.__name__)
     arrays = family.fold(config, wide["params"], wide.get("batch_stats", {}))

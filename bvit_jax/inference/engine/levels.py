@@ -11,7 +11,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -37,18 +37,11 @@ class Operations:
     branches: Callable[..., Array]
     scores: Callable[..., Array]
     context: Callable[..., Array]
+    follow: Callable[..., Array]
+    normalise: Callable[..., Array]
 
 
-XLA = Operations(
-    operations.count,
-    operations.unit,
-    operations.unit_end,
-    operations.feed_forward,
-    operations.attention,
-    operations.branches,
-    operations.scores,
-    operations.context,
-)
+XLA = Operations(*(getattr(operations, field.name) for field in fields(Operations)))
 
 
 def best() -> Operations:
@@ -116,6 +109,12 @@ def _call(
     return list(jax.ffi.ffi_call(f"bvit_{name}", results)(x, *others, **attributes))
 
 
-COMPILED = Operations(
-    _count, _unit, _unit_end, _feed_forward, _attention, _branches, operations.scores, operations.context
+COMPILED = replace(
+    XLA,
+    count=_count,
+    unit=_unit,
+    unit_end=_unit_end,
+    feed_forward=_feed_forward,
+    attention=_attention,
+    branches=_branches,
 )

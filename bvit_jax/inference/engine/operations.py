@@ -29,6 +29,7 @@ __all__ = [
     "count",
     "feed_forward",
     "follow",
+    "normalise",
     "repeated",
     "scores",
     "unit",
@@ -216,6 +217,11 @@ def branches(n: Tokens, x: Tokens, taps: Float[Array, "taps channels"]) -> Token
             )
             y += to_tokens(before + after) * tap
     return y
+
+
+def normalise(x: Tokens, factor: Vector, shift: Vector) -> Tokens:
+    """Returns a folded norm of tokens."""
+    return x * factor + shift
 
 
 def _packed(x: Array, bit: bool) -> bits.Bits:

@@ -1,11 +1,10 @@
-"""The steps between products with the norms of a model: folded batch norms, or layer norms.
+"""The operations with the norms of a model: folded batch norms, or layer norms.
 
-Both have the same functions: those of `bvit_jax.inference.engine.operations` and `normalise`. A layer norm is
-computed from each token, so that nothing of it is known before; its units are `ScaledUnit`.
+A layer norm is computed from each token, so that nothing of it is known before; its units are `ScaledUnit`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,31 +12,18 @@ from jax import Array, lax
 
 from bvit_jax.binary import units
 from bvit_jax.inference.engine import operations
+from bvit_jax.inference.engine.levels import Operations
 from bvit_jax.inference.engine.operations import Context, End, Outputs, Tokens
 from bvit_jax.inference.engine.parameters import ScaledUnit
 from bvit_jax.layers.grid import average_channel_slices, tile_channels
 
 
-class Folded:
-    """Batch norms, which are part of `Unit`, `End` and `Context`."""
-
-    unit = staticmethod(operations.unit)
-    unit_end = staticmethod(operations.unit_end)
-    feed_forward = staticmethod(operations.feed_forward)
-    attention = staticmethod(operations.attention)
-    follow = staticmethod(operations.follow)
-
-    @staticmethod
-    def normalise(x: Tokens, factor: Array, shift: Array) -> Tokens:
-        """Returns the norm of tokens."""
-        return x * factor + shift
-
-
 @dataclass(frozen=True)
 class Normalised:
-    """Layer norms of some epsilon."""
+    """Layer norms of some epsilon around the counts of other operations."""
 
     epsilon: float
+    counting: Operations
 
     def normalise(self, x: Tokens, factor: Array, shift: Array) -> Tokens:
         """Returns the norm of tokens."""
@@ -47,7 +33,7 @@ class Normalised:
 
     def unit(self, x: Tokens, u: ScaledUnit, shortcut: Tokens) -> Outputs:
         """Computes `operations.unit`."""
-        y = self.normalise(operations.count(x, u.product) * u.scale, u.factor, u.shift)
+        y = self.normalise(self.counting.count(x, u.product) * u.scale, u.factor, u.shift)
         y += tile_channels(shortcut, y.shape[-1] // shortcut.shape[-1])
         return units.rprelu(y, u.slope, u.move2)
 
@@ -87,9 +73,17 @@ class Normalised:
         return units.rprelu(shifted, norm.slope, norm.move2)
 
 
-Style = Folded | Normalised
-
-
-def style_of(settings: Mapping[str, Any]) -> Style:
-    """Returns the steps for a model's settings."""
-    return Folded() if settings["norm"] == "batch_norm" else Normalised(settings["norm_epsilon"])
+def with_norms(folded: Operations, settings: Mapping[str, Any]) -> Operations:
+    """Returns operations with the norms of a model: those of layer norms in place of folded batch norms."""
+    if settings["norm"] == "batch_norm":
+        return folded
+    own = Normalised(settings["norm_epsilon"], folded)
+    return replace(
+        folded,
+        unit=own.unit,
+        unit_end=own.unit_end,
+        feed_forward=own.feed_forward,
+        attention=own.attention,
+        follow=own.follow,
+        normalise=own.normalise,
+    )
