@@ -6,12 +6,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "operations.h"
+#include "team.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace bvit {
@@ -84,28 +83,15 @@ const Operations<T>& operations() {
 
 // --- threads -------------------------------------------------------------------------------------
 
-// Tasks that the threads of a pool take one by one. The caller takes part, and waits only for tasks that have begun,
-// so that a pool whose threads are all busy cannot stop it.
-ParallelFor parallel_on(ffi::ThreadPool pool) {
-  return [pool](int64_t count, const std::function<void(int64_t)>& task) mutable {
-    struct State {
-      std::atomic<int64_t> next{0}, done{0};
-    };
-    const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-    if (helpers < 1) {
-      for (int64_t i = 0; i < count; ++i) task(i);
-      return;
-    }
-    auto state = std::make_shared<State>();
-    const auto work = [state, count, &task] {
-      for (int64_t i; (i = state->next++) < count;) {
-        task(i);
-        state->done.fetch_add(1, std::memory_order_release);
-      }
-    };
-    for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
-    work();
-    while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+// Never destroyed: its threads may outlive the module.
+Team& team() {
+  static Team* const kTeam = new Team;
+  return *kTeam;
+}
+
+ParallelFor parallel_on(const ffi::ThreadPool& pool) {
+  return [threads = pool.num_threads()](int64_t count, const std::function<void(int64_t)>& task) {
+    team().run(threads, count, task);
   };
 }
 
