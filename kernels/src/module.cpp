@@ -203,6 +203,26 @@ ffi::Error attention(ffi::ThreadPool pool, AnyBuffer q, AnyBuffer k, AnyBuffer v
   });
 }
 
+ffi::Error pool(ffi::ThreadPool threads, AnyBuffer x, Out<AnyBuffer> y, int64_t side, int64_t size) {
+  return for_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    operations<T>().pool(parallel_on(threads), data<T>(x), x.dimensions()[0], side, last(x), size, data<T>(y));
+  });
+}
+
+ffi::Error downsample(ffi::ThreadPool pool, AnyBuffer n, AnyBuffer move, AnyBuffer negative, AnyBuffer nonzero,
+                      AnyBuffer factor, AnyBuffer shift, AnyBuffer slope, AnyBuffer move2, AnyBuffer positions,
+                      AnyBuffer norm_factor, AnyBuffer norm_shift, Out<AnyBuffer> x_out, Out<AnyBuffer> n_out,
+                      int64_t side) {
+  return for_type(n, [&](auto zero) {
+    using T = decltype(zero);
+    operations<T>().downsample(parallel_on(pool), data<T>(n),
+                               unit_of<T>(move, negative, nonzero, factor, shift, slope, move2), data<T>(positions),
+                               data<T>(norm_factor), data<T>(norm_shift), n.dimensions()[0], side, data<T>(x_out),
+                               data<T>(n_out));
+  });
+}
+
 ffi::Error branches(ffi::ThreadPool pool, AnyBuffer n, AnyBuffer x, AnyBuffer taps, Out<AnyBuffer> y, int64_t side) {
   return for_type(n, [&](auto zero) {
     using T = decltype(zero);
@@ -225,6 +245,9 @@ XLA_FFI_DEFINE_HANDLER(kUnitEnd, unit_end, BIND ARGS8 ARGS4 ARGS2.Ret<AnyBuffer>
 XLA_FFI_DEFINE_HANDLER(kFeedForward, feed_forward, BIND ARGS8 ARGS8 ARGS4.Ret<AnyBuffer>().Ret<AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER(kAttention, attention,
                        BIND ARGS8 ARGS1.Ret<AnyBuffer>().Attr<int64_t>("heads").Attr<int64_t>("reduction"));
+XLA_FFI_DEFINE_HANDLER(kPool, pool, BIND ARGS1.Ret<AnyBuffer>().Attr<int64_t>("side").Attr<int64_t>("size"));
+XLA_FFI_DEFINE_HANDLER(kDownsample, downsample,
+                       BIND ARGS8 ARGS2 ARGS1.Ret<AnyBuffer>().Ret<AnyBuffer>().Attr<int64_t>("side"));
 XLA_FFI_DEFINE_HANDLER(kBranches, branches, BIND ARGS2 ARGS1.Ret<AnyBuffer>().Attr<int64_t>("side"));
 
 namespace {
@@ -278,6 +301,8 @@ NB_MODULE(_native, m) {
     targets["bvit_unit_end"] = capsule(kUnitEnd);
     targets["bvit_feed_forward"] = capsule(kFeedForward);
     targets["bvit_attention"] = capsule(kAttention);
+    targets["bvit_pool"] = capsule(kPool);
+    targets["bvit_downsample"] = capsule(kDownsample);
     targets["bvit_branches"] = capsule(kBranches);
     return targets;
   });

@@ -55,6 +55,11 @@ struct Operations {
   void (*feed_forward)(const ParallelFor&, const T* x, const Unit<T>& expand, const Unit<T>& contract,
                        const T* residual, const End<T>&, int64_t rows, T* r, T* n);
   void (*attention)(const ParallelFor&, const T* q, const T* k, const T* v, const Attention<T>&, T* y);
+  // The average of each square of tokens.
+  void (*pool)(const ParallelFor&, const T* x, int64_t images, int64_t side, int64_t channels, int64_t size, T* y);
+  // A unit of the 2x2 patches of n, whose shortcut is their average, with positions added, x, and normalised, n.
+  void (*downsample)(const ParallelFor&, const T* n, const Unit<T>&, const T* positions, const T* factor,
+                     const T* shift, int64_t images, int64_t side, T* x_out, T* n_out);
   // x plus a stencil of n: taps are (centre, rows 1 and 2 away, columns 1 and 2 away), each (channels).
   void (*branches)(const ParallelFor&, const T* n, const T* x, const T* taps, int64_t images, int64_t side,
                    int64_t channels, T* y);

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from bvit_jax.inference.engine.levels import Operations
+from bvit_jax.inference.engine.operations import STRIDE
 from bvit_jax.inference.engine.parameters import Parameters
 from bvit_jax.inference.engine.styles import with_norms
-from bvit_jax.layers.grid import average_pool, extract_patches, to_grid
-
-STRIDE = 2  # between stages
+from bvit_jax.layers.grid import extract_patches, to_grid
 
 
 class Stage(NamedTuple):
@@ -72,13 +71,11 @@ def embed(
 
 def downsample(op: Operations, p: Parameters, n: Array) -> tuple[Array, Array]:
     """Returns the tokens of the next stage, and their norm, from the normalised ones of a stage."""
-    patches = extract_patches(to_grid(n), STRIDE)
-    if "kernel" in p:
-        x = patches @ p["kernel"]
-        if "inner/factor" in p:
-            x = op.normalise(x, p["inner/factor"], p["inner/shift"])
-    else:
-        x = op.unit(patches, p.unit("unit"), average_pool(n, STRIDE))
+    if "kernel" not in p:
+        return op.downsample(n, p.unit("unit"), p["positions"], p["norm/factor"], p["norm/shift"])
+    x = extract_patches(to_grid(n), STRIDE) @ p["kernel"]
+    if "inner/factor" in p:
+        x = op.normalise(x, p["inner/factor"], p["inner/shift"])
     x += p["positions"]
     return x, op.normalise(x, p["norm/factor"], p["norm/shift"])
 
@@ -89,7 +86,7 @@ def block(op: Operations, p: Parameters, x: Array, n: Array, stage: Stage) -> tu
     q = op.unit(n, inner.unit("query"), n)
     z = n
     if stage.reduction > 1:
-        z = average_pool(n, stage.reduction)
+        z = op.average_pool(n, stage.reduction)
         z = op.unit(z, inner.unit("reduce"), z)
     k, v = (op.unit(z, inner.unit(name), z) for name in ("key", "value"))
     y = op.attention(

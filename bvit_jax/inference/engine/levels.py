@@ -34,6 +34,8 @@ class Operations:
     unit_end: Callable[..., tuple[Array, Array]]
     feed_forward: Callable[..., tuple[Array, Array]]
     attention: Callable[..., Array]
+    average_pool: Callable[..., Array]
+    downsample: Callable[..., tuple[Array, Array]]
     branches: Callable[..., Array]
     scores: Callable[..., Array]
     context: Callable[..., Array]
@@ -88,6 +90,19 @@ def _attention(
     return _call("attention", [q.shape], q, k, v, moves, *norm, scale, **sizes)[0]
 
 
+def _average_pool(x: Array, size: int) -> Array:
+    images, tokens, channels = x.shape
+    sizes = {"side": np.int64(math.isqrt(tokens)), "size": np.int64(size)}
+    return _call("pool", [(images, tokens // size**2, channels)], x, **sizes)[0]
+
+
+def _downsample(n: Array, u: Unit, positions: Array, factor: Array, shift: Array) -> tuple[Array, Array]:
+    shapes = [(n.shape[0], *positions.shape)] * 2
+    side = np.int64(math.isqrt(n.shape[1]))
+    x, n = _call("downsample", shapes, n, *_flat(u), positions, factor, shift, side=side)
+    return x, n
+
+
 def _branches(n: Array, x: Array, taps: Array) -> Array:
     reach = taps.shape[0] // 2
     if reach > REACH:
@@ -116,5 +131,7 @@ COMPILED = replace(
     unit_end=_unit_end,
     feed_forward=_feed_forward,
     attention=_attention,
+    average_pool=_average_pool,
+    downsample=_downsample,
     branches=_branches,
 )

@@ -15,18 +15,23 @@ from jax import Array, lax
 from bvit_jax.binary import bits, units
 from bvit_jax.binary.units import Product, Unit
 from bvit_jax.imports.shapes import Bool, Float
-from bvit_jax.layers.grid import to_grid, to_tokens, upsample
+from bvit_jax.layers.grid import average_pool, extract_patches, to_grid, to_tokens, upsample
+
+STRIDE = 2  # between stages
 
 __all__ = [
+    "STRIDE",
     "Context",
     "End",
     "Product",
     "Unit",
     "attended",
     "attention",
+    "average_pool",
     "branches",
     "context",
     "count",
+    "downsample",
     "feed_forward",
     "follow",
     "normalise",
@@ -193,6 +198,22 @@ def context(
         total,
     )
     return y.reshape(images, -1, tokens).swapaxes(1, 2).astype(v.dtype)
+
+
+def downsample(
+    n: Tokens, u: Unit, positions: Float[Array, "fewer outputs"], factor: Vector, shift: Vector
+) -> tuple[Outputs, Outputs]:
+    """Returns the tokens of the next stage and their norm, from the normalised tokens of a stage.
+
+    Args:
+      n: a square grid.
+      u: of its 2×2 patches, each a vector of four times its channels; the shortcut is their average.
+      positions: added to the unit.
+      factor, shift: of the norm.
+    """
+    patches = extract_patches(to_grid(n), STRIDE)
+    x = unit(patches, u, average_pool(n, STRIDE)) + positions
+    return x, normalise(x, factor, shift)
 
 
 def branches(n: Tokens, x: Tokens, taps: Float[Array, "taps channels"]) -> Tokens:

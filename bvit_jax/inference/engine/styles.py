@@ -15,7 +15,13 @@ from bvit_jax.inference.engine import operations
 from bvit_jax.inference.engine.levels import Operations
 from bvit_jax.inference.engine.operations import Context, End, Outputs, Tokens
 from bvit_jax.inference.engine.parameters import ScaledUnit
-from bvit_jax.layers.grid import average_channel_slices, tile_channels
+from bvit_jax.layers.grid import (
+    average_channel_slices,
+    average_pool,
+    extract_patches,
+    tile_channels,
+    to_grid,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,14 @@ class Normalised:
         shortcut = average_channel_slices(hidden, hidden.shape[-1] // x.shape[-1])
         return self.unit_end(hidden, contract, shortcut, residual, end)
 
+    def downsample(
+        self, n: Tokens, u: ScaledUnit, positions: Array, factor: Array, shift: Array
+    ) -> tuple[Outputs, Outputs]:
+        """Computes `operations.downsample`."""
+        patches = extract_patches(to_grid(n), operations.STRIDE)
+        x = self.unit(patches, u, average_pool(n, operations.STRIDE)) + positions
+        return x, self.normalise(x, factor, shift)
+
     def attention(
         self,
         q: Tokens,
@@ -84,6 +98,7 @@ def with_norms(folded: Operations, settings: Mapping[str, Any]) -> Operations:
         unit_end=own.unit_end,
         feed_forward=own.feed_forward,
         attention=own.attention,
+        downsample=own.downsample,
         follow=own.follow,
         normalise=own.normalise,
     )

@@ -93,6 +93,11 @@ def test_compiled_operations_compute_what_xla_does(dtype: str, zeros: bool) -> N
         scale = jnp.asarray(0.8 / keys, dtype)
         norm = make.vectors(Context, width)
         assert_equal("attention", q, k, v, make(3, width), norm, scale, num_heads=heads, reduction=reduction)
+    for side, size, width in ((8, 4, 64), (7, 2, 24)):
+        assert_equal("average_pool", make(2, (side // size * size) ** 2, width), size=size)
+    for width, outputs in ((64, 128), (20, 40)):
+        tail = make(4, outputs), make(outputs), make(outputs)
+        assert_equal("downsample", make(2, 16, width), make.unit(4 * width, outputs), *tail)
     for taps in (1, 3, 5, 7):
         assert_equal("branches", make(2, 25, 24), make(2, 25, 24), make(taps, 24))
 
