@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bvit_jax import binary, configs, layers, models
     from bvit_jax.errors import UserError
-    from bvit_jax.inference import Classifier, load, predict, save
+    from bvit_jax.inference import Classifier, export, load, predict, save
     from bvit_jax.models import create_model, model_config
     from bvit_jax.training.evaluation import evaluate_workdir as evaluate
     from bvit_jax.training.loop import train_and_evaluate
@@ -26,6 +26,7 @@ __all__ = [
     "configs",
     "create_model",
     "evaluate",
+    "export",
     "layers",
     "load",
     "model_config",
@@ -41,6 +42,7 @@ _HOMES = {
     "UserError": "bvit_jax.errors:UserError",
     "create_model": "bvit_jax.models:create_model",
     "evaluate": "bvit_jax.training.evaluation:evaluate_workdir",
+    "export": "bvit_jax.inference:export",
     "load": "bvit_jax.inference:load",
     "model_config": "bvit_jax.models:model_config",
     "predict": "bvit_jax.inference:predict",

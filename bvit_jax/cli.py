@@ -263,7 +263,8 @@ def _eval_model(values: flags.FlagValues, overrides: Mapping[str, Any]) -> None:
     path = local_path(values.checkpoint)
     _start_jax(values)
     process.raise_at_signals()
-    from bvit_jax.training.evaluation import evaluate_model, to_json
+    from bvit_jax.inference.evaluation import evaluate_model
+    from bvit_jax.training.evaluation import to_json
 
     _print_result(to_json(evaluate_model(path, config, values.classes)))
 
@@ -357,6 +358,9 @@ COMMANDS = {
         trains=True,
     ),
     "predict": Command("classify image files", _of("bvit_jax.inference.command")),
+    "export": Command(
+        "fold a model of one bit into a packed file, which the engine runs", _of("bvit_jax.inference.export")
+    ),
     "convert": Command("move weights between PyTorch and JAX", _of("bvit_jax.convert")),
     "prepare": Command("prepare data sets for training", _of("bvit_jax.data.prepare.command"), logs=True),
     "report": Command("pictures and tables of runs, networks and costs", _of("bvit_jax.report.command")),

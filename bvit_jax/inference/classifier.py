@@ -1,26 +1,30 @@
 """Classes of images, as a model and its preprocessing see them."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from ml_collections import ConfigDict
 
-from bvit_jax import models, weights
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
+from bvit_jax.inference.engine.network import Network
 from bvit_jax.inference.images import Picture, label_of, model_input
-from bvit_jax.weights import NATIVE, Preprocessing, Pretrained
-from bvit_jax.weights.state_dicts import Variables
+from bvit_jax.weights.packed import Packed, is_packed, read_packed
+from bvit_jax.weights.preprocessing import Preprocessing
+
+if TYPE_CHECKING:  # a packed model runs without Flax
+    from flax import linen as nn
+
+    from bvit_jax.weights import Pretrained
 
 IMAGES_AT_ONCE = 8
+NATIVE = "native"  # of `bvit_jax.weights`, which a packed model does without
 
 Images = Sequence[Picture] | np.ndarray
 
@@ -39,14 +43,14 @@ class Classifier:
     """A network with its weights, its preprocessing and the names of its classes.
 
     Attributes:
-      pretrained: what was read, with its history and what its files did not say.
+      pretrained: what was read, with its history and what its files did not say; or a packed model.
     """
 
-    pretrained: Pretrained
+    pretrained: "Pretrained | Packed"
 
     @property
-    def config(self) -> ConfigDict:
-        """The settings of the model, as `bvit_jax.model_config` makes them."""
+    def config(self) -> Any:
+        """The settings of the model as attributes, as `bvit_jax.model_config` makes them."""
         return self.pretrained.config
 
     @property
@@ -60,16 +64,20 @@ class Classifier:
         return self.pretrained.class_names
 
     @cached_property
-    def model(self) -> nn.Module:
+    def model(self) -> "nn.Module | Network":
         """The Flax module; ``model.apply(variables, images).logits``, float32 ``[N, classes]``.
 
-        Its input is normalized: float32 ``[N, size, size, 3]``.
+        Its input is normalized: float32 ``[N, size, size, 3]``. That of a packed model is the engine's.
         """
+        if isinstance(self.pretrained, Packed):
+            return Network(self.pretrained.config)
+        from bvit_jax import models
+
         return models.create_model(self.config)
 
     @cached_property
-    def variables(self) -> Variables:
-        """``{"params": ..., "batch_stats": ...}`` in float32, on the device."""
+    def variables(self) -> Mapping[str, Any]:
+        """``{"params": ..., "batch_stats": ...}`` on the device; or folded arrays."""
         return jax.device_put(self.pretrained.arrays())
 
     def predict(self, images: Images) -> np.ndarray:
@@ -107,11 +115,20 @@ class Classifier:
         for start in range(0, len(images), IMAGES_AT_ONCE):
             group = images[start : start + IMAGES_AT_ONCE]
             batch = np.stack([model_input(image, self.preprocessing) for image in group])
-            for index, row in enumerate(np.asarray(self._forward(self.variables, batch))):
+            for index, row in enumerate(np.asarray(self.probabilities(batch))):
                 if not np.isfinite(row).all():
                     name = label_of(images[start + index], start + index)
                     raise UserError(f"the model's answer for {name} is not finite; its weights are damaged")
                 yield row
+
+    def probabilities(self, images: np.ndarray) -> jax.Array:
+        """Returns the probabilities of images that are cropped already, uint8 ``[N, size, size, 3]``.
+
+        Args:
+          images: the function is compiled for each number of them once.
+        """
+        found: jax.Array = self._forward(self.variables, images)
+        return found
 
     @cached_property
     def _forward(self) -> Any:
@@ -135,7 +152,8 @@ def load(
     """Reads a model.
 
     Args:
-      path: the workdir of a run, a converted directory or file, or anything else that ``bvit convert`` reads.
+      path: the workdir of a run, a converted directory or file, or anything else that ``bvit convert`` reads;
+        or what ``bvit export`` wrote.
       checkpoint: which one of a run; the latest if None.
       ema: whether to take the moving average of a run; if None, where it keeps one.
       options: of `bvit_jax.weights.load`, for files that do not describe themselves.
@@ -143,12 +161,28 @@ def load(
     Raises:
       UserError: there is no such model, or it is damaged.
     """
+    path = Path(path).expanduser()
+    if is_packed(path):
+        if checkpoint is not None or ema is not None or any(options.values()):
+            raise UserError(f"{path} is a packed model, which describes itself; leave out the options")
+        return Classifier(checked(read_packed(path), path))
     from bvit_jax.workdir import runs  # here, because Orbax takes seconds to import
 
-    return Classifier(runs.load_model(Path(path).expanduser(), kind=checkpoint, ema=ema, **options))
+    return Classifier(runs.load_model(path, kind=checkpoint, ema=ema, **options))
 
 
-def save(model: Classifier | Pretrained, path: str | os.PathLike[str], format: str = NATIVE) -> None:
+def checked(model: Packed, path: Path) -> Packed:
+    """Returns a packed model; raises `UserError` with its path if its arrays do not fit its settings."""
+    try:
+        Network(model.config).check(model.arrays())
+        if len(model.class_names) != model.config["num_classes"]:
+            raise UserError(f"it names {len(model.class_names)} of {model.config['num_classes']} classes")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return model
+
+
+def save(model: "Classifier | Pretrained", path: str | os.PathLike[str], format: str = NATIVE) -> None:
     """Writes a model as a directory, or as one file if the path ends in ``.safetensors`` or ``.pth``.
 
     Args:
@@ -157,9 +191,13 @@ def save(model: Classifier | Pretrained, path: str | os.PathLike[str], format: s
       format: one of those of ``bvit convert``.
 
     Raises:
-      UserError: the path exists or cannot be written, or the format cannot hold the model.
+      UserError: the path exists or cannot be written, the format cannot hold the model, or it is packed.
     """
+    from bvit_jax import weights
+
     read = model.pretrained if isinstance(model, Classifier) else model
+    if isinstance(read, Packed):
+        raise UserError("a packed model has no latent weights to save; copy its directory")
     weights.save(read, Path(path).expanduser(), format)
 
 

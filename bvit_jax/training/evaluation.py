@@ -186,7 +186,7 @@ def evaluate_model(path: Path, config: ConfigDict, classes: Matching = "same") -
     """Evaluates a model of any format on the evaluation split of a configuration, with its own preprocessing.
 
     Args:
-      path: what `bvit_jax.load` reads.
+      path: of a model that is not packed.
       config: its ``data`` names the data set, and its ``eval_batch_size`` is used.
       classes: how the data set's classes are found among the model's.
 
@@ -196,32 +196,65 @@ def evaluate_model(path: Path, config: ConfigDict, classes: Matching = "same") -
     Raises:
       UserError: the model cannot be read, squeezes its images, or the data set has other classes.
     """
-    model = runs.load_model(path)
+    return evaluate_loaded(runs.load_model(path), path, config, classes)
+
+
+def evaluate_loaded(
+    model: Any, path: Path, config: ConfigDict, classes: Matching = "same", network: Any = None
+) -> dict[str, Any]:
+    """Computes `evaluate_model` of a model that was read from a path.
+
+    Args:
+      model: a `Pretrained` or a packed model.
+      path: for messages.
+      config, classes: see there.
+      network: what has the ``apply`` that takes the model's arrays, instead of its Flax module.
+
+    Raises:
+      UserError: see there.
+    """
+    config = config_for(model, path, config)
+    for text in model.assumed:
+        logger.warning("assumed, since %s does not say: %s", path, text)
+    mesh = make_mesh()
+    step = _step(config, model.class_names, classes, mesh, network)
+    arrays = model.arrays() if network is not None else {"batch_stats": {}, **model.arrays()}
+    return evaluate(step, jax.device_put(arrays, replicated(mesh)), _shown(config, mesh), mesh)
+
+
+def config_for(model: Any, path: Path, config: ConfigDict) -> ConfigDict:
+    """Returns a configuration with the model, and with its preprocessing of images.
+
+    Args:
+      model: a `Pretrained` or a packed model.
+      path: for messages.
+      config: of the data.
+
+    Raises:
+      UserError: the model squeezes its images.
+    """
     prepared = model.preprocessing
     if prepared.square:
         raise UserError(f"{path} squeezes its images to squares, which an evaluation does not; use predict")
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.model = model.config
+        config.model = ConfigDict(model.config)
         config.data.update(
             eval_resize=prepared.resize,
             eval_interpolation=prepared.interpolation,
             mean=prepared.mean,
             std=prepared.std,
         )
-    for text in model.assumed:
-        logger.warning("assumed, since %s does not say: %s", path, text)
-    mesh = make_mesh()
-    step = _step(config, model.class_names, classes, mesh)
-    variables = jax.device_put({"batch_stats": {}, **model.arrays()}, replicated(mesh))
-    return evaluate(step, variables, _shown(config, mesh), mesh)
+    return config
 
 
-def _step(config: ConfigDict, names: Sequence[str], classes: Matching, mesh: Mesh) -> Any:
+def _step(
+    config: ConfigDict, names: Sequence[str], classes: Matching, mesh: Mesh, network: Any = None
+) -> Any:
     """Returns the evaluation step for the classes of the evaluation split among those of a model."""
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     found = matched(data.open_eval_split(config.data).class_names, names, classes)
-    settings = eval_settings(config, mesh)
+    settings = eval_settings(config, mesh, network)
     if found != tuple(range(len(names))):
         settings = dataclasses.replace(settings, classes=found)
     return jit_eval_step(settings, mesh)

@@ -15,6 +15,7 @@ from bvit_jax.files import parse_json, read_json
 from bvit_jax.weights import tensor_files
 from bvit_jax.weights.document import KEY as DOCUMENT_KEY
 from bvit_jax.weights.document import Document, find_document
+from bvit_jax.weights.packed import is_packed
 from bvit_jax.weights.tensor_files import StateDict
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -85,6 +86,11 @@ def read_raw(
     values = {} if config_file is None else _read_json(config_file)
     if weights_key is not None and path.suffix not in tensor_files.TORCH_SUFFIXES:
         raise UserError(f"{path} is not a .pth file; leave out --key, which chooses an entry of one")
+    if is_packed(path):
+        raise UserError(
+            f"{path} is a packed model, whose latent weights are gone: it can be run and not converted; take"
+            " the model that it was exported from"
+        )
     if path.is_dir():
         return _read_directory(path, values), ()
     if not path.exists():
