@@ -1,9 +1,10 @@
-"""Folds a model into a packed file: ``bvit export SOURCE TARGET``
+"""Folds a model into a packed file or a program: ``bvit export SOURCE TARGET``
 
 SOURCE is whatever ``bvit predict`` takes, with weights and activations of one bit. TARGET is a directory,
 which must not exist and appears whole or not at all. ``bvit predict`` and ``bvit eval`` read it, and so does
 `bvit_jax.load`, with JAX, NumPy, safetensors and Pillow alone. It cannot be converted back: latent weights
-are gone. With --half --config=NAME, --split and --config.KEY=VALUE name the data on which it is compared.
+are gone. --format stablehlo writes a program instead, which JAX runs without this package. With --half
+--config=NAME, --split and --config.KEY=VALUE name the data on which it is compared.
 """
 
 import argparse
@@ -21,13 +22,14 @@ from bvit_jax.errors import UserError
 from bvit_jax.files import local_path
 from bvit_jax.inference.classifier import Classifier
 from bvit_jax.inference.engine import fold
+from bvit_jax.inference.stablehlo import write_program
 from bvit_jax.runtime import process
 from bvit_jax.runtime.arguments import add_noema, parse_config
 from bvit_jax.weights import Pretrained
-from bvit_jax.weights.packed import CONFIG_FILE, WEIGHTS_FILE, Packed, Settings, write_packed
+from bvit_jax.weights.packed import Packed, Settings, write_packed
 from bvit_jax.workdir import runs
 
-FORMATS = ("packed",)
+FORMATS = ("packed", "stablehlo")
 KINDS = ("signs", "per channel", "positions", "classifier", "other")
 
 
@@ -106,8 +108,7 @@ def _kind(name: str, array: np.ndarray) -> str:
 
 def _report(model: Packed, pretrained: Pretrained, target: Path) -> str:
     """Returns what was written, by kind, and what ``bvit report cost`` counts for the parameters."""
-    files = [target / WEIGHTS_FILE, target / CONFIG_FILE]
-    total = sum(file.stat().st_size for file in files)
+    total = sum(file.stat().st_size for file in target.iterdir())
     found = sizes(model.folded)
     found["header"] = total - sum(found.values())
     module = models.create_model(pretrained.config)
@@ -131,7 +132,8 @@ def run(argv: list[str]) -> None:
         model = whole = pack(read)
         if arguments.half:
             model = halved(whole)
-        write_packed(model, arguments.target, version("bvit_jax"))
+        writer = write_program if arguments.format == "stablehlo" else write_packed
+        writer(model, arguments.target, version("bvit_jax"))
         print(_report(model, read, arguments.target))
     if config is not None:
         print(_compared(whole, model, arguments.target, config))

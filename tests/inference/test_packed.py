@@ -21,6 +21,7 @@ from bvit_jax.binary.weights import DENSE
 from bvit_jax.errors import UserError
 from bvit_jax.inference import Classifier, engine, export
 from bvit_jax.inference.export import halved, pack, sizes
+from bvit_jax.inference.stablehlo import write_program
 from bvit_jax.weights import tensor_files
 from bvit_jax.weights.packed import read_packed
 from bvit_jax.weights.pretrained import Pretrained
@@ -248,3 +249,53 @@ def test_numbers_that_float16_does_not_hold(pretrained: Pretrained) -> None:
     packed.folded["block0/mlp_end/alpha"][0] = 1e5
     with pytest.raises(UserError, match="block0/mlp_end/alpha holds 100000, too large for float16"):
         halved(packed)
+
+
+@pytest.mark.slow
+def test_a_program_runs_where_only_jax_is(packed: Path, pretrained: Pretrained, tmp_path: Path) -> None:
+    """With any number of images, in a process that has no package but jax, flatbuffers and numpy."""
+    target = tmp_path / "program"
+    write_program(pack(pretrained), target, "0")
+    size = pretrained.config.image_size
+    images = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    code = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+folder, = sys.argv[1:]
+images = np.load(folder + "/images.npy")
+program = jax.jit(jax.export.deserialize(Path(folder, "program", "model.stablehlo").read_bytes()).call)
+answers = [np.asarray(program(images[:count])) for count in (1, 3)]
+assert not {"bvit_jax", "flax", "jaxtyping"} & set(sys.modules)
+assert (answers[0] == answers[1][:1]).all()
+np.save(folder + "/answers.npy", answers[1])
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=tmp_path,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = np.load(tmp_path / "answers.npy")
+    np.testing.assert_allclose(found, Classifier(pack(pretrained)).probabilities(images), rtol=1e-4)
+    described = json.loads((target / "config.json").read_text())
+    assert described["class_names"] == list(pretrained.class_names)
+    assert described["output"] == f"probabilities, float32 [N, {len(pretrained.class_names)}]"
+    with pytest.raises(UserError, match="program exists; delete it"):
+        write_program(pack(pretrained), target, "0")
+
+
+def test_a_program_needs_flatbuffers(
+    pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [
+        name for name in sys.modules if name.startswith(("flatbuffers", "jax._src.export.serialization"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(UserError, match="needs flatbuffers; install it"):
+        write_program(pack(pretrained), tmp_path / "program", "0")
+    assert not list(tmp_path.iterdir())
