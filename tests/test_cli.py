@@ -39,7 +39,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("arguments", "message"),
     [
         (["trian"], "no command 'trian'; did you mean 'train'?"),
-        (["xyz"], "no command 'xyz'; known: convert, eval, parity, plan, predict, prepare, report, train"),
+        (
+            ["xyz"],
+            "no command 'xyz'; known: convert, eval, export, parity, plan, predict, prepare, report, train",
+        ),
         (
             ["train", "--config=digtis"],
             "--config is 'digtis', which is no experiment; did you mean 'digits'?",

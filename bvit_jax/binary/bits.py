@@ -47,6 +47,18 @@ def to_words(bits: Bool[Array, "*batch channels positions"]) -> UInt32[Array, "*
     return jnp.sum(bits << places, axis=-2, dtype=jnp.uint32)
 
 
+def unpack(bits: Bits, channels: int) -> Int32[Array, "channels positions"]:
+    """Returns the signs that were packed; without words of ``nonzero`` none of them is zero."""
+
+    def of(words: Array) -> Array:
+        places = jnp.arange(WORD, dtype=jnp.uint32)[:, None]
+        unpacked = words[:, None] >> places & 1
+        return unpacked.reshape(-1, words.shape[1])[:channels].astype(jnp.int32)
+
+    signs = 1 - 2 * of(bits.negative)
+    return signs * of(bits.nonzero) if bits.nonzero.shape[0] else signs
+
+
 def full_words(channels: int) -> UInt32[np.ndarray, "words 1"]:
     """Returns words whose bits are set for so many channels."""
     bits = np.arange(-(-channels // WORD) * WORD) < channels

@@ -68,6 +68,7 @@ def test_packed_bits() -> None:
     assert packed.negative.dtype == jnp.uint32
     assert packed.negative.tolist() == [[0b100010]]
     assert packed.nonzero.tolist() == [[0b110011]]
+    assert bits.unpack(packed, 6).tolist() == [[1], [-1], [0], [0], [1], [-1]]
 
 
 def feed_forward(mlp_dim: int, pack: bool) -> BinaryFeedForward:

@@ -57,16 +57,23 @@ def embed(
     op: Operations, p: Parameters, images: Array, patch_size: int, gelu: bool = False
 ) -> tuple[Array, Array]:
     """Returns the tokens of images and their norm."""
+    x = tokens_of(op, p, images, patch_size, gelu)
+    return x, op.normalise(x, p["norm/factor"], p["norm/shift"])
+
+
+def tokens_of(op: Operations, p: Parameters, images: Array, patch_size: int, gelu: bool = False) -> Array:
+    """Returns the tokens of images."""
     x = extract_patches(images, patch_size) @ p["patches"]
     if "bias" in p:
         x += p["bias"]
     if "inner/factor" in p:
         x = op.normalise(x, p["inner/factor"], p["inner/shift"])
-    x = (jax.nn.gelu(x, approximate=False) if gelu else x) + p["positions"]
+    x = jax.nn.gelu(x, approximate=False) if gelu else x
+    x = x + p["positions"] if "positions" in p else x
     if "tokens" in p:
         tokens = jnp.broadcast_to(p["tokens"], (x.shape[0], *p["tokens"].shape))
         x = jnp.concatenate([tokens, x], axis=1)
-    return x, op.normalise(x, p["norm/factor"], p["norm/shift"])
+    return x
 
 
 def downsample(op: Operations, p: Parameters, n: Array) -> tuple[Array, Array]:

@@ -12,7 +12,15 @@ from bvit_jax.imports.shapes import Float
 from bvit_jax.inference.engine.levels import Operations, best
 from bvit_jax.inference.engine.parameters import Parameters
 
-FAMILIES = {"binaryvit": "binaryvit", "react_deit": "binaryvit"}
+FAMILIES = {
+    "bhvit": "bhvit",
+    "binaryvit": "binaryvit",
+    "bivit_deit": "bivit",
+    "bivit_release_deit": "bivit",
+    "bivit_release_swin": "bivit",
+    "bivit_swin": "bivit",
+    "react_deit": "binaryvit",
+}
 
 
 def module_of(name: str, package: str) -> Any:

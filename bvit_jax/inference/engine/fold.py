@@ -44,10 +44,8 @@ def fold(
     bits = {key: config.get(key, 1) for key in ("weight_bits", "act_bits")}
     real = {key: value for key, value in bits.items() if value != 1}
     if real or config["name"] in ("deit", "swin"):
-        found = (
-            ", ".join(f"{key} {value}" for key, value in real.items()) or f"{config['name']} is real-valued"
-        )
-        raise UserError(f"only a model whose weights and activations have one bit can be packed; {found}")
+        found = [f"{key} {value}" for key, value in real.items()] or [f"{config['name']} is real-valued"]
+        raise UserError(f"only a model whose weights and activations have one bit can be packed; {found[0]}")
     wide = jax.tree.map(lambda array: np.asarray(array, np.float64), dict(variables))
     family = families.module_of(config["name"], folding.__name__)
     arrays = family.fold(config, wide["params"], wide.get("batch_stats", {}))

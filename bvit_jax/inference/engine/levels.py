@@ -37,8 +37,6 @@ class Operations:
     average_pool: Callable[..., Array]
     downsample: Callable[..., tuple[Array, Array]]
     branches: Callable[..., Array]
-    scores: Callable[..., Array]
-    context: Callable[..., Array]
     follow: Callable[..., Array]
     normalise: Callable[..., Array]
 

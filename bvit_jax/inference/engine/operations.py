@@ -30,6 +30,7 @@ __all__ = [
     "average_pool",
     "branches",
     "context",
+    "convolution",
     "count",
     "downsample",
     "feed_forward",
@@ -37,6 +38,7 @@ __all__ = [
     "normalise",
     "repeated",
     "scores",
+    "shifts",
     "unit",
     "unit_end",
 ]
@@ -243,6 +245,56 @@ def branches(n: Tokens, x: Tokens, taps: Float[Array, "taps channels"]) -> Token
 def normalise(x: Tokens, factor: Vector, shift: Vector) -> Tokens:
     """Returns a folded norm of tokens."""
     return x * factor + shift
+
+
+def shifts(n: Tokens, x: Tokens, taps: Float[Array, "taps channels"]) -> Tokens:
+    """Adds to x the branches of a square grid n that goes on at its other end, as one stencil.
+
+    Args:
+      n: what the branches read.
+      x: what they are added to.
+      taps: 1 + 4·R of them: the centre, then the neighbours at distances 1 to R above, below, left and right.
+    """
+    grid = to_grid(lax.optimization_barrier(n))
+    y, reach = x + n * taps[0], taps.shape[0] // 4
+    for side, (axis, direction) in enumerate(((1, 1), (1, -1), (2, 1), (2, -1))):
+        for distance in range(1, reach + 1):
+            moved = to_tokens(jnp.roll(grid, direction * distance, axis))
+            y += moved * taps[side * reach + distance]
+    return y
+
+
+def convolution(
+    x: Float[Array, "images height width channels"], product: Product, dilation: int, groups: int
+) -> Float[Array, "images height width outputs"]:
+    """Returns the integers of a 3×3 convolution of ``sign(x + move)`` in groups, as many as the grid has.
+
+    The zeros of the border come after the sign.
+
+    Args:
+      x: a grid.
+      product: ``move`` (channels,), and for each output the codes of its own group's channels: place by
+        place of the kernel in row order, 9 · channels / groups of them.
+      dilation: distance of neighbouring inputs.
+      groups: of channels, and of outputs, that do not mix.
+    """
+    images, height, width, channels = x.shape
+    padded = jnp.pad(x + product.move, ((0, 0), (dilation,) * 2, (dilation,) * 2, (0, 0)))
+    starts = [(row * dilation, column * dilation) for row in range(3) for column in range(3)]
+    places = [padded[:, row : row + height, column : column + width] for row, column in starts]
+    inputs = jnp.stack(places).reshape(9, -1, groups, channels // groups).transpose(2, 0, 3, 1)
+    inputs = inputs.reshape(groups, -1, images * height * width)
+    negative, nonzero = (_by_group(plane, groups) for plane in product[1:])
+    if not nonzero.shape[1]:
+        nonzero = jnp.broadcast_to(bits.full_words(inputs.shape[1]), negative.shape)
+    weights = bits.Bits(negative, nonzero)
+    counted = bits.once([], bits.sign_product, bits.sign_product, weights, bits.pack(inputs))
+    return counted.reshape(-1, inputs.shape[-1]).T.reshape(images, height, width, -1).astype(x.dtype)
+
+
+def _by_group(plane: Array, groups: int) -> Array:
+    """Splits the outputs of (words, outputs) into groups: (groups, words, outputs of one)."""
+    return plane.reshape(plane.shape[0], groups, plane.shape[1] // groups).swapaxes(0, 1)
 
 
 def _packed(x: Array, bit: bool) -> bits.Bits:

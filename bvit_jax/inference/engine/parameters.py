@@ -41,10 +41,14 @@ class Parameters:
         return Parameters(self._arrays, f"{self._prefix}{name}/")
 
     def product(self, name: str) -> Product:
-        """Returns a binary matrix; without a shift in the file it is zero."""
+        """Returns a binary matrix and its shift."""
         p = self.at(name)
-        negative = p["negative"]
-        return Product(p["move"], negative, p["nonzero"] if "nonzero" in p else negative[:0])
+        return Product(p["move"], *p.codes())
+
+    def codes(self) -> tuple[Array, Array]:
+        """Returns the planes of a binary matrix, the second without words where no code is zero."""
+        negative = self["negative"]
+        return negative, self["nonzero"] if "nonzero" in self else negative[:0]
 
     def unit(self, name: str) -> Any:
         """Returns a `Unit`, or a `ScaledUnit` where there is a scale."""

@@ -20,7 +20,10 @@ from tests.tiny_models import images_for, smallest, spread_variables
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-GOLDEN = ("react_deit", "react_deit_avgpool", "react_deit_steps", "binaryvit", "binaryvit_some_fp")
+GOLDEN = (
+    *("react_deit", "react_deit_avgpool", "react_deit_steps", "binaryvit", "binaryvit_some_fp"),
+    *("bhvit_window3", "bivit_deit", "bivit_deit_nodist", "bivit_swin"),
+)
 
 
 def logits_of(config: Any, variables: Any, images: Any) -> list[np.ndarray]:
@@ -48,7 +51,8 @@ def test_golden_files(name: str, golden_file: Callable[[str], Path]) -> None:
     model = models.create_model(config, jnp.float64)
     naming = subject.file_format.naming(config)
     abstract = abstract_variables(model, config.image_size)
-    variables = from_state_dict(golden.group("state"), abstract, np.float64, naming)
+    state = golden.group("state") | golden.group("init_state") | golden.group("state2")
+    variables = from_state_dict(state, abstract, np.float64, naming)
     assert error(logits_of(config, variables, golden.images()), golden.array("eval/logits")) < 1e-10
 
 
@@ -59,6 +63,15 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "layer_norm, some_fp": ("binaryvit", {"norm": "layer_norm", "some_fp": True}),
     "one branch": ("binaryvit", {"pool_branches": (3,), "layer_scale": False}),
     "react_deit": ("react_deit", {}),
+    "bhvit": ("bhvit", {"window_size": 1, "shift_branches": (3,)}),
+    "bhvit, gsb": ("bhvit", {"gsb": True, "recu": True, "some_fp": True, "layer_scale": False}),
+    "bhvit, layer_norm": ("bhvit", {"norm": "layer_norm", "shift_branches": ()}),
+    "bhvit, layer_norm, gsb": ("bhvit", {"norm": "layer_norm", "gsb": True}),
+    "bivit_deit": ("bivit_deit", {}),
+    "bivit_deit, no scale": ("bivit_deit", {"learned_scale": False, "distillation_head": False}),
+    "bivit_release_deit": ("bivit_release_deit", {}),
+    "bivit_swin": ("bivit_swin", {"depth": (2, 1), "num_heads": (2, 4)}),
+    "bivit_release_swin": ("bivit_release_swin", {"depth": (2, 1), "num_heads": (2, 4)}),
     "class token": ("react_deit", {"class_token": True, "pool_branches": (), "norm": "layer_norm"}),
 }
 
@@ -75,12 +88,17 @@ def test_the_plain_path(case: str) -> None:
     assert error(logits_of(config, variables, images), plain) < 1e-12
 
 
+BINARY = ("dense", "conv", "conv1", "query", "mlp_in", "reduction")
+
+
 def with_zeros(variables: Any) -> Any:
-    """Returns variables with two symmetric rows in each binary kernel, one of them of zeros."""
+    """Returns variables with a symmetric row and one of zeros in each binary kernel."""
 
     def change(path: tuple, array: Any) -> Any:
         names = [key.key for key in path]
-        if names[-1] != "kernel" or names[-2] not in ("dense", "conv", "conv1"):
+        if names[-1] == "zero_point":
+            return 3 * array  # so that rounding them leaves some
+        if names[-1] != "kernel" or names[-2] not in BINARY:
             return array
         row = np.zeros(array[..., 0].size)
         row[:2] = 1, -1

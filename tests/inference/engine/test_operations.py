@@ -9,6 +9,7 @@ import pytest
 from jax import Array
 
 from bvit_jax.binary import bits
+from bvit_jax.binary.convolutions import Geometry
 from bvit_jax.inference.engine import operations
 from bvit_jax.inference.engine.operations import Context, End, Product, Unit
 from bvit_jax.layers import grid
@@ -146,3 +147,36 @@ def test_branches(sizes: tuple[int, ...]) -> None:
             taps[first : first + size // 2] += alpha / size
             expected += alpha * grid.to_tokens(grid.average_line(grid.to_grid(n), size, axis))
     close(operations.branches(n, x, jnp.asarray(taps)), expected)
+
+
+@pytest.mark.parametrize("sizes", [(5,), (3, 5)])
+def test_shifts(sizes: tuple[int, ...]) -> None:
+    """One tap for each direction and distance of a grid that goes on at its other end."""
+    n, x, reach = values(2, 36, 8), values(2, 36, 8, seed=1), max(sizes) // 2
+    taps, expected = np.zeros((1 + 4 * reach, 8)), x
+    for size in sizes:
+        h, w, ch = values(3, 8, seed=size)
+        taps[0] += (h + w) / size
+        for distance in range(1, size // 2 + 1):
+            for side, alpha in enumerate((h, h, w, w)):
+                taps[side * reach + distance] += alpha / size
+        for side in range(4):
+            quarter = slice(2 * side, 2 * side + 2)
+            taps[side * reach + size // 2, quarter] += ch[quarter]
+        branches = (
+            grid.mean_shift(grid.to_grid(n), size, 1) * h + grid.mean_shift(grid.to_grid(n), size, 2) * w
+        )
+        expected += grid.to_tokens(branches + grid.channel_shift(grid.to_grid(n), size // 2) * ch)
+    close(operations.shifts(n, x, jnp.asarray(taps)), expected)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_convolutions(dilation: int, zeros: bool) -> None:
+    x = values(2, 5, 5, 8, zeros=zeros)
+    product, codes = random_product(18, 12, zeros)
+    product = product._replace(move=values(8, seed=3) * (0.0 if zeros else 0.3))
+    kernel = codes.reshape(3, 3, 2, 12)
+    y = operations.convolution(x, product, dilation, 4)
+    signs = jnp.sign(x + product.move)
+    np.testing.assert_array_equal(y, Geometry(dilation, 4).convolve(signs, kernel))

@@ -7,6 +7,7 @@ from bvit_jax.inference.engine.binaryvit import STRIDE, stages
 from bvit_jax.inference.engine.folding.values import Arrays, Norms, Tree, below, end
 
 UNITS = ("query", "reduce", "key", "value")
+TOKENS = ("class_token", "distillation_token")
 
 
 def fold(config: Tree, params: Tree, statistics: Tree) -> Arrays:
@@ -51,22 +52,24 @@ def embedding(norms: Norms, params: Tree, statistics: Tree, following: Arrays, g
     own = params["embedding"]
     kernel, bias = own["patches"]["kernel"], own["patches"]["bias"]
     kernel = kernel.reshape(-1, kernel.shape[-1])
-    positions = own["positions"].reshape(-1, kernel.shape[-1])
-    tokens = own["class_token"].reshape(-1, kernel.shape[-1]) if "class_token" in own else positions[:0]
-    tokens = tokens + positions[: len(tokens)]
-    arrays, positions = below("norm", following), positions[len(tokens) :]
-    if len(tokens):
-        arrays["tokens"] = tokens
+    arrays = below("norm", following)
     if "norm" in own and norms.folded:
         factor, shift = norms.affine(own, statistics["embedding"], "norm")
         kernel, bias = kernel * factor, bias * factor + shift
     elif "norm" in own:
         arrays |= below("inner", norms.norm(own, {}, "norm"))
-    if gelu or "inner/factor" in arrays:
+    arrays["patches"] = kernel
+    tokens = [own[name].reshape(1, -1) for name in TOKENS if name in own]
+    if "positions" in own:
+        positions = own["positions"].reshape(-1, kernel.shape[-1])
+        if tokens:
+            arrays["tokens"] = np.concatenate(tokens) + positions[: len(tokens)]
+        arrays["positions"] = positions[len(tokens) :]
+    if gelu or "inner/factor" in arrays or "positions" not in arrays:
         arrays["bias"] = bias
     else:
-        positions = positions + bias
-    return arrays | {"patches": kernel, "positions": positions}
+        arrays["positions"] = arrays["positions"] + bias
+    return arrays
 
 
 def downsample(norms: Norms, params: Tree, statistics: Tree, rule: WeightRule, following: Arrays) -> Arrays:
