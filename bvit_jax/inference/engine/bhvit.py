@@ -6,6 +6,7 @@ A block takes and returns tokens and their norm, as in `bvit_jax.inference.engin
 import itertools
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,8 @@ from jax import Array
 from bvit_jax.binary import units
 from bvit_jax.binary.gsb import FAR, NEAR
 from bvit_jax.binary.levels import LARGEST, level_codes
-from bvit_jax.inference.engine import operations
-from bvit_jax.inference.engine.binaryvit import classify, downsample, embed
+from bvit_jax.inference.engine import operations, repeated
+from bvit_jax.inference.engine.binaryvit import classify, downsample, embed, names_of
 from bvit_jax.inference.engine.parameters import Parameters
 from bvit_jax.inference.engine.styles import Folded, Normalised, Style, style_of
 from bvit_jax.layers.grid import merge_tokens, to_grid, to_tokens, upsample
@@ -43,6 +44,11 @@ def stages(settings: Mapping[str, Any]) -> list[Stage]:
     ]
 
 
+def runs(settings: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the names of blocks that may be alike."""
+    return [names_of(stage.blocks) for stage in stages(settings)]
+
+
 def apply(settings: Mapping[str, Any], p: Parameters, images: Array) -> Array:
     """Returns the logits (images, classes); see `bvit_jax.inference.engine.families.apply`."""
     style = style_of(settings)
@@ -50,14 +56,19 @@ def apply(settings: Mapping[str, Any], p: Parameters, images: Array) -> Array:
     for number, stage in enumerate(stages(settings)):
         if number > 0:
             x, n = downsample(style, p.at(f"downsample{number}"), n)
-        for index in stage.blocks:
-            x, n = _block(settings, style, p.at(f"block{index}"), x, n, stage.num_heads)
+        step = partial(_block, settings, style, stage.num_heads)
+        x, n = repeated.run(p, names_of(stage.blocks), step, (x, n))
     return classify(p, jnp.mean(n, axis=1))
 
 
 def _block(
-    settings: Mapping[str, Any], style: Style, p: Parameters, x: Array, n: Array, num_heads: int
+    settings: Mapping[str, Any],
+    style: Style,
+    num_heads: int,
+    p: Parameters,
+    carry: tuple[Array, Array],
 ) -> tuple[Array, Array]:
+    x, n = carry
     if num_heads:
         y = _attention(settings, style, p.at("attention"), n, num_heads)
         x, n = style.unit_end(y, p.unit("attention_output"), y, x, p.end("attention_end"))

@@ -5,14 +5,15 @@ the `End` of the branch before it.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bvit_jax.inference.engine import operations
+from bvit_jax.inference.engine import operations, repeated
 from bvit_jax.inference.engine.parameters import Parameters
 from bvit_jax.inference.engine.styles import Style, style_of
 from bvit_jax.layers.grid import average_pool, extract_patches, to_grid
@@ -41,6 +42,16 @@ def stages(settings: Mapping[str, Any]) -> list[Stage]:
     ]
 
 
+def runs(settings: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the names of blocks that may be alike."""
+    return [names_of(stage.blocks) for stage in stages(settings)]
+
+
+def names_of(blocks: Sequence[int]) -> list[str]:
+    """Returns the names of blocks with some numbers."""
+    return [f"block{index}" for index in blocks]
+
+
 def apply(settings: Mapping[str, Any], p: Parameters, images: Array) -> Array:
     """Returns the logits (images, classes); see `bvit_jax.inference.engine.families.apply`."""
     style = style_of(settings)
@@ -48,8 +59,8 @@ def apply(settings: Mapping[str, Any], p: Parameters, images: Array) -> Array:
     for number, stage in enumerate(stages(settings)):
         if number > 0:
             x, n = downsample(style, p.at(f"downsample{number}"), n)
-        for index in stage.blocks:
-            x, n = block(style, p.at(f"block{index}"), x, n, stage)
+        step = partial(block, style, stage)
+        x, n = repeated.run(p, names_of(stage.blocks), step, (x, n))
     pooled = n[:, 0] if settings.get("class_token") else jnp.mean(n, axis=1)
     return classify(p, pooled)
 
@@ -90,8 +101,9 @@ def downsample(style: Style, p: Parameters, n: Array) -> tuple[Array, Array]:
     return x, style.normalise(x, p["norm/factor"], p["norm/shift"])
 
 
-def block(style: Style, p: Parameters, x: Array, n: Array, stage: Stage) -> tuple[Array, Array]:
-    """Returns the tokens after a block, and their norm."""
+def block(style: Style, stage: Stage, p: Parameters, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Returns the tokens after a block, and their norm, from those before it."""
+    x, n = carry
     inner = p.at("attention")
     q = style.unit(n, inner.unit("query"), n)
     z = n
