@@ -78,7 +78,8 @@ class Classifier:
     @cached_property
     def variables(self) -> Mapping[str, Any]:
         """``{"params": ..., "batch_stats": ...}`` on the device; or folded arrays."""
-        return jax.device_put(self.pretrained.arrays())
+        arrays = self.pretrained.arrays()
+        return jax.device_put(self.model.prepare(arrays) if isinstance(self.model, Network) else arrays)
 
     def predict(self, images: Images) -> np.ndarray:
         """Returns the probabilities of the classes.

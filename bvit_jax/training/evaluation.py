@@ -208,7 +208,7 @@ def evaluate_loaded(
       model: a `Pretrained` or a packed model.
       path: for messages.
       config, classes: see there.
-      network: what has the ``apply`` that takes the model's arrays, instead of its Flax module.
+      network: instead of a Flax module: its ``prepare`` makes of the model's arrays those of its ``apply``.
 
     Raises:
       UserError: see there.
@@ -218,7 +218,7 @@ def evaluate_loaded(
         logger.warning("assumed, since %s does not say: %s", path, text)
     mesh = make_mesh()
     step = _step(config, model.class_names, classes, mesh, network)
-    arrays = model.arrays() if network is not None else {"batch_stats": {}, **model.arrays()}
+    arrays = network.prepare(model.arrays()) if network else {"batch_stats": {}, **model.arrays()}
     return evaluate(step, jax.device_put(arrays, replicated(mesh)), _shown(config, mesh), mesh)
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from bvit_jax.imports import lazily
 
 if TYPE_CHECKING:
-    from bvit_jax.inference.engine.families import apply
+    from bvit_jax.inference.engine.families import apply, prepared
     from bvit_jax.inference.engine.fold import fold
 
-__all__ = ["apply", "fold"]
+__all__ = ["apply", "fold", "prepared"]
 
 __getattr__ = lazily(__name__)

@@ -6,6 +6,7 @@ A block takes and returns tokens and their norm, as in `bvit_jax.inference.engin
 import itertools
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,8 @@ from bvit_jax.binary import units
 from bvit_jax.binary.gsb import FAR, NEAR
 from bvit_jax.binary.levels import LARGEST, level_codes
 from bvit_jax.inference.engine import operations as xla
-from bvit_jax.inference.engine.binaryvit import classify, downsample, embed
+from bvit_jax.inference.engine import repeated
+from bvit_jax.inference.engine.binaryvit import classify, downsample, embed, names_of
 from bvit_jax.inference.engine.levels import Operations
 from bvit_jax.inference.engine.parameters import Parameters
 from bvit_jax.inference.engine.styles import Normalised, with_norms
@@ -44,6 +46,11 @@ def stages(settings: Mapping[str, Any]) -> list[Stage]:
     ]
 
 
+def runs(settings: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the names of blocks that may be alike."""
+    return [names_of(stage.blocks) for stage in stages(settings)]
+
+
 def apply(settings: Mapping[str, Any], p: Parameters, images: Array, operations: Operations) -> Array:
     """Returns the logits (images, classes); see `bvit_jax.inference.engine.families.apply`."""
     op = with_norms(operations, settings)
@@ -51,14 +58,19 @@ def apply(settings: Mapping[str, Any], p: Parameters, images: Array, operations:
     for number, stage in enumerate(stages(settings)):
         if number > 0:
             x, n = downsample(op, p.at(f"downsample{number}"), n)
-        for index in stage.blocks:
-            x, n = _block(settings, op, p.at(f"block{index}"), x, n, stage.num_heads)
+        step = partial(_block, settings, op, stage.num_heads)
+        x, n = repeated.run(p, names_of(stage.blocks), step, (x, n))
     return classify(p, jnp.mean(n, axis=1))
 
 
 def _block(
-    settings: Mapping[str, Any], op: Operations, p: Parameters, x: Array, n: Array, num_heads: int
+    settings: Mapping[str, Any],
+    op: Operations,
+    num_heads: int,
+    p: Parameters,
+    carry: tuple[Array, Array],
 ) -> tuple[Array, Array]:
+    x, n = carry
     if num_heads:
         y = _attention(settings, op, p.at("attention"), n, num_heads)
         x, n = op.unit_end(y, p.unit("attention_output"), y, x, p.end("attention_end"))

@@ -5,13 +5,15 @@ the `End` of the branch before it.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bvit_jax.inference.engine import repeated
 from bvit_jax.inference.engine.levels import Operations
 from bvit_jax.inference.engine.operations import STRIDE
 from bvit_jax.inference.engine.parameters import Parameters
@@ -40,6 +42,16 @@ def stages(settings: Mapping[str, Any]) -> list[Stage]:
     ]
 
 
+def runs(settings: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the names of blocks that may be alike."""
+    return [names_of(stage.blocks) for stage in stages(settings)]
+
+
+def names_of(blocks: Sequence[int]) -> list[str]:
+    """Returns the names of blocks with some numbers."""
+    return [f"block{index}" for index in blocks]
+
+
 def apply(settings: Mapping[str, Any], p: Parameters, images: Array, operations: Operations) -> Array:
     """Returns the logits (images, classes); see `bvit_jax.inference.engine.families.apply`."""
     op = with_norms(operations, settings)
@@ -47,8 +59,8 @@ def apply(settings: Mapping[str, Any], p: Parameters, images: Array, operations:
     for number, stage in enumerate(stages(settings)):
         if number > 0:
             x, n = downsample(op, p.at(f"downsample{number}"), n)
-        for index in stage.blocks:
-            x, n = block(op, p.at(f"block{index}"), x, n, stage)
+        step = partial(block, op, stage)
+        x, n = repeated.run(p, names_of(stage.blocks), step, (x, n))
     pooled = n[:, 0] if settings.get("class_token") else jnp.mean(n, axis=1)
     return classify(p, pooled)
 
@@ -87,8 +99,9 @@ def downsample(op: Operations, p: Parameters, n: Array) -> tuple[Array, Array]:
     return x, op.normalise(x, p["norm/factor"], p["norm/shift"])
 
 
-def block(op: Operations, p: Parameters, x: Array, n: Array, stage: Stage) -> tuple[Array, Array]:
-    """Returns the tokens after a block, and their norm."""
+def block(op: Operations, stage: Stage, p: Parameters, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Returns the tokens after a block, and their norm, from those before it."""
+    x, n = carry
     inner = p.at("attention")
     q = op.unit(n, inner.unit("query"), n)
     z = n

@@ -15,7 +15,7 @@ from jax import Array
 
 from bvit_jax.binary import bits
 from bvit_jax.binary.zero_point import OUTPUT_LIMIT
-from bvit_jax.inference.engine import operations as xla
+from bvit_jax.inference.engine import repeated
 from bvit_jax.inference.engine.binaryvit import tokens_of
 from bvit_jax.inference.engine.levels import Operations
 from bvit_jax.inference.engine.operations import Product
@@ -38,12 +38,20 @@ def apply(settings: Mapping[str, Any], p: Parameters, images: Array, operations:
     if "window_size" in settings:
         x = jnp.mean(_normed(norm, p, "norm", _stages(settings, norm, p, x, bit)), axis=1)
         return x @ p["head/kernel"] + p["head/bias"]
-    for index in range(settings["depth"]):
-        x = _block(norm, p.at(f"block{index}"), x, settings["num_heads"], bit)
+    heads = settings["num_heads"]
+    names = runs(settings)[0]
+    x = repeated.run(p, names, lambda q, x: _block(norm, q, x, heads, bit), x)
     x = _normed(norm, p, "norm", x)
-    names = ("head", "distillation_head")[: 1 + settings["distillation_head"]]
-    heads = [x[:, i] @ p[f"{name}/kernel"] + p[f"{name}/bias"] for i, name in enumerate(names)]
-    return sum(heads[1:], heads[0]) / len(heads)
+    ends = ("head", "distillation_head")[: 1 + settings["distillation_head"]]
+    logits = [x[:, i] @ p[f"{name}/kernel"] + p[f"{name}/bias"] for i, name in enumerate(ends)]
+    return sum(logits[1:], logits[0]) / len(logits)
+
+
+def runs(settings: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the names of blocks that may be alike: those of a DeiT; Swin's have shifts in turns."""
+    if "window_size" in settings:
+        return []
+    return [[f"block{index}" for index in range(settings["depth"])]]
 
 
 def is_bit(settings: Mapping[str, Any]) -> bool:

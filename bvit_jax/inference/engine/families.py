@@ -11,6 +11,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.imports.shapes import Float
 from bvit_jax.inference.engine.levels import Operations, best
 from bvit_jax.inference.engine.parameters import Parameters
+from bvit_jax.inference.engine.repeated import stack
 
 FAMILIES = {
     "bhvit": "bhvit",
@@ -30,6 +31,11 @@ def module_of(name: str, package: str) -> Any:
     return importlib.import_module(f"{package}.{FAMILIES[name]}")
 
 
+def prepared(settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns arrays with which `apply` compiles faster: those of blocks that are alike are stacked."""
+    return stack(arrays, module_of(settings["name"], __package__).runs(settings))
+
+
 def apply(
     settings: Mapping[str, Any],
     arrays: Mapping[str, Any],
@@ -40,7 +46,7 @@ def apply(
 
     Args:
       settings: the model's name and all of its settings.
-      arrays: what `bvit_jax.inference.engine.fold.fold` returned for it.
+      arrays: what `bvit_jax.inference.engine.fold.fold` returned for it, or `prepared` made of that.
       images: normalised.
       operations: what computes its steps; the fastest that can run here if None.
     """

@@ -32,10 +32,15 @@ class Network:
         """Returns the logits of normalised images (images, size, size, 3)."""
         return Output(families.apply(self.settings, arrays, images))
 
+    def prepare(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns arrays with which ``apply`` compiles faster."""
+        return families.prepared(self.settings, arrays)
+
     def check(self, arrays: Mapping[str, Any]) -> None:
         """Raises `UserError` unless arrays fit the settings; computes nothing."""
         try:
             size = self.settings["image_size"]
+            arrays = jax.eval_shape(self.prepare, dict(arrays))
             images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
             shape = jax.eval_shape(self.apply, dict(arrays), images).logits.shape
             if shape != (1, self.settings["num_classes"]):

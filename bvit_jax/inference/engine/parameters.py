@@ -28,17 +28,17 @@ class Parameters:
     """Arrays whose names start with a prefix, by the rest of their names."""
 
     def __init__(self, arrays: Mapping[str, Any], prefix: str = "") -> None:
-        self._arrays, self._prefix = arrays, prefix
+        self.arrays, self.prefix = arrays, prefix
 
     def __getitem__(self, name: str) -> Array:
-        return jnp.asarray(self._arrays[self._prefix + name])
+        return jnp.asarray(self.arrays[self.prefix + name])
 
     def __contains__(self, name: str) -> bool:
-        return self._prefix + name in self._arrays
+        return self.prefix + name in self.arrays
 
     def at(self, name: str) -> "Parameters":
         """Returns those below a name."""
-        return Parameters(self._arrays, f"{self._prefix}{name}/")
+        return Parameters(self.arrays, f"{self.prefix}{name}/")
 
     def product(self, name: str) -> Product:
         """Returns a binary matrix and its shift."""

@@ -28,7 +28,7 @@ GOLDEN = (
 
 def logits_of(config: Any, variables: Any, images: Any) -> list[np.ndarray]:
     """Returns the engine's logits, in float64, by XLA's operations and by compiled ones if there are any."""
-    arrays = engine.fold(config, variables, np.float64)
+    arrays = engine.prepared(config, engine.fold(config, variables, np.float64))
     levels = {XLA, best()}
     return [
         np.asarray(
@@ -118,3 +118,20 @@ def with_zeros(variables: Any) -> Any:
 def test_what_is_not_of_one_bit(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         engine.fold(models.model_config(name, **settings), {})
+
+
+def test_blocks_that_are_alike_are_compiled_once() -> None:
+    """In a loop over their stacked arrays; not where one has a weight of zero and another has none."""
+    model, config = smallest("binaryvit", jnp.float64, depth=(3, 1))
+    variables = spread_variables(model, config, np.float64)
+    arrays = engine.fold(config, variables, np.float64)
+    stacked = engine.prepared(config, arrays)
+    assert stacked["block0-block2/mlp/expand/negative"].shape == (
+        3,
+        *arrays["block0/mlp/expand/negative"].shape,
+    )
+    assert "block3/mlp/expand/negative" in stacked
+    assert not any(name.startswith("block1/") for name in stacked)
+    variables["params"]["block1"]["mlp"]["expand"]["dense"]["kernel"] *= 0
+    arrays = engine.fold(config, variables, np.float64)
+    assert engine.prepared(config, arrays).keys() == arrays.keys()
