@@ -1,6 +1,6 @@
 """Signs packed into the bits of words, and their exact products by counting bits.
 
-A sign is -1, 0 or 1, so a packed array has two planes: which signs are negative, and which are not zero. A
+A bit tells -1 from 1. Signs of 0 are rare; where there is one, a product multiplies the signs themselves. A
 product of K signs takes K / 32 exclusive ors and population counts; on a processor whose vector unit counts
 bits (AVX-512 VPOPCNTDQ) it is several times as fast as the same product in bfloat16.
 
@@ -11,67 +11,72 @@ makes for a CPU run along positions and hold the values of a channel in register
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int32, Shaped, UInt32
+from jaxtyping import Bool, Float, Int32, Shaped, UInt32
 
-WORD = 32  # bits
-ALL_BITS = np.uint32(2**WORD - 1)
+from bvit_jax.binary.products import CODE_DTYPE
+
+WORD, HALF = 32, 16  # bits
 
 
 class Bits(NamedTuple):
-    """Packed signs; their bits beyond the last channel are not set.
+    """Packed signs.
 
     Attributes:
-      negative: set where a sign is negative.
-      nonzero: set where a sign is not zero.
+      negative: set where a sign is negative; not set beyond the last channel.
+      zeros: whether any sign is zero.
     """
 
     negative: UInt32[Array, "words positions"]
-    nonzero: UInt32[Array, "words positions"]
+    zeros: Bool[Array, ""]
 
 
 def pack(x: Float[Array, "channels positions"]) -> Bits:
     """Packs the signs of real numbers, 32 channels in a word; the sign of a NaN is 1."""
     missing = -x.shape[0] % WORD
     if missing:
-        x = jnp.pad(x, ((0, missing), (0, 0)))
-    x = x.reshape(-1, WORD, x.shape[1])
-    return Bits(_to_words(x < 0), _to_words(x != 0))
-
-
-def _to_words(bits: Array) -> Array:
-    places = jnp.arange(WORD, dtype=jnp.uint32)[:, None]
-    return jnp.sum(bits.astype(jnp.uint32) << places, axis=1, dtype=jnp.uint32)
+        x = jnp.pad(x, ((0, missing), (0, 0)), constant_values=1)
+    # One pass over x: half a word counts the zeros of its channels in its upper half.
+    x = x.reshape(-1, HALF, x.shape[1])
+    places = jnp.arange(HALF, dtype=jnp.uint32)[:, None]
+    negative, zero = (is_so.astype(jnp.uint32) for is_so in (x < 0, x == 0))
+    halves = jnp.sum((negative << places) + (zero << HALF), axis=1, dtype=jnp.uint32)
+    zeros = jnp.any(halves >= 2**HALF)
+    return Bits(halves[::2] | halves[1::2] << HALF, zeros)
 
 
 def product(
-    a: Bits, b: Bits, then: Callable[[Int32[Array, "rows columns"]], Array] = lambda y: y
+    a: Bits,
+    b: Bits,
+    signs: Callable[[], tuple[Float[Array, "channels rows"], Float[Array, "channels columns"]]],
+    then: Callable[[Int32[Array, "rows columns"]], Array] = lambda y: y,
 ) -> Shaped[Array, "rows columns"]:
-    """Returns ``then(y)`` of the exact product of the signs, ``y = sign(a).T @ sign(b)``.
+    """Returns ``then(y)`` of the exact product of packed signs, ``y = a.T @ b``.
 
-    It is fastest where no sign of ``a`` is zero and its channels fill their words, which holds for weights.
     XLA fuses the product with ``then``, and nothing else with them, because they are inside a conditional:
     the product is computed once for all readers of the result.
+
+    Args:
+      a, b: packed.
+      signs: returns both unpacked, from arrays that exist anyway.
+      then: what follows.
     """
-    full = jnp.all(a.nonzero == ALL_BITS)
-    branches = (lambda a, b, zeros=zeros: then(_product(a, b, zeros)) for zeros in (False, True))
-    return lax.cond(full, *branches, a, b)
+    channels = jax.eval_shape(signs)[0].shape[0]
+
+    def counted() -> Array:
+        return then(channels - 2 * _different(a, b))
+
+    def multiplied() -> Array:
+        x, y = (values.astype(CODE_DTYPE) for values in signs())
+        return then(jnp.matmul(x.T, y, preferred_element_type=jnp.float32).astype(jnp.int32))
+
+    return lax.cond(a.zeros | b.zeros, multiplied, counted)
 
 
-def _product(a: Bits, b: Bits, zeros: bool) -> Array:
-    """Counts the pairs that are not zero and, twice with a minus, those whose signs differ."""
-    different, pairs = jnp.int32(0), jnp.int32(0)
-    for word in range(a.negative.shape[0]):
-        nonzero = b.nonzero[word]
-        if zeros:
-            nonzero = nonzero & a.nonzero[word][:, None]
-        unequal = b.negative[word] ^ a.negative[word][:, None]
-        different += _count(nonzero & unequal)
-        pairs += _count(nonzero)
-    return pairs - 2 * different
-
-
-def _count(words: Array) -> Array:
-    return lax.population_count(words).astype(jnp.int32)
+def _different(a: Bits, b: Bits) -> Array:
+    different = jnp.int32(0)
+    for of_a, of_b in zip(a.negative, b.negative, strict=True):
+        different += lax.population_count(of_a[:, None] ^ of_b).astype(jnp.int32)
+    return different

@@ -56,18 +56,28 @@ def close(a: object, b: object, tolerance: float = 1e-12) -> None:
 def test_product_is_that_of_the_signs(channels: int, zeros: bool) -> None:
     a, b = (values(channels, n, seed=n, zeros=zeros) for n in (7, 11))
     expected = np.sign(a).T @ np.sign(b)
-    y = bits.product(bits.pack(a), bits.pack(b))
+    packed = bits.pack(a), bits.pack(b)
+    assert [bool(p.zeros) for p in packed] == [bool((x == 0).any()) for x in (a, b)]
+
+    def signs() -> tuple[Array, Array]:
+        return jnp.sign(a), jnp.sign(b)
+
+    y = bits.product(*packed, signs)
     assert y.dtype == jnp.int32
     np.testing.assert_array_equal(y, expected)
-    doubled = bits.product(bits.pack(a), bits.pack(b), lambda y: 2.0 * y.astype(float))
+    doubled = bits.product(*packed, signs, lambda y: 2.0 * y.astype(float))
     np.testing.assert_array_equal(doubled, 2 * expected)
 
 
 def test_packed_bits() -> None:
-    packed = bits.pack(jnp.asarray([[1.0], [-2.0], [0.0], [-0.0], [jnp.inf], [-jnp.inf]]))
+    x = jnp.asarray([[1.0], [-2.0], [jnp.nan], [jnp.inf], [-jnp.inf]])
+    packed = bits.pack(jnp.concatenate([x, jnp.ones((11, 1)), x]))
     assert packed.negative.dtype == jnp.uint32
-    assert packed.negative.tolist() == [[0b100010]]
-    assert packed.nonzero.tolist() == [[0b110011]]
+    assert packed.negative.tolist() == [[0b10010 << 16 | 0b10010]]
+    assert not packed.zeros
+    for zero in (0.0, -0.0):
+        assert bits.pack(jnp.full((16, 3), zero)).zeros  # every sign of half a word
+        assert bits.pack(x.at[4, 0].set(zero)).zeros
 
 
 def feed_forward(mlp_dim: int, pack: bool) -> BinaryFeedForward:

@@ -11,8 +11,8 @@ Three facts make that possible:
   from S and from sums over the batch, after the loop over tokens.
 - The product is computed again in the backward pass: counting bits costs less than storing it.
 
-The slope of the estimator is applied where the input of a sign is at hand, so that any slope is right; signs
-are packed with their zeros, so that the estimator's forward function must be `jnp.sign`.
+The slope of the estimator is applied where the input of a sign is at hand, so that any slope is right; the
+products are those of signs with zeros, so that the estimator's forward function must be `jnp.sign`.
 
 Within a loop channels come first and tokens last; see `bvit_jax.binary.bits`.
 """
@@ -253,19 +253,31 @@ def _through_hidden(
 
 def _hidden(x: Array, weights: bits.Bits, unit: Unit, norm: _Norm) -> Array:
     """Returns the input of the first RPReLU less its first shift, (hidden, tokens); x (channels, tokens)."""
-    signs = bits.pack(x + unit.move[:, None])
     shortcut = (unit.kernel.shape[1] // x.shape[0], 1)
+
+    def shifted() -> Array:
+        return x + unit.move[:, None]
+
+    def signs() -> tuple[Array, Array]:
+        return DENSE.codes(unit.kernel), jnp.sign(shifted())
 
     def to_shifted(y: Array) -> Array:
         return _normalise(y.astype(x.dtype), norm, unit) + jnp.tile(x, shortcut)
 
-    return bits.product(weights, signs, to_shifted)
+    return bits.product(weights, bits.pack(shifted()), signs, to_shifted)
 
 
 def _contract(shifted: Array, weights: bits.Bits, expand: Unit, contract: Unit) -> tuple[Array, Array]:
     """Returns the second product and the second shortcut, both (channels, tokens)."""
+
+    def moved() -> Array:
+        return _rprelu(shifted, expand) + contract.move[:, None]
+
+    def signs() -> tuple[Array, Array]:
+        return DENSE.codes(contract.kernel), jnp.sign(moved())
+
+    y = bits.product(weights, bits.pack(moved()), signs).astype(shifted.dtype)
     hidden = _rprelu(shifted, expand)
-    y = bits.product(weights, bits.pack(hidden + contract.move[:, None])).astype(hidden.dtype)
     return y, jnp.mean(hidden.reshape(y.shape[0], -1, y.shape[1]), axis=1)
 
 
