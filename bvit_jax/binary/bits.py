@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from bvit_jax.binary.estimators import bit as sign_bit
+from bvit_jax.binary.products import CODE_DTYPE
 from bvit_jax.imports.shapes import Bool, Float, Int32, Shaped, UInt32
 
-WORD = 32  # bits
+WORD, HALF = 32, 16  # bits
 
 
 class Bits(NamedTuple):
@@ -84,24 +86,42 @@ def product(
       bit: whether the sign of zero is 1; else it is 0.
     """
     channels = x.shape[0]
-    full = full_words(channels)
     no_zeros = []
     if weights.nonzero.shape[0]:
-        no_zeros.append(jnp.all(weights.nonzero == full))
-    else:
-        weights = Bits(weights.negative, jnp.broadcast_to(full, weights.negative.shape))
+        no_zeros.append(jnp.all(weights.nonzero == full_words(channels)))
     if bit:
-        packed = Bits(to_words(x < 0), jnp.broadcast_to(full, (full.shape[0], x.shape[1])))
+        negative = to_words(x < 0)
     else:
-        packed = pack(x)
-        no_zeros.append(jnp.all(x != 0))
-    return once(
-        no_zeros,
-        lambda a, b: then(channels - 2 * differing(a.negative, b.negative)),
-        lambda a, b: then(sign_product(a, b)),
-        weights,
-        packed,
-    )
+        negative, zeros = _negative_and_zeros(x)
+        no_zeros.append(~zeros)
+
+    def multiplied() -> Array:
+        """Multiplies rare zeros too, as real numbers: code that is as fast as it needs, and soon compiled."""
+        codes, signs = unpack(weights, channels), sign_bit(x) if bit else _sign(x)
+        y = jnp.matmul(
+            codes.T.astype(CODE_DTYPE), signs.astype(CODE_DTYPE), preferred_element_type=jnp.float32
+        )
+        return then(y.astype(jnp.int32))
+
+    return once(no_zeros, lambda: then(channels - 2 * differing(weights.negative, negative)), multiplied)
+
+
+def _sign(x: Array) -> Array:
+    return jnp.where(x < 0, -1, jnp.where(x == 0, 0, 1))
+
+
+def _negative_and_zeros(
+    x: Float[Array, "channels positions"],
+) -> tuple[UInt32[Array, "words positions"], Bool[Array, ""]]:
+    """Packs which values are negative, and returns whether any is zero, in one pass over x."""
+    if missing := -x.shape[0] % WORD:
+        x = jnp.pad(x, ((0, missing), (0, 0)), constant_values=1)
+    x = x.reshape(-1, HALF, x.shape[1])
+    places = jnp.arange(HALF, dtype=jnp.uint32)[:, None]
+    negative, zero = (is_so.astype(jnp.uint32) for is_so in (x < 0, x == 0))
+    # Half a word counts the zeros of its channels in its upper half.
+    halves = jnp.sum((negative << places) + (zero << HALF), axis=1, dtype=jnp.uint32)
+    return halves[::2] | halves[1::2] << HALF, jnp.any(halves >= 2**HALF)
 
 
 def once(

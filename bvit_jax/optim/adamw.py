@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, PyTree
 
 from bvit_jax.optim.rules import Rule, factors, parse_rules
@@ -76,12 +76,34 @@ def make_optimizer(
     clip = clip_by_global_norm(optim.clip_grad_norm) if optim.clip_grad_norm else optax.identity()
     return optax.chain(
         clip,
-        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
+        _scale_by_adam(optim.b1, optim.b2, optim.eps),
         _scale_by_rules(rules, optim.weight_decay, mask)
         if rules
         else optax.add_decayed_weights(optim.weight_decay, mask=mask),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Returns ``optax.scale_by_adam``, of the same state, in three quarters of its operations.
+
+    A model has a thousand parameters, so that half of a training step's program is this update. Bias is
+    corrected by two scalars, ``m / (1 - b1^t)`` and ``√v / √(1 - b2^t)``, as PyTorch does.
+    """
+
+    def update(
+        gradients: PyTree, state: optax.ScaleByAdamState, params: PyTree = None
+    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda m, g: m + (1 - b1) * (g - m), state.mu, gradients)
+        nu = jax.tree.map(lambda v, g: v + (1 - b2) * (g * g - v), state.nu, gradients)
+        steps = count.astype(jnp.result_type(*jax.tree.leaves(nu)))
+        of_mean, of_root = 1 / (1 - b1**steps), lax.rsqrt(1 - b2**steps)
+        updates = jax.tree.map(lambda m, v: of_mean * m / (of_root * jnp.sqrt(v) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def _scale_by_rules(

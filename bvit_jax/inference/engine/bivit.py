@@ -15,6 +15,7 @@ from jax import Array
 
 from bvit_jax.binary import bits
 from bvit_jax.binary.zero_point import OUTPUT_LIMIT
+from bvit_jax.inference.engine import operations as xla
 from bvit_jax.inference.engine import repeated
 from bvit_jax.inference.engine.binaryvit import tokens_of
 from bvit_jax.inference.engine.levels import Operations
