@@ -248,7 +248,7 @@ def test_a_directory_that_is_gone(
 
 
 def test_a_run_writes_what_it_promises(whole: Trained) -> None:
-    assert (whole.printed["step"], whole.printed["images"]) == (8, 360)
+    assert (whole.printed["step"], whole.printed["images"]) == (8, 45)
     lines = metrics_of(whole.workdir)
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
     assert [line["step"] for line in lines if "eval_top1" in line] == [4, 8]
@@ -342,5 +342,5 @@ def test_other_images_are_refused(whole: Trained, tmp_path: Path, monkeypatch: p
     source = [split.source[index] for index in range(split.num_examples)]
     other = dataclasses.replace(split, source=[source[1], *source[1:]])
     monkeypatch.setattr(loop, "open_splits", lambda config: other)
-    with pytest.raises(UserError, match="started with other images or labels in split 'train' of digits"):
+    with pytest.raises(UserError, match=r"started with other images or labels in split 'train.* of digits"):
         whole.train(workdir)
