@@ -17,7 +17,6 @@ if "BVIT_JAX_TESTS_COMPILED" not in os.environ:
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -76,13 +75,9 @@ def promotion() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def compile_as_users_do(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Lets a test with the mark ``optimised`` compile as a run does; others trade speed for compile time."""
-    if request.node.get_closest_marker("optimised") is None:
-        yield
-        return
-    with _settings(jax_disable_most_optimizations=False, jax_enable_compilation_cache=False):
-        yield
+def compile_quickly() -> None:
+    """Fails where an earlier test has left XLA's optimisations on, which would slow down all others."""
+    assert jax.config.values["jax_disable_most_optimizations"]
 
 
 @pytest.fixture
@@ -90,16 +85,6 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a test's runs take the first device alone: programs for eight take longer to compile."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: first)
-
-
-@contextmanager
-def _settings(**values: object) -> Iterator[None]:
-    before = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

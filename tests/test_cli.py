@@ -266,6 +266,8 @@ def test_the_wheel_trains_in_an_empty_directory(tmp_path: Path) -> None:
         "--config.epochs=1",
         "--config.health=False",
         "--config.data.data_dir=data",
+        "--config.data.train_split=train[:128]",
+        "--config.data.eval_split=test[:64]",
     ]
     trained = json.loads(bvit("train", "--config=digits", "--workdir=w", *small))
     assert json.loads(bvit("eval", "--workdir=w"))["top1"] == trained["top1"]

@@ -32,7 +32,13 @@ OWN = {  # several equal blocks in a stage
     },
 }
 # Two blocks of each kind, and the level quantiser in one window.
-OWN["bhvit"] = {"depth": (2, 1, 1, 2), "width": 4, "mlp_dim": (4, 8, 16, 32), "num_heads": (1, 1)}
+OWN["bhvit"] = {
+    "depth": (2, 1, 1, 2),
+    "width": 4,
+    "mlp_dim": (4, 8, 16, 32),
+    "num_heads": (1, 1),
+    "shift_branches": (),
+}
 OWN |= dict.fromkeys(("bivit_deit", "bivit_release_deit"), OWN["deit"])
 SCAN, BLOCK, DOTS, PRODUCTS = {"scan_blocks": True}, *({"remat": r} for r in ("block", "dots", "products"))
 ONE_PASS = {"one_pass_norms": True}

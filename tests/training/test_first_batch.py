@@ -120,7 +120,8 @@ def test_a_bhvit_that_is_killed_in_its_first_batch_or_stopped_after_it_continues
         pass
 
     config = short_config(data_dir)
-    config.model = models.model_config("bhvit", num_classes=10, recu=True, **BHVIT)
+    config.model = models.model_config("bhvit", num_classes=10, recu=True, shift_branches=(), **BHVIT)
+    config.epochs, config.checkpoint.every_steps = 1, 4  # it has a thousand arrays to save
     config.loss.regularization_weight, config.loss.regularization_start = 0.1, 0.5
     config.health = False
     trained = Trained(config, tmp_path / "whole")
@@ -135,10 +136,9 @@ def test_a_bhvit_that_is_killed_in_its_first_batch_or_stopped_after_it_continues
         with pytest.raises(Killed):
             trained.train(tmp_path / "killed")
     trained.assert_continues(tmp_path / "killed")
-    for step in (1, 5):
-        with pytest.raises(Interrupted):
-            trained.train(tmp_path / f"stopped {step}", Notice(step))
-        trained.assert_continues(tmp_path / f"stopped {step}")
+    with pytest.raises(Interrupted):
+        trained.train(tmp_path / "stopped", Notice(1))
+    trained.assert_continues(tmp_path / "stopped")
 
 
 @pytest.mark.usefixtures("x64")

@@ -96,9 +96,7 @@ class Program:
 
 @pytest.fixture(scope="module")
 def program():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield Program(devices=1)
-    jax.config.update("jax_disable_most_optimizations", False)
+    return Program(devices=1)
 
 
 # --- weights -----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def config_of(variant: str, data_dir: Path) -> ConfigDict:
     sizes = {"width": 24, "depth": 1} if variant else {**stages, "patch_size": 16}
     config.model = model_config(**{**config.model.to_dict(), **sizes})
     config.batch_size = 200
-    config.data.data_dir = str(data_dir)
+    config.data.data_dir, config.data.crop_interpolation = str(data_dir), "random"
     config.epochs, config.eval_every_epochs, config.log_every_steps = 2, 1, 2
     config.checkpoint.every_steps, config.optim.warmup_epochs = 3, 0
     return config
@@ -68,6 +68,7 @@ def test_the_recipe_of_deit_continues_bit_for_bit(
     assert config["erase"]["prob"] == 0.25
     assert config["data"]["auto_augment"] == "rand-m9-mstd0.5-inc1"
     assert config["data"]["repeats"] == 3
+    assert config["data"]["crop_interpolation"] == "random"  # which that of DeiT on ImageNet lacks
 
 
 def test_its_teacher_is_converted_and_distilled(teacher: Trained, data_dir: Path, tmp_path: Path) -> None:
