@@ -126,10 +126,8 @@ def test_blocks_that_are_alike_are_compiled_once() -> None:
     variables = spread_variables(model, config, np.float64)
     arrays = engine.fold(config, variables, np.float64)
     stacked = engine.prepared(config, arrays)
-    assert stacked["block0-block2/mlp/expand/negative"].shape == (
-        3,
-        *arrays["block0/mlp/expand/negative"].shape,
-    )
+    name = "mlp/expand/negative"
+    assert stacked[f"block0-block2/{name}"].shape == (3, *arrays[f"block0/{name}"].shape)
     assert "block3/mlp/expand/negative" in stacked
     assert not any(name.startswith("block1/") for name in stacked)
     variables["params"]["block1"]["mlp"]["expand"]["dense"]["kernel"] *= 0
