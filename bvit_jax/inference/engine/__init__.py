@@ -2,7 +2,7 @@
 
 `fold` makes the flat dict of arrays of a model, the only file here that reads Flax's variables; `apply` runs
 it, with JAX alone. `operations` are the steps that a family is made of, and `levels` who computes them: XLA
-or compiled code. A family is one file with ``apply``, one in `folding`, and an entry of `families`.
+or `compiled` code. A family is one file with ``apply``, one in `folding`, and an entry of `families`.
 """
 
 from typing import TYPE_CHECKING

@@ -9,7 +9,8 @@ from jax import Array
 
 from bvit_jax.errors import UserError
 from bvit_jax.imports.shapes import Float
-from bvit_jax.inference.engine.levels import Operations, best
+from bvit_jax.inference.engine.compiled import best
+from bvit_jax.inference.engine.levels import Operations
 from bvit_jax.inference.engine.parameters import Parameters
 from bvit_jax.inference.engine.repeated import stack
 

@@ -12,7 +12,8 @@ import pytest
 from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.inference import engine
-from bvit_jax.inference.engine.levels import XLA, best
+from bvit_jax.inference.engine.compiled import best
+from bvit_jax.inference.engine.levels import XLA
 from bvit_jax.parity.golden import GoldenFile
 from bvit_jax.parity.subject import subject_of
 from bvit_jax.weights.state_dicts import abstract_variables, from_state_dict

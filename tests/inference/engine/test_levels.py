@@ -13,7 +13,7 @@ from jax import Array
 
 from bvit_jax.binary import bits
 from bvit_jax.binary.units import Product, Unit
-from bvit_jax.inference.engine import levels
+from bvit_jax.inference.engine import compiled, levels
 from bvit_jax.inference.engine.operations import Context, End
 
 try:
@@ -64,7 +64,7 @@ def assert_equal(name: str, *arguments: Any, exact: bool = False, **options: Any
     """Compares an operation's results, up to the rounding of its sums."""
     ours, theirs = (
         jax.tree.leaves(jax.jit(lambda *a, of=of: getattr(of, name)(*a, **options))(*arguments))
-        for of in (levels.COMPILED, levels.XLA)
+        for of in (compiled.COMPILED, levels.XLA)
     )
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
@@ -121,8 +121,31 @@ def test_code_that_fails_is_left_out_with_a_warning(monkeypatch: pytest.MonkeyPa
     (tmp_path / "bvit_kernels.py").write_text(broken)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "bvit_kernels", raising=False)
-    levels.available.cache_clear()
+    compiled.available.cache_clear()
     with pytest.warns(UserWarning, match="wrong with avx2; packed models run without it") as warned:
-        assert [levels.best(), levels.best()] == [levels.XLA] * 2
+        assert [compiled.best(), compiled.best()] == [levels.XLA] * 2
     assert len(warned) == 1
-    levels.available.cache_clear()
+    compiled.available.cache_clear()
+
+
+def test_shapes_that_do_not_fit_stop_before_the_call() -> None:
+    make = Arrays("float32", False)
+    x, u = make(1, 4, 64), make.unit(64, 64)
+    short = u._replace(slope=make(32))
+    narrow = u._replace(product=u.product._replace(negative=u.product.negative[:1]))
+    end = make.vectors(End, 64)
+    op = compiled.COMPILED
+    for call in (
+        lambda: op.unit(x, short, x),
+        lambda: op.count(x, narrow.product),
+        lambda: op.unit(x, u, make(1, 4, 48)),
+        lambda: op.unit_end(x, u, x, make(1, 3, 64), end),
+        lambda: op.unit_end(x, u, x, x, end._replace(alpha=make(1))),
+        lambda: op.feed_forward(x, make.unit(64, 128), make.unit(128, 32), x, end),
+        lambda: op.attention(x, x[:, :2], x, make(3, 64), make.vectors(Context, 64), make(), 1, 1),
+        lambda: op.average_pool(make(1, 5, 8), 2),
+        lambda: op.downsample(x, make.unit(256, 64), make(4, 64), make(64), make(64)),
+        lambda: op.branches(x, x, make(3, 32)),
+    ):
+        with pytest.raises(ValueError, match=r"expected|repeated|grid|ends in"):
+            jax.eval_shape(call)
