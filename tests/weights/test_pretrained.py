@@ -713,7 +713,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
         path.write_bytes(content[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "_write", fail)
+    monkeypatch.setattr(saving, "write", fail)
     for target in ("x", "x.safetensors"):
         with pytest.raises(UserError, match=r"cannot write .*x.*: No space left on device"):
             weights.save(tiny_pretrained("deit"), tmp_path / target)
@@ -956,13 +956,13 @@ def test_a_dangling_link_is_not_replaced(tmp_path):
 
 
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
-    write = saving._write
+    write = saving.write
 
     def slow(path, content):
         write(path, content)
         (tmp_path / "x.safetensors").write_text("another's")
 
-    monkeypatch.setattr(saving, "_write", slow)
+    monkeypatch.setattr(saving, "write", slow)
     with pytest.raises(UserError, match="exists; delete it"):
         weights.save(tiny_pretrained("deit"), tmp_path / "x.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
