@@ -108,7 +108,7 @@ def measure(sizes: Sizes, rounds: int = 3) -> dict[str, Any]:
             "bytes_per_second": _bytes_per_second(sizes.elements, rounds),
             "operations_per_second": {
                 **{dtype: _matrix_product(sizes.side, dtype, rounds) for dtype in MATRIX_DTYPES},
-                "binary": _binary_product(*sizes.binary, rounds),
+                "binary": binary_product(*sizes.binary, rounds),
             },
             "published": published,
         }
@@ -134,7 +134,8 @@ def _matrix_product(side: int, dtype: str, rounds: int) -> list[float]:
     return rates(lambda _: product(a, a), 2 * side**3, rounds)
 
 
-def _binary_product(rows: int, words: int, columns: int, rounds: int) -> list[float]:
+def binary_product(rows: int, words: int, columns: int, rounds: int) -> list[float]:
+    """Returns the operations per second of products of packed signs, of each round."""
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.bits(keys[0], (rows, words), jnp.uint32)
     w = jax.random.bits(keys[1], (words, columns), jnp.uint32)

@@ -52,12 +52,11 @@ RENAMED = {
 class TorchSide:
     """Model, AdamW and random data of the reference."""
 
-    def __init__(self, plan: Plan, settings: Mapping[str, Any]) -> None:
-        """Builds the counterpart of our model, of which these are the settings and the name."""
-        torch.manual_seed(0)
+    def __init__(self, plan: Plan, settings: Mapping[str, Any], model: nn.Module) -> None:
+        """Takes the counterpart of our model, of which these are the settings and the name."""
         torch.backends.cudnn.benchmark = True
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = _build(_checkout(plan), settings).to(self._device)
+        model = model.to(self._device)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         amp = self._device.type == "cuda" and plan.autocast
         self._autocast = torch.autocast("cuda", torch.float16, enabled=amp)
@@ -153,7 +152,8 @@ class TorchSide:
 
 def start(plan: Plan, settings: Mapping[str, Any]) -> TorchSide:
     """Builds the reference's side for the settings of our model; see `workload.Worker`."""
-    return TorchSide(plan, settings)
+    torch.manual_seed(0)
+    return TorchSide(plan, settings, build(_checkout(plan), settings))
 
 
 def _checkout(plan: Plan) -> Path:
@@ -167,7 +167,7 @@ def _distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
     return -(F.softmax(teacher_logits, 1) * F.log_softmax(logits, 1)).sum(1).mean()
 
 
-def _build(checkout: Path, settings: Mapping[str, Any]) -> nn.Module:
+def build(checkout: Path, settings: Mapping[str, Any]) -> nn.Module:
     """Returns the checkout's model with our settings.
 
     Raises:

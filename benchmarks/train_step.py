@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--json is {arguments.json}: its directory does not exist")
         report = measure(
             _plan(arguments),
-            batches=_batches(arguments.batch),
+            batches=integers("--batch", arguments.batch),
             dtypes=_dtypes(arguments.dtype),
             repeats=arguments.repeats,
             steps={
@@ -80,7 +80,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     if arguments.model:
         known_model(arguments.model)
     if arguments.reference:
-        _check_reference(arguments.reference)
+        check_reference(arguments.reference)
     elif arguments.compile:
         raise UserError("--compile is for the reference; add --reference CHECKOUT")
     return Plan(
@@ -97,7 +97,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
-def _check_reference(checkout: Path) -> None:
+def check_reference(checkout: Path) -> None:
+    """Raises `UserError` unless a path is a checkout of the PyTorch code and torch is installed."""
     for part in ("models.py", "configs"):
         if not (checkout / part).exists():
             raise UserError(
@@ -108,32 +109,33 @@ def _check_reference(checkout: Path) -> None:
         raise UserError("--reference needs torch, which is not installed: pip install torch")
 
 
-def _parts(texts: Sequence[str]) -> list[str]:
+def parts(texts: Sequence[str]) -> list[str]:
     """Returns what is between the commas of all texts, each once, in order."""
     return list(dict.fromkeys(part.strip() for text in texts for part in text.split(",")))
 
 
-def _batches(texts: Sequence[str]) -> list[int]:
-    for part in _parts(texts):
+def integers(flag: str, texts: Sequence[str]) -> list[int]:
+    """Returns the integers between the commas of an argument; raises `UserError` for one below 1."""
+    for part in parts(texts):
         if not part.isdecimal() or int(part) < 1:
-            raise UserError(f"--batch has {part!r}; expected integers of at least 1, as in --batch 8,32")
-    return [int(part) for part in _parts(texts)]
+            raise UserError(f"{flag} has {part!r}; expected integers of at least 1, as in {flag} 1,2")
+    return [int(part) for part in parts(texts)]
 
 
 def _dtypes(texts: Sequence[str]) -> list[str | None]:
     if not texts:
         return [None]
-    for part in _parts(texts):
+    for part in parts(texts):
         if part not in DTYPES:
             raise UserError(f"--dtype has {part!r}" + nearest(part, DTYPES))
-    return list(_parts(texts))
+    return list(parts(texts))
 
 
 def _kinds(texts: Sequence[str]) -> tuple[Kind, ...]:
-    for part in _parts(texts):
+    for part in parts(texts):
         if part not in KINDS:
             raise UserError(f"--kinds has {part!r}" + nearest(part, KINDS))
-    return tuple(kind for kind in KINDS if not texts or kind in _parts(texts))
+    return tuple(kind for kind in KINDS if not texts or kind in parts(texts))
 
 
 def _ceilings_scale(arguments: argparse.Namespace) -> float:
@@ -145,7 +147,8 @@ def _ceilings_scale(arguments: argparse.Namespace) -> float:
     return arguments.ceilings_scale
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Returns the integer of an argument, which must be at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, not {text}")
@@ -203,10 +206,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile", action="store_true", help="also the reference with torch.compile, as a side of its own"
     )
-    parser.add_argument("--repeats", type=_positive, default=5, metavar="K", help="rounds (5)")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="K", help="rounds (5)")
     for kind, count in (("forward", 5), ("evaluation", 5), ("training", 3)):
         parser.add_argument(
-            f"--{kind}-steps", type=_positive, default=count, metavar="N", help=f"of a round ({count})"
+            f"--{kind}-steps", type=positive, default=count, metavar="N", help=f"of a round ({count})"
         )
     parser.add_argument(
         "--ceilings-scale",

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,14 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Returns what `train_step` says in one line."""
-    assert train_step.main(arguments) == 1
+    return fails_with(train_step.main, capsys, *arguments)
+
+
+def fails_with(
+    main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """Returns what a command says in one line."""
+    assert main(arguments) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1

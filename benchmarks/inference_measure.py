@@ -1,0 +1,240 @@
+"""Measures the sides of `inference` in turn, then starts each anew; the command is in `inference`."""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks import inference_sides
+from benchmarks.first_answer import STAGES
+from benchmarks.floor import best_rate
+from benchmarks.inference_sides import REFERENCE_COMPILED, SIDES, Subject
+from benchmarks.machine import commit, cores, cpu_model, versions
+from benchmarks.workload import Plan, Worker
+from bvit_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Amount:
+    """How much is measured.
+
+    Attributes:
+      settings: that replace those of the binary model.
+      deit: settings of transformers' DeiT.
+      rounds: of each side.
+      seconds: of a round, about.
+      starts: with a warm cache.
+      ceilings: the scale of `ceilings.default_sizes`.
+    """
+
+    settings: dict[str, Any]
+    deit: dict[str, Any]
+    rounds: int
+    seconds: float
+    starts: int
+    ceilings: float
+
+
+def measure(
+    sides: Sequence[str],
+    left_out: dict[str, str],
+    *,
+    batches: Sequence[int],
+    threads: Sequence[int],
+    amount: Amount,
+    reference: Path | None,
+    isa: str | None,
+    at_once: int,
+) -> dict[str, Any]:
+    """Measures everything and returns it, ready for JSON.
+
+    Args:
+      sides: keys of `SIDES`.
+      left_out: why others are not measured; gets those that turn out not to run.
+      batches: batch sizes.
+      threads: numbers of threads.
+      amount: how much.
+      reference: checkout of the PyTorch code.
+      isa: a key of `inference_sides.ISA`, or None for the best vector unit.
+      at_once: see `inference_sides.Subject`.
+
+    Raises:
+      UserError: no side can run.
+    """
+    if not sides:
+        raise _nothing(left_out)
+    load = os.getloadavg()[0]  # of other programs
+    with tempfile.TemporaryDirectory(prefix="inference_") as name, inference_sides.capped(isa):
+        directory = Path(name)
+        units = elsewhere(inference_sides.vector_units)
+        model = elsewhere(inference_sides.write_models, amount.settings, directory)
+        subject = Subject("", model["settings"], amount.deit, directory, reference, max(threads), at_once)
+        runs, ceilings = [], {}
+        for count in threads:
+            at_count = dataclasses.replace(subject, threads=count)
+            of_binary = elsewhere(inference_sides.ceilings, at_count, amount.ceilings, min(3, amount.rounds))
+            ceilings[str(count)] = of_binary
+            for batch in batches:
+                measured = _measure_batch(sides, at_count, batch, amount, left_out)
+                _add_floor(measured, 2 * batch * model["binary_macs"], of_binary)
+                runs.append({"threads": count, "batch": batch, "sides": measured})
+        runs = [run for run in runs if run["sides"]]
+        if not runs:
+            raise _nothing(left_out)
+        starts = _starts(sides, subject, amount.starts, left_out)
+    return {
+        "machine": {**_machine(), "load_average": load},
+        "versions": versions(),
+        "commit": commit(),
+        "isa": isa,
+        "vector_units": units,
+        "model": model,
+        "ceilings": ceilings,
+        "runs": runs,
+        "starts": starts,
+        "left_out": left_out,
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {"cpu": cpu_model(), "cores": cores(), "python": platform.python_version()}
+
+
+def elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what a function returns in a process of its own, so that this one imports no jax."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _measure_batch(
+    sides: Sequence[str], subject: Subject, batch: int, amount: Amount, left_out: dict[str, str]
+) -> dict[str, Any]:
+    """Measures the sides in turn; returns seconds of a step in each round by side, and what else is found."""
+    workers: dict[str, Worker] = {}
+    found: dict[str, dict[str, Any]] = {}
+    where = f"batch {batch}, {subject.threads} threads"
+    for side in sides:
+        try:
+            workers[side], found[side] = _started(side, subject, batch)
+        except UserError as error:
+            _leave_out(f"{side}, {where}", error, left_out)
+    steps = {
+        side: max(1, round(amount.seconds / worker.seconds("forward", 1))) for side, worker in workers.items()
+    }
+    for number in range(1, amount.rounds + 1):
+        for side, worker in workers.items():
+            found[side]["seconds"].append(worker.seconds("forward", steps[side]) / steps[side])
+        times = ", ".join(f"{side} {1e3 * of['seconds'][-1]:.1f}" for side, of in found.items())
+        _say(f"{where}, round {number}/{amount.rounds}, ms: {times}")
+    for side, worker in workers.items():
+        found[side]["peak"] = worker.finish().peak
+    return found
+
+
+def _started(side: str, subject: Subject, batch: int) -> tuple[Worker, dict[str, Any]]:
+    """Returns a side that is compiled and warm, and what it reports; raises `UserError` if it cannot run."""
+    plan = _plan(subject, side, batch)
+    worker = Worker(SIDES[side], inference_sides.start, plan, dataclasses.replace(subject, side=side))
+    try:
+        compiling = worker.prepare().compile_seconds.get("forward")
+    except UserError:
+        with contextlib.suppress(UserError, OSError):  # its process has ended
+            worker.finish()
+        raise
+    return worker, {"mode": worker.facts.mode, "compile_seconds": compiling, "seconds": []}
+
+
+def _plan(subject: Subject, side: str, batch: int) -> Plan:
+    compiled = side == REFERENCE_COMPILED
+    cache = subject.models / f"{subject.threads} threads"  # of Inductor
+    return Plan(
+        "binaryvit", None, {}, batch, "float32", subject.reference, compiled, kinds=("forward",), cache=cache
+    )
+
+
+def _leave_out(what: str, error: UserError, left_out: dict[str, str]) -> None:
+    left_out[what] = str(error)
+    _say(f"{what} is left out: {error}")
+
+
+def _nothing(left_out: dict[str, str]) -> UserError:
+    reasons = "; ".join(f"{what}: {reason}" for what, reason in left_out.items())
+    return UserError(f"no side can run: {reasons}")
+
+
+def _add_floor(measured: dict[str, Any], operations: int, ceilings: dict[str, list[float]]) -> None:
+    """Adds the seconds of a batch's binary operations at the ceiling, and the share of it that is reached."""
+    floor = operations / max(map(best_rate, ceilings.values()))
+    for side in measured.values():
+        side["floor_seconds"] = floor
+        side["share_of_floor"] = floor / min(side["seconds"])
+
+
+def _starts(sides: Sequence[str], subject: Subject, count: int, left_out: dict[str, str]) -> dict[str, Any]:
+    """Returns `first_answers` of the sides."""
+    found = {}
+    for side in sides:
+        _say(f"{side}: first answers")
+        try:
+            found[side] = first_answers(dataclasses.replace(subject, side=side), count)
+        except UserError as error:
+            _leave_out(f"{side}, first answer", error, left_out)
+    return found
+
+
+def first_answers(subject: Subject, starts: int) -> dict[str, Any]:
+    """Returns the stages of a start with an empty cache, ``cold``, and of others after it, ``warm``."""
+    with tempfile.TemporaryDirectory(prefix="inference_cache_") as cache:
+        cold = stages(subject, Path(cache))
+        return {"cold": cold, "warm": [stages(subject, Path(cache)) for _ in range(starts)]}
+
+
+def stages(subject: Subject, cache: Path) -> list[dict[str, Any]]:
+    """Starts a process that classifies one image; returns seconds since its start, and memory, by stage.
+
+    Raises:
+      UserError: the process fails; has the end of what it said.
+    """
+    file = cache / "subject.pickle"
+    file.write_bytes(pickle.dumps(subject))
+    variables = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+    }
+    command = [sys.executable, "-m", "benchmarks.first_answer", str(file)]
+    with (cache / "stderr").open("w+") as errors:
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **variables},
+        )
+        assert process.stdout is not None
+        found = [{**json.loads(line), "seconds": time.perf_counter() - began} for line in process.stdout]
+        if process.wait() != 0 or len(found) != len(STAGES):
+            errors.seek(0)
+            said = errors.read().strip().splitlines() or [f"status {process.returncode}"]
+            raise UserError(f"{subject.side}: the process that classifies one image failed: {said[-1]}")
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
