@@ -359,7 +359,7 @@ COMMANDS = {
     ),
     "predict": Command("classify image files", _of("bvit_jax.inference.command")),
     "export": Command(
-        "fold a model of one bit into a packed file, which the engine runs", _of("bvit_jax.inference.export")
+        "fold a model of one bit into a packed file, which the engine runs", _of("bvit_jax.inference.packing")
     ),
     "convert": Command("move weights between PyTorch and JAX", _of("bvit_jax.convert")),
     "prepare": Command("prepare data sets for training", _of("bvit_jax.data.prepare.command"), logs=True),

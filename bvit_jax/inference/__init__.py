@@ -10,7 +10,7 @@ from bvit_jax.imports import lazily
 
 if TYPE_CHECKING:
     from bvit_jax.inference.classifier import Classifier, Guess, load, predict, save
-    from bvit_jax.inference.export import export
+    from bvit_jax.inference.packing import export
 
 __all__ = ["Classifier", "Guess", "export", "load", "predict", "save"]
 

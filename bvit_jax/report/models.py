@@ -13,7 +13,7 @@ from bvit_jax import models
 from bvit_jax.cost import cost_of
 from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.inference.engine.families import FAMILIES
-from bvit_jax.inference.export import export
+from bvit_jax.inference.packing import export
 from bvit_jax.report.text import markdown
 from bvit_jax.runtime.arguments import parse_config
 from bvit_jax.weights import Preprocessing, Pretrained

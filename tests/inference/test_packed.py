@@ -20,7 +20,7 @@ from bvit_jax import cli, models
 from bvit_jax.binary.weights import DENSE
 from bvit_jax.errors import UserError
 from bvit_jax.inference import Classifier, engine, export
-from bvit_jax.inference.export import halved, pack, sizes
+from bvit_jax.inference.packing import halved, pack, sizes
 from bvit_jax.inference.stablehlo import write_program
 from bvit_jax.weights import tensor_files
 from bvit_jax.weights.packed import read_packed

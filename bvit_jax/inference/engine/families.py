@@ -10,7 +10,7 @@ from jax import Array
 from bvit_jax.errors import UserError
 from bvit_jax.imports.shapes import Float
 from bvit_jax.inference.engine.compiled import best
-from bvit_jax.inference.engine.levels import Operations
+from bvit_jax.inference.engine.levels import XLA, Operations
 from bvit_jax.inference.engine.parameters import Parameters
 from bvit_jax.inference.engine.repeated import stack
 
@@ -32,8 +32,15 @@ def module_of(name: str, package: str) -> Any:
     return importlib.import_module(f"{package}.{FAMILIES[name]}")
 
 
-def prepared(settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns arrays with which `apply` compiles faster: those of blocks that are alike are stacked."""
+def prepared(
+    settings: Mapping[str, Any], arrays: Mapping[str, Any], operations: Operations | None = None
+) -> dict[str, Any]:
+    """Returns arrays with which `apply` compiles faster: those of blocks that are alike are stacked.
+
+    Where the operations are compiled already they are not, since there is little left to compile.
+    """
+    if (operations or best()) is not XLA:
+        return dict(arrays)
     return stack(arrays, module_of(settings["name"], __package__).runs(settings))
 
 

@@ -13,7 +13,7 @@ from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.inference import engine
 from bvit_jax.inference.engine.compiled import best
-from bvit_jax.inference.engine.levels import XLA
+from bvit_jax.inference.engine.levels import XLA, Operations
 from bvit_jax.parity.golden import GoldenFile
 from bvit_jax.parity.subject import subject_of
 from bvit_jax.weights.state_dicts import abstract_variables, from_state_dict
@@ -29,14 +29,13 @@ GOLDEN = (
 
 def logits_of(config: Any, variables: Any, images: Any) -> list[np.ndarray]:
     """Returns the engine's logits, in float64, by XLA's operations and by compiled ones if there are any."""
-    arrays = engine.prepared(config, engine.fold(config, variables, np.float64))
-    levels = {XLA, best()}
-    return [
-        np.asarray(
-            jax.jit(lambda arrays, x, level=level: engine.apply(config, arrays, x, level))(arrays, images)
-        )
-        for level in levels
-    ]
+    folded = engine.fold(config, variables, np.float64)
+
+    def logits(level: Operations) -> np.ndarray:
+        arrays = engine.prepared(config, folded, level)
+        return np.asarray(jax.jit(lambda arrays, x: engine.apply(config, arrays, x, level))(arrays, images))
+
+    return [logits(level) for level in {XLA, best()}]
 
 
 def error(ours: list[np.ndarray], theirs: Any) -> float:
@@ -126,11 +125,11 @@ def test_blocks_that_are_alike_are_compiled_once() -> None:
     model, config = smallest("binaryvit", jnp.float64, depth=(3, 1))
     variables = spread_variables(model, config, np.float64)
     arrays = engine.fold(config, variables, np.float64)
-    stacked = engine.prepared(config, arrays)
+    stacked = engine.prepared(config, arrays, XLA)
     name = "mlp/expand/negative"
     assert stacked[f"block0-block2/{name}"].shape == (3, *arrays[f"block0/{name}"].shape)
     assert "block3/mlp/expand/negative" in stacked
     assert not any(name.startswith("block1/") for name in stacked)
     variables["params"]["block1"]["mlp"]["expand"]["dense"]["kernel"] *= 0
     arrays = engine.fold(config, variables, np.float64)
-    assert engine.prepared(config, arrays).keys() == arrays.keys()
+    assert engine.prepared(config, arrays, XLA).keys() == arrays.keys()
