@@ -89,10 +89,11 @@ NEEDS = {  # packages, apart from jax
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
+    command = ["python", "-m", "benchmarks.inference", *(sys.argv[1:] if argv is None else argv)]
     try:
         if arguments.json and not arguments.json.absolute().parent.is_dir():
             raise UserError(f"--json is {arguments.json}: its directory does not exist")
-        report = measure(
+        for report in measure(
             *_sides(arguments.sides, arguments.reference, arguments.quick),
             batches=integers("--batch", [arguments.batch or ("1,2" if arguments.quick else "1,8,64")]),
             threads=_threads(arguments.threads or ("1" if arguments.quick else "1,2")),
@@ -100,16 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             reference=arguments.reference,
             isa=arguments.isa,
             at_once=arguments.at_once,
-        )
+        ):
+            report["command"] = shlex.join(command)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report["command"] = shlex.join(
-        ["python", "-m", "benchmarks.inference", *(sys.argv[1:] if argv is None else argv)]
-    )
     print(report_text(report))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
@@ -171,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
         help_text = f"{text} ({default:g})"
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=help_text)
     parser.add_argument("--quick", action="store_true", help="a tiny network, to see that everything runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the findings here, as they come"
+    )
     return parser
 
 

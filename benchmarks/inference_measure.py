@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ def measure(
     reference: Path | None,
     isa: str | None,
     at_once: int,
-) -> dict[str, Any]:
-    """Measures everything and returns it, ready for JSON.
+) -> Iterator[dict[str, Any]]:
+    """Yields what has been found so far, ready for JSON, after each batch and after the starts of each side.
 
     Args:
       sides: keys of `SIDES`.
@@ -76,41 +76,45 @@ def measure(
     """
     if not sides:
         raise _nothing(left_out)
-    load = os.getloadavg()[0]  # of other programs
+    found = _about(isa)
+    ceilings: dict[str, Any] = {}
+    runs: list[dict[str, Any]] = []
+    starts: dict[str, Any] = {}
+    found |= {"ceilings": ceilings, "runs": runs, "starts": starts, "left_out": left_out}
     with tempfile.TemporaryDirectory(prefix="inference_") as name, inference_sides.capped(isa):
         directory = Path(name)
-        units = elsewhere(inference_sides.vector_units)
-        model = elsewhere(inference_sides.write_models, amount.settings, directory)
+        found["vector_units"] = elsewhere(inference_sides.vector_units)
+        found["model"] = model = elsewhere(inference_sides.write_models, amount.settings, directory)
         subject = Subject("", model["settings"], amount.deit, directory, reference, max(threads), at_once)
-        runs, ceilings = [], {}
         for count in threads:
             at_count = dataclasses.replace(subject, threads=count)
-            of_binary = elsewhere(inference_sides.ceilings, at_count, amount.ceilings, min(3, amount.rounds))
-            ceilings[str(count)] = of_binary
+            rates = elsewhere(inference_sides.ceilings, at_count, amount.ceilings, min(3, amount.rounds))
+            ceilings[str(count)] = rates
             for batch in batches:
-                measured = _measure_batch(sides, at_count, batch, amount, left_out)
-                _add_floor(measured, 2 * batch * model["binary_macs"], of_binary)
-                runs.append({"threads": count, "batch": batch, "sides": measured})
-        runs = [run for run in runs if run["sides"]]
+                if measured := _measure_batch(sides, at_count, batch, amount, left_out):
+                    _add_floor(measured, 2 * batch * model["binary_macs"], rates)
+                    runs.append({"threads": count, "batch": batch, "sides": measured})
+                    yield found
         if not runs:
             raise _nothing(left_out)
-        starts = _starts(sides, subject, amount.starts, left_out)
+        for side in sides:
+            _say(f"{side}: first answers")
+            try:
+                starts[side] = first_answers(dataclasses.replace(subject, side=side), amount.starts)
+            except UserError as error:
+                _leave_out(f"{side}, first answer", error, left_out)
+            yield found
+
+
+def _about(isa: str | None) -> dict[str, Any]:
+    """Returns what the figures depend on; the load is that of other programs."""
+    machine = {"cpu": cpu_model(), "cores": cores(), "python": platform.python_version()}
     return {
-        "machine": {**_machine(), "load_average": load},
+        "machine": {**machine, "load_average": os.getloadavg()[0]},
         "versions": versions(),
         "commit": commit(),
         "isa": isa,
-        "vector_units": units,
-        "model": model,
-        "ceilings": ceilings,
-        "runs": runs,
-        "starts": starts,
-        "left_out": left_out,
     }
-
-
-def _machine() -> dict[str, Any]:
-    return {"cpu": cpu_model(), "cores": cores(), "python": platform.python_version()}
 
 
 def elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -181,18 +185,6 @@ def _add_floor(measured: dict[str, Any], operations: int, ceilings: dict[str, li
     for side in measured.values():
         side["floor_seconds"] = floor
         side["share_of_floor"] = floor / min(side["seconds"])
-
-
-def _starts(sides: Sequence[str], subject: Subject, count: int, left_out: dict[str, str]) -> dict[str, Any]:
-    """Returns `first_answers` of the sides."""
-    found = {}
-    for side in sides:
-        _say(f"{side}: first answers")
-        try:
-            found[side] = first_answers(dataclasses.replace(subject, side=side), count)
-        except UserError as error:
-            _leave_out(f"{side}, first answer", error, left_out)
-    return found
 
 
 def first_answers(subject: Subject, starts: int) -> dict[str, Any]:

@@ -129,10 +129,10 @@ def write_models(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]
     import jax
     import jax.numpy as jnp
 
+    import bvit_jax
     from bvit_jax import models, weights
     from bvit_jax.cost import cost_of
     from bvit_jax.cost.count import BINARY
-    from bvit_jax.inference.export import export
     from bvit_jax.weights.preprocessing import deit_preprocessing
 
     config = models.model_config("binaryvit", **settings)
@@ -145,7 +145,7 @@ def write_models(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]
     names = tuple(map(str, range(config.num_classes)))
     read = weights.Pretrained(config, jax.device_get(variables), deit_preprocessing(size), names)
     weights.save(read, directory / "float", "native")
-    export(read, directory / "packed")
+    bvit_jax.export(read, directory / "packed")
     return {
         "settings": config.to_dict(),
         "binary_macs": cost_of(model, size, training=False).total.macs[BINARY],

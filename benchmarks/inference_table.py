@@ -80,7 +80,7 @@ def aims(report: Mapping[str, Any]) -> Iterator[Aim]:
     Throughput is that of the best round at the best batch of each side, for each number of threads.
     """
     unit = vector_unit(report)
-    ours = COMPILED if COMPILED in report["starts"] else XLA
+    ours = COMPILED if any(COMPILED in run["sides"] for run in report["runs"]) else XLA
     for threads in dict.fromkeys(run["threads"] for run in report["runs"]):
         runs = [run for run in report["runs"] if run["threads"] == threads and ours in run["sides"]]
         where = f"with {_threads(threads)}"
