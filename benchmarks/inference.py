@@ -65,15 +65,13 @@ DEIT_SMALL = {
     "image_size": 224,
     "num_labels": 1000,
 }
-TINY_DEIT = {**DEIT_SMALL, "hidden_size": 32, "num_hidden_layers": 1, "image_size": 32, "num_labels": 10}
-TINY: dict[str, Any] = {
-    "image_size": 32,
+TINY_DEIT = {**DEIT_SMALL, "hidden_size": 32, "num_hidden_layers": 1, "num_labels": 10}
+TINY: dict[str, Any] = {  # the PyTorch code has four stages of sides that are written as numbers
     "num_classes": 10,
-    "width": (32,),
-    "depth": (1,),
-    "num_heads": (1,),
-    "mlp_dim": (64,),
-    "reduction": (2,),
+    "width": (32,) * 4,
+    "depth": (1,) * 4,
+    "num_heads": (1,) * 4,
+    "mlp_dim": (64,) * 4,
 }
 NEEDS = {  # packages, apart from jax
     COMPILED: ("bvit_kernels",),
@@ -95,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--json is {arguments.json}: its directory does not exist")
         for report in measure(
             *_sides(arguments.sides, arguments.reference, arguments.quick),
-            batches=integers("--batch", [arguments.batch or ("1,2" if arguments.quick else "1,8,64")]),
+            batches=integers("--batch", [arguments.batch or ("1" if arguments.quick else "1,8,64")]),
             threads=_threads(arguments.threads or ("1" if arguments.quick else "1,2")),
             amount=_amount(arguments),
             reference=arguments.reference,

@@ -81,7 +81,7 @@ def measure(
     runs: list[dict[str, Any]] = []
     starts: dict[str, Any] = {}
     found |= {"ceilings": ceilings, "runs": runs, "starts": starts, "left_out": left_out}
-    with tempfile.TemporaryDirectory(prefix="inference_") as name, inference_sides.capped(isa):
+    with tempfile.TemporaryDirectory(prefix="inference_") as name, inference_sides.on_cpu(isa):
         directory = Path(name)
         found["vector_units"] = elsewhere(inference_sides.vector_units)
         found["model"] = model = elsewhere(inference_sides.write_models, amount.settings, directory)
@@ -163,7 +163,7 @@ def _started(side: str, subject: Subject, batch: int) -> tuple[Worker, dict[str,
 
 def _plan(subject: Subject, side: str, batch: int) -> Plan:
     compiled = side == REFERENCE_COMPILED
-    cache = subject.models / f"{subject.threads} threads"  # of Inductor
+    cache = subject.models / f"threads{subject.threads}"  # of Inductor; a C++ compiler gets it unquoted
     return Plan(
         "binaryvit", None, {}, batch, "float32", subject.reference, compiled, kinds=("forward",), cache=cache
     )
@@ -211,17 +211,17 @@ def stages(subject: Subject, cache: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "benchmarks.first_answer", str(file)]
     with (cache / "stderr").open("w+") as errors:
         began = time.perf_counter()
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
             cwd=ROOT,
             env={**os.environ, **variables},
-        )
-        assert process.stdout is not None
-        found = [{**json.loads(line), "seconds": time.perf_counter() - began} for line in process.stdout]
-        if process.wait() != 0 or len(found) != len(STAGES):
+        ) as process:
+            lines = process.stdout or ()
+            found = [{**json.loads(line), "seconds": time.perf_counter() - began} for line in lines]
+        if process.returncode != 0 or len(found) != len(STAGES):
             errors.seek(0)
             said = errors.read().strip().splitlines() or [f"status {process.returncode}"]
             raise UserError(f"{subject.side}: the process that classifies one image failed: {said[-1]}")

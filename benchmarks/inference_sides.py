@@ -66,9 +66,12 @@ def place(subject: Subject) -> None:
 
 
 @contextlib.contextmanager
-def capped(isa: str | None) -> Iterator[None]:
-    """Caps the vector unit of every process that is started in the block; None caps nothing."""
-    before, variables = dict(os.environ), dict(ISA[isa]) if isa else {}
+def on_cpu(isa: str | None) -> Iterator[None]:
+    """Keeps processes that are started in the block from accelerators, and caps their vector unit.
+
+    Where a plug-in for an accelerator is installed, JAX takes time and memory to look for one.
+    """
+    before, variables = dict(os.environ), {"JAX_PLATFORMS": "cpu", **(ISA[isa] if isa else {})}
     for name in variables.keys() & {"XLA_FLAGS"} & os.environ.keys():
         variables[name] += f" {os.environ[name]}"
     os.environ.update(variables)

@@ -12,6 +12,16 @@ from benchmarks.inference_sides import COMPILED, DEIT, FLOAT, REFERENCE, XLA
 from bvit_jax.inference.engine import families
 from tests.benchmarks.test_benchmarks import Here, fails_with
 
+TINY = {
+    "image_size": 32,
+    "num_classes": 10,
+    "width": (32,),
+    "depth": (1,),
+    "num_heads": (1,),
+    "mlp_dim": (64,),
+    "reduction": (2,),
+}
+
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -20,6 +30,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(inference_measure, "elsewhere", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(inference_sides, "place", lambda subject: None)
     monkeypatch.setattr(families, "best", families.best)  # which a side replaces
+    monkeypatch.setattr(inference, "TINY", TINY)
     monkeypatch.setattr("benchmarks.workload.forget_setup", lambda: None)
     monkeypatch.setattr("benchmarks.ceilings.ROUND_SECONDS", 0.01)
     cached = jax.config.jax_enable_compilation_cache
@@ -88,7 +99,7 @@ def test_ratios_are_those_of_the_best_rounds_and_the_median_of_all():
 def test_caps_the_vector_unit_of_all_sides_and_takes_it_back(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--before")
     monkeypatch.delenv("BVIT_KERNELS", raising=False)
-    with inference_sides.capped("avx2"):
+    with inference_sides.on_cpu("avx2"):
         environment = dict(inference_sides.os.environ)
     assert environment["XLA_FLAGS"] == "--xla_cpu_max_isa=AVX2 --before"
     assert (environment["BVIT_KERNELS"], environment["ATEN_CPU_CAPABILITY"]) == ("avx2", "avx2")
