@@ -88,13 +88,15 @@ def measure(
         subject = Subject("", model["settings"], amount.deit, directory, reference, max(threads), at_once)
         for count in threads:
             at_count = dataclasses.replace(subject, threads=count)
-            rates = elsewhere(inference_sides.ceilings, at_count, amount.ceilings, min(3, amount.rounds))
-            ceilings[str(count)] = rates
+            ceilings[str(count)] = rates = _ceilings(at_count, amount)
             for batch in batches:
                 if measured := _measure_batch(sides, at_count, batch, amount, left_out):
-                    _add_floor(measured, 2 * batch * model["binary_macs"], rates)
                     runs.append({"threads": count, "batch": batch, "sides": measured})
+                    _add_floors(runs, model["binary_macs"], ceilings)
                     yield found
+            for name, rounds in _ceilings(at_count, amount).items():  # noise lowers them
+                rates[name] += rounds
+        _add_floors(runs, model["binary_macs"], ceilings)
         if not runs:
             raise _nothing(left_out)
         for side in sides:
@@ -179,12 +181,19 @@ def _nothing(left_out: dict[str, str]) -> UserError:
     return UserError(f"no side can run: {reasons}")
 
 
-def _add_floor(measured: dict[str, Any], operations: int, ceilings: dict[str, list[float]]) -> None:
+def _ceilings(subject: Subject, amount: Amount) -> dict[str, list[float]]:
+    return elsewhere(inference_sides.ceilings, subject, amount.ceilings, min(3, amount.rounds))
+
+
+def _add_floors(
+    runs: Sequence[dict[str, Any]], macs: int, ceilings: dict[str, dict[str, list[float]]]
+) -> None:
     """Adds the seconds of a batch's binary operations at the ceiling, and the share of it that is reached."""
-    floor = operations / max(map(best_rate, ceilings.values()))
-    for side in measured.values():
-        side["floor_seconds"] = floor
-        side["share_of_floor"] = floor / min(side["seconds"])
+    for run in runs:
+        ceiling = max(map(best_rate, ceilings[str(run["threads"])].values()))
+        floor = 2 * macs * run["batch"] / ceiling
+        for side in run["sides"].values():
+            side |= {"floor_seconds": floor, "share_of_floor": floor / min(side["seconds"])}
 
 
 def first_answers(subject: Subject, starts: int) -> dict[str, Any]:
