@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from bvit_jax.binary.estimators import bit as sign_bit
 from bvit_jax.binary.products import CODE_DTYPE
 from bvit_jax.imports.shapes import Bool, Float, Int32, Shaped, UInt32
 
@@ -96,18 +95,12 @@ def product(
         no_zeros.append(~zeros)
 
     def multiplied() -> Array:
-        """Multiplies rare zeros too, as real numbers: code that is as fast as it needs, and soon compiled."""
-        codes, signs = unpack(weights, channels), sign_bit(x) if bit else _sign(x)
-        y = jnp.matmul(
-            codes.T.astype(CODE_DTYPE), signs.astype(CODE_DTYPE), preferred_element_type=jnp.float32
-        )
-        return then(y.astype(jnp.int32))
+        """Returns the same where there are zeros: rarely, so that what counts is that it compiles soon."""
+        signs = jnp.where(x < 0, -1, 1 if bit else jnp.where(x == 0, 0, 1))
+        codes = (values.astype(CODE_DTYPE) for values in (unpack(weights, channels).T, signs))
+        return then(jnp.matmul(*codes, preferred_element_type=jnp.float32).astype(jnp.int32))
 
     return once(no_zeros, lambda: then(channels - 2 * differing(weights.negative, negative)), multiplied)
-
-
-def _sign(x: Array) -> Array:
-    return jnp.where(x < 0, -1, jnp.where(x == 0, 0, 1))
 
 
 def _negative_and_zeros(

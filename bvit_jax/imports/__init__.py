@@ -6,6 +6,7 @@ runs with JAX, NumPy, safetensors and Pillow alone. Imports nothing of the packa
 """
 
 import ast
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -21,12 +22,17 @@ def lazily(package: str) -> Callable[[str], Any]:
         ``if TYPE_CHECKING:``, where type checkers find them too.
     """
     module = sys.modules[package]
-    homes = _homes(Path(str(module.__file__)).read_text(encoding="utf-8"))
+
+    @functools.cache
+    def homes() -> dict[str, tuple[str, str]]:
+        return _homes(Path(str(module.__file__)).read_text(encoding="utf-8"))
 
     def __getattr__(name: str) -> Any:
-        if name not in homes:
+        if name.startswith("__") or name not in homes():
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        home, attribute = homes[name]
+        home, attribute = homes()[name]
+        if home == package:  # one of its own files or rooms
+            return importlib.import_module(f"{home}.{attribute}")
         value = getattr(importlib.import_module(home), attribute)
         setattr(module, name, value)
         return value

@@ -7,23 +7,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bvit_jax import data
-from bvit_jax.inference.classifier import Classifier, checked
+from bvit_jax.inference.classifier import Classifier, load
 from bvit_jax.runtime.mesh import make_mesh
 from bvit_jax.training import evaluation
 from bvit_jax.weights.class_names import Matching, matched
-from bvit_jax.weights.packed import Packed, is_packed, read_packed
+from bvit_jax.weights.packed import Packed
 
 
 def evaluate_model(path: Path, config: ConfigDict, classes: Matching = "same") -> dict[str, Any]:
-    """Evaluates whatever `bvit_jax.load` reads; see `bvit_jax.training.evaluation.evaluate_model`.
+    """Evaluates whatever `bvit_jax.load` reads; see `bvit_jax.training.evaluation.evaluate_loaded`.
 
     Raises:
-      UserError: see there; or a packed model is damaged.
+      UserError: see there; or the model cannot be read.
     """
-    if not is_packed(path):
-        return evaluation.evaluate_model(path, config, classes)
-    model = checked(read_packed(path), path)
-    return evaluation.evaluate_loaded(model, path, config, classes, Classifier(model).model)
+    classifier = load(path)
+    model = classifier.pretrained
+    network = classifier.model if isinstance(model, Packed) else None
+    return evaluation.evaluate_loaded(model, path, config, classes, network)
 
 
 class Comparison(NamedTuple):

@@ -5,7 +5,6 @@ how images become its input and what its classes are called. The program takes a
 ``[N, size, size, 3]``, and returns their probabilities, float32 ``[N, classes]``, on a CPU, GPU or TPU.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -17,7 +16,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.files.appearing import appearing, to_json, write
 from bvit_jax.inference.engine.families import apply
 from bvit_jax.inference.engine.levels import XLA
-from bvit_jax.weights.packed import CONFIG_FILE, Packed
+from bvit_jax.weights.packed import CONFIG_FILE, Packed, described
 
 FORMAT = "bvit_jax_stablehlo"
 PROGRAM_FILE = "model.stablehlo"
@@ -60,20 +59,14 @@ def write_program(model: Packed, target: Path, version: str) -> None:
       UserError: the target exists or cannot be written, or flatbuffers is not installed.
     """
     content = program(model)
-    described = {
+    size, classes = model.config["image_size"], len(model.class_names)
+    program_of = {
         "format": FORMAT,
-        "version": version,
         "jax": jax.__version__,
-        "input": f"uint8 [N, {model.config['image_size']}, {model.config['image_size']}, 3]",
-        "output": f"probabilities, float32 [N, {len(model.class_names)}]",
-        "model": dict(model.config),
-        "preprocessing": asdict(model.preprocessing),
-        "class_names": list(model.class_names),
-        "history": [dict(entry) for entry in model.history],
-        "source": model.source,
-        "digest": model.digest(),
+        "input": f"uint8 [N, {size}, {size}, 3]",
+        "output": f"probabilities, float32 [N, {classes}]",
     }
     with appearing(target) as partial:
         partial.mkdir()
         write(partial / PROGRAM_FILE, content)
-        write(partial / CONFIG_FILE, to_json(described))
+        write(partial / CONFIG_FILE, to_json(program_of | described(model, version)))

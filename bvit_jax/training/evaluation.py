@@ -182,36 +182,23 @@ def evaluate_workdir(
     return {"checkpoint": kind, "step": number, **kept, **figures}
 
 
-def evaluate_model(path: Path, config: ConfigDict, classes: Matching = "same") -> dict[str, Any]:
-    """Evaluates a model of any format on the evaluation split of a configuration, with its own preprocessing.
+def evaluate_loaded(
+    model: Any, path: Path, config: ConfigDict, classes: Matching = "same", network: Any = None
+) -> dict[str, Any]:
+    """Evaluates a model on the evaluation split of a configuration, with its own preprocessing.
 
     Args:
-      path: of a model that is not packed.
+      model: a `Pretrained` or a packed model.
+      path: that it was read from, for messages.
       config: its ``data`` names the data set, and its ``eval_batch_size`` is used.
       classes: how the data set's classes are found among the model's.
+      network: instead of a Flax module: its ``prepare`` makes of the model's arrays those of its ``apply``.
 
     Returns:
       The figures of `evaluate`.
 
     Raises:
-      UserError: the model cannot be read, squeezes its images, or the data set has other classes.
-    """
-    return evaluate_loaded(runs.load_model(path), path, config, classes)
-
-
-def evaluate_loaded(
-    model: Any, path: Path, config: ConfigDict, classes: Matching = "same", network: Any = None
-) -> dict[str, Any]:
-    """Computes `evaluate_model` of a model that was read from a path.
-
-    Args:
-      model: a `Pretrained` or a packed model.
-      path: for messages.
-      config, classes: see there.
-      network: instead of a Flax module: its ``prepare`` makes of the model's arrays those of its ``apply``.
-
-    Raises:
-      UserError: see there.
+      UserError: the model squeezes its images, or the data set has other classes.
     """
     config = config_for(model, path, config)
     for text in model.assumed:

@@ -11,7 +11,8 @@ from bvit_jax import cli, data
 from bvit_jax.data.prepare import prepare
 from bvit_jax.data.prepare.imagefolder import imagefolder_source
 from bvit_jax.errors import UserError
-from bvit_jax.training.evaluation import evaluate_model, evaluate_workdir
+from bvit_jax.inference.evaluation import evaluate_model
+from bvit_jax.training.evaluation import evaluate_workdir
 from configs import deit_digits
 from tests.weights.test_convert import make_run
 

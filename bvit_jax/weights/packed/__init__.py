@@ -99,13 +99,14 @@ def write_packed(model: Packed, target: Path, version: str) -> None:
         partial.mkdir()
         content = tensor_files.encode_safetensors(model.folded, {"format": FORMAT})
         write(partial / WEIGHTS_FILE, content)
-        write(partial / CONFIG_FILE, to_json(_described(model, version)))
+        write(
+            partial / CONFIG_FILE, to_json({"format": FORMAT, "layout": LAYOUT} | described(model, version))
+        )
 
 
-def _described(model: Packed, version: str) -> dict[str, Any]:
+def described(model: Packed, version: str) -> dict[str, Any]:
+    """Returns what is said of a model beyond its arrays, as JSON; ``version`` is that of this package."""
     return {
-        "format": FORMAT,
-        "layout": LAYOUT,
         "version": version,
         "model": dict(model.config),
         "preprocessing": dataclasses.asdict(model.preprocessing),
