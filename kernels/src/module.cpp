@@ -15,8 +15,8 @@
 
 namespace bvit {
 
-#define BVIT_DECLARE(name)                             \
-  const Operations<float>& float_operations_##name();  \
+#define BVIT_DECLARE(name)                            \
+  const Operations<float>& float_operations_##name(); \
   const Operations<double>& double_operations_##name();
 BVIT_DECLARE(scalar)
 #if defined(__x86_64__)
@@ -70,7 +70,8 @@ std::atomic<VectorUnit> current{VectorUnit::kScalar};
 
 template <typename T>
 const Operations<T>& operations() {
-#define BVIT_OF(name) (sizeof(T) == 4 ? (const void*)&float_operations_##name() : (const void*)&double_operations_##name())
+#define BVIT_OF(name) \
+  (sizeof(T) == 4 ? (const void*)&float_operations_##name() : (const void*)&double_operations_##name())
   const void* table = BVIT_OF(scalar);
 #if defined(__x86_64__)
   if (current == VectorUnit::kAvx2) table = BVIT_OF(avx2);
@@ -114,7 +115,7 @@ T* data(Out<AnyBuffer>& x) {
 template <typename T>
 Product<T> product_of(const AnyBuffer& move, const AnyBuffer& negative, const AnyBuffer& nonzero, bool bit) {
   return {data<T>(move), data<uint32_t>(negative), nonzero.element_count() ? data<uint32_t>(nonzero) : nullptr,
-          last(move), last(negative), bit};
+          last(move),    last(negative),           bit};
 }
 
 template <typename T>
@@ -196,9 +197,10 @@ ffi::Error attention(ffi::ThreadPool pool, AnyBuffer q, AnyBuffer k, AnyBuffer v
     using T = decltype(zero);
     const int64_t channels = last(q), images = q.dimensions()[0];
     const T* shifts = data<T>(moves);
-    const Attention<T> a{shifts, shifts + channels, shifts + 2 * channels, data<T>(factor), data<T>(shift),
-                         data<T>(slope), data<T>(move2), data<T>(prob_scale), images, q.dimensions()[1],
-                         k.dimensions()[1], channels, heads, reduction};
+    const Attention<T> a{shifts,         shifts + channels, shifts + 2 * channels, data<T>(factor),
+                         data<T>(shift), data<T>(slope),    data<T>(move2),        data<T>(prob_scale),
+                         images,         q.dimensions()[1], k.dimensions()[1],     channels,
+                         heads,          reduction};
     operations<T>().attention(parallel_on(pool), data<T>(q), data<T>(k), data<T>(v), a, data<T>(y));
   });
 }
@@ -263,8 +265,12 @@ using Result = nb::ndarray<float, nb::numpy, nb::ndim<2>, nb::c_contig>;
 
 void count_here(Floats x, Words negative, Words nonzero, Result y) {
   const std::vector<float> move(x.shape(1));
-  const Product<float> p{move.data(), negative.data(), nonzero.size() ? nonzero.data() : nullptr,
-                         static_cast<int64_t>(x.shape(1)), static_cast<int64_t>(y.shape(1)), false};
+  const Product<float> p{move.data(),
+                         negative.data(),
+                         nonzero.size() ? nonzero.data() : nullptr,
+                         static_cast<int64_t>(x.shape(1)),
+                         static_cast<int64_t>(y.shape(1)),
+                         false};
   const ParallelFor serial = [](int64_t count, const std::function<void(int64_t)>& task) {
     for (int64_t i = 0; i < count; ++i) task(i);
   };

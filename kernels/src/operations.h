@@ -1,7 +1,7 @@
 // The operations of the engine, on plain arrays: rows of channels, the channels contiguous.
 //
 // Signs are packed 32 to a word, in two planes: which are negative, and which are not zero. The planes of a
-// weight matrix are word-major, (words, outputs). One source, `operations.inc`, is compiled for each vector unit
+// weight matrix are word-major, (words, outputs). One source, `operations.cpp`, is compiled for each vector unit
 // into a table of these functions.
 #pragma once
 

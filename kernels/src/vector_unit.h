@@ -220,8 +220,8 @@ BVIT_INLINE __m256i combine(__m256i a, __m256i b) {
 // The bits of each byte are looked up; sums of bytes are widened before they overflow.
 template <typename Op>
 BVIT_INLINE Counts count_bits(const uint32_t* const* rows, const uint32_t* block, int64_t words, int32_t terms) {
-  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
-                                         2, 3, 2, 3, 3, 4);
+  const __m256i table =
+      _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
   const __m256i nibble = _mm256_set1_epi8(15), ones8 = _mm256_set1_epi8(1);
   // The sums of bytes are multiplied as they are widened.
   const __m256i factor = _mm256_set1_epi16(std::is_same_v<Op, Xor> ? -2 : 1);
@@ -300,7 +300,8 @@ BVIT_INLINE bool set_group_sums(const float* y, int64_t size, float* sums) {
   if (size != 2 && size != 4 && size != 8) return false;
   const __m256 a = _mm256_loadu_ps(y), b = _mm256_loadu_ps(y + 8), c = _mm256_loadu_ps(y + 16),
                d = _mm256_loadu_ps(y + 24);
-  const __m256 ab = _mm256_hadd_ps(a, b), cd = _mm256_hadd_ps(c, d);  // in each half: two of the first, two of the second
+  const __m256 ab = _mm256_hadd_ps(a, b),
+               cd = _mm256_hadd_ps(c, d);  // in each half: two of the first, two of the second
   if (size == 2) {
     const auto ordered = [](__m256 x) {
       return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0b11011000));

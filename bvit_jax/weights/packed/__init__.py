@@ -99,9 +99,8 @@ def write_packed(model: Packed, target: Path, version: str) -> None:
         partial.mkdir()
         content = tensor_files.encode_safetensors(model.folded, {"format": FORMAT})
         write(partial / WEIGHTS_FILE, content)
-        write(
-            partial / CONFIG_FILE, to_json({"format": FORMAT, "layout": LAYOUT} | described(model, version))
-        )
+        values = {"format": FORMAT, "layout": LAYOUT} | described(model, version)
+        write(partial / CONFIG_FILE, to_json(values))
 
 
 def described(model: Packed, version: str) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 // The operations, once for each vector unit; includes `vector_unit.h`, whose choice of intrinsics is a macro.
+#include "operations.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
 
-#include "operations.h"
 #include "vector_unit.h"
 
 #define BVIT_ALWAYS __attribute__((always_inline))
@@ -13,7 +14,8 @@
 namespace bvit {
 namespace {
 
-constexpr int64_t kTile = 64;  // rows per task; their signs and one block of weights fit the first cache
+constexpr int64_t kTile = 64;  // rows per task; their signs and one block of
+                               // weights fit the first cache
 
 inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
@@ -237,24 +239,23 @@ void for_packed(const ParallelFor& parallel, const Product<T>& p, int64_t rows, 
     Rows signs(count, p.words());
     for (int64_t row = 0; row < count; ++row) pack(start + row, row, signs);
     for_products(signs, count, p, [&](int64_t first, int64_t lanes) {
-      return [&, start, each = then(first, lanes)](int64_t row, int64_t size, const auto& counts) BVIT_ALWAYS {
-        each(start + row, size, counts);
-      };
+      return [&, start, each = then(first, lanes)](int64_t row, int64_t size, const auto& counts)
+                 BVIT_ALWAYS { each(start + row, size, counts); };
     });
   });
 }
 
-template <typename T, typename Then>
-void for_products_of(const ParallelFor& parallel, const T* x, const Product<T>& p, int64_t rows, Then&& then) {
-  const auto pack = [&](int64_t row, int64_t index, Rows& signs) {
+// Packs the rows of x.
+template <typename T>
+auto packing(const T* x, const Product<T>& p) {
+  return [x, &p](int64_t row, int64_t index, Rows& signs) {
     pack_row(x + row * p.inputs, p.move, p.inputs, p.bit, index, signs);
   };
-  for_packed(parallel, p, rows, pack, then);
 }
 
 template <typename T>
 void count(const ParallelFor& parallel, const T* x, const Product<T>& p, int64_t rows, T* out) {
-  for_products_of(parallel, x, p, rows, [&](int64_t first, int64_t lanes) {
+  for_packed(parallel, p, rows, packing(x, p), [&](int64_t first, int64_t lanes) {
     return [&, first, lanes](int64_t row, int64_t size, const auto& counts) BVIT_ALWAYS {
       for_vectors<T>(size, lanes, [&](int i, int64_t left) BVIT_ALWAYS {
         return [&, i, left](int r) BVIT_ALWAYS {
@@ -265,21 +266,21 @@ void count(const ParallelFor& parallel, const T* x, const Product<T>& p, int64_t
   });
 }
 
-template <typename T>
-void unit(const ParallelFor& parallel, const T* x, const Unit<T>& u, const T* shortcut, int64_t width, int64_t rows,
-          T* out) {
-  using V = Vectors<T>;
-  const int64_t outputs = u.product.outputs;
-  for_products_of(parallel, x, u.product, rows, [&](int64_t first, int64_t lanes) {
-    return [&, first, lanes, own = Shortcut<T>(shortcut, width, first, lanes)](int64_t row, int64_t size,
-                                                                             const auto& counts) BVIT_ALWAYS {
+// Computes a unit of packed rows, vector by vector: calls prepare(first output, how many are left), and what it
+// returns, (row, vector), for the rows of a group.
+template <typename T, typename Pack, typename Prepare>
+void for_units(const ParallelFor& parallel, const Unit<T>& u, const T* shortcut, int64_t width, int64_t rows,
+               Pack&& pack, Prepare&& prepare) {
+  for_packed(parallel, u.product, rows, pack, [&](int64_t first, int64_t lanes) {
+    const Shortcut<T> own(shortcut, width, first, lanes);
+    return [&, first, lanes, own](int64_t row, int64_t size, const auto& counts) BVIT_ALWAYS {
       T scratch[kGroup * kBlock];
       const T* shortcuts[kGroup];
       own.at(row, size, scratch, shortcuts);
       for_vectors<T>(size, lanes, [&](int i, int64_t left) BVIT_ALWAYS {
-        return [&, i, left, activate = Activation<T>(u, first + i, left)](int r) BVIT_ALWAYS {
-          const auto y = activate(counts.template get<T>(r, i), V::load(shortcuts[r] + i, left));
-          V::store(out + (row + r) * outputs + first + i, y, left);
+        const Activation<T> activate(u, first + i, left);
+        return [&, i, left, activate, finish = prepare(first + i, left)](int r) BVIT_ALWAYS {
+          finish(row + r, activate(counts.template get<T>(r, i), Vectors<T>::load(shortcuts[r] + i, left)));
         };
       });
     };
@@ -287,26 +288,31 @@ void unit(const ParallelFor& parallel, const T* x, const Unit<T>& u, const T* sh
 }
 
 template <typename T>
-void unit_end(const ParallelFor& parallel, const T* x, const Unit<T>& u, const T* shortcut, int64_t width,
-              const T* residual, const End<T>& end, int64_t rows, T* r_out, T* n_out) {
-  using V = Vectors<T>;
-  const int64_t outputs = u.product.outputs;
-  for_products_of(parallel, x, u.product, rows, [&](int64_t first, int64_t lanes) {
-    return [&, first, lanes, own = Shortcut<T>(shortcut, width, first, lanes)](int64_t row, int64_t size,
-                                                                             const auto& counts) BVIT_ALWAYS {
-      T scratch[kGroup * kBlock];
-      const T* shortcuts[kGroup];
-      own.at(row, size, scratch, shortcuts);
-      for_vectors<T>(size, lanes, [&](int i, int64_t left) BVIT_ALWAYS {
-        return [&, i, left, activate = Activation<T>(u, first + i, left),
-                ended = Ending<T>(end, first + i, left)](int r) BVIT_ALWAYS {
-          const int64_t place = (row + r) * outputs + first + i;
-          const auto y = activate(counts.template get<T>(r, i), V::load(shortcuts[r] + i, left));
-          ended(y, residual + place, left, r_out + place, n_out + place);
-        };
-      });
+void unit(const ParallelFor& parallel, const T* x, const Unit<T>& u, const T* shortcut, int64_t width, int64_t rows,
+          T* out) {
+  for_units(parallel, u, shortcut, width, rows, packing(x, u.product), [&](int64_t first, int64_t left) BVIT_ALWAYS {
+    return [&, first, left](int64_t row, auto y)
+               BVIT_ALWAYS { Vectors<T>::store(out + row * u.product.outputs + first, y, left); };
+  });
+}
+
+// A unit and the end of its branch; the residual's rows begin again after `period` of them.
+template <typename T, typename Pack>
+void for_ends(const ParallelFor& parallel, const Unit<T>& u, const T* shortcut, int64_t width, const T* residual,
+              int64_t period, const End<T>& end, int64_t rows, Pack&& pack, T* r, T* n) {
+  for_units(parallel, u, shortcut, width, rows, pack, [&](int64_t first, int64_t left) BVIT_ALWAYS {
+    return [&, first, left, ended = Ending<T>(end, first, left)](int64_t row, auto y) BVIT_ALWAYS {
+      const int64_t outputs = u.product.outputs, place = row * outputs + first;
+      const int64_t same = row < period ? row : row % period;
+      ended(y, residual + same * outputs + first, left, r + place, n + place);
     };
   });
+}
+
+template <typename T>
+void unit_end(const ParallelFor& parallel, const T* x, const Unit<T>& u, const T* shortcut, int64_t width,
+              const T* residual, const End<T>& end, int64_t rows, T* r, T* n) {
+  for_ends(parallel, u, shortcut, width, residual, rows, end, rows, packing(x, u.product), r, n);
 }
 
 // Adds the sums of each `size` neighbours of a block to those of their groups; the block begins with value `first`,
@@ -326,10 +332,11 @@ void feed_forward(const ParallelFor& parallel, const T* x, const Unit<T>& expand
   for_tiles(parallel, rows, kTile, [&](int64_t start, int64_t count) {
     Rows signs(count, wide.words()), hidden(count, narrow.words());
     std::vector<T> shortcuts(count * outputs);
-    for (int64_t row = 0; row < count; ++row) pack_row(x + (start + row) * width, wide.move, width, wide.bit, row, signs);
+    for (int64_t row = 0; row < count; ++row)
+      pack_row(x + (start + row) * width, wide.move, width, wide.bit, row, signs);
     for_products(signs, count, wide, [&](int64_t first, int64_t lanes) {
-      return [&, first, lanes, first_group = first / size,
-              own = Shortcut<T>(x + start * width, width, first, lanes)](int64_t row, int64_t group, const auto& counts) BVIT_ALWAYS {
+      return [&, first, lanes, first_group = first / size, own = Shortcut<T>(x + start * width, width, first, lanes)](
+                 int64_t row, int64_t group, const auto& counts) BVIT_ALWAYS {
         T scratch[kGroup * kBlock];
         alignas(64) T value[kGroup * kBlock];
         const T* inputs[kGroup];
@@ -477,7 +484,8 @@ class Exponentials {
 // Which keys a query attends to: those whose probability is over half the scale. The scores, in whole blocks, are
 // followed by the first one where there are no more keys.
 template <typename T>
-int32_t attend(int32_t* scores, int64_t keys, const Exponentials<T>& exponentials, T scale, T* scratch, uint32_t* mask) {
+int32_t attend(int32_t* scores, int64_t keys, const Exponentials<T>& exponentials, T scale, T* scratch,
+               uint32_t* mask) {
   const int64_t padded = blocks_of(keys) * kBlock;
   for (int64_t key = keys; key < padded; ++key) scores[key] = scores[0];
   using V = Vectors<T>;
@@ -517,8 +525,8 @@ void attention(const ParallelFor& parallel, const T* q, const T* k, const T* v, 
   const Exponentials<T> exponentials(size);
   std::vector<int64_t> key_of(a.queries);  // whose key and value are its shortcut
   for (int64_t token = 0; token < a.queries; ++token)
-    key_of[token] = a.reduction == 1 ? token
-                                     : token / side / a.reduction * (side / a.reduction) + token % side / a.reduction;
+    key_of[token] =
+        a.reduction == 1 ? token : token / side / a.reduction * (side / a.reduction) + token % side / a.reduction;
 
   parallel(a.images * a.heads * parts, [&](int64_t task) {
     const int64_t part = task % parts, head = task / parts % a.heads, image = task / parts / a.heads;
@@ -539,7 +547,8 @@ void attention(const ParallelFor& parallel, const T* q, const T* k, const T* v, 
       const int64_t count = std::min<int64_t>(kGroup, end - query);
       rows.clear();
       for (int64_t r = 0; r < count; ++r)
-        pack_row(q + (image * a.queries + query + r) * a.channels + offset, a.query_move + offset, size, false, r, rows);
+        pack_row(q + (image * a.queries + query + r) * a.channels + offset, a.query_move + offset, size, false, r,
+                 rows);
       const Group group(rows, 0, count);
       for (int64_t block = 0; block < own.value_words; ++block) {
         const int64_t place = block * own.key_words * kBlock;
@@ -598,7 +607,6 @@ void pool(const ParallelFor& parallel, const T* x, int64_t images, int64_t side,
 template <typename T>
 void downsample(const ParallelFor& parallel, const T* n, const Unit<T>& u, const T* positions, const T* factor,
                 const T* shift, int64_t images, int64_t side, T* x_out, T* n_out) {
-  using V = Vectors<T>;
   const int64_t outputs = u.product.outputs, channels = u.product.inputs / 4, fewer = side / 2, tokens = fewer * fewer;
   const std::vector<T> ones(outputs, 1), zeros(outputs, 0);
   const End<T> end{ones.data(), zeros.data(), factor, shift};
@@ -615,22 +623,7 @@ void downsample(const ParallelFor& parallel, const T* n, const Unit<T>& u, const
       mean[c] = (corner[c] + corner[channels + c] + below[c] + below[channels + c]) / 4;
     pack_row(patch.data(), u.product.move, 4 * channels, false, index, signs);
   };
-  for_packed(parallel, u.product, images * tokens, pack, [&](int64_t first, int64_t lanes) {
-    return [&, first, lanes, own = Shortcut<T>(means.data(), channels, first, lanes)](int64_t row, int64_t size,
-                                                                                    const auto& counts) BVIT_ALWAYS {
-      T scratch[kGroup * kBlock];
-      const T* shortcuts[kGroup];
-      own.at(row, size, scratch, shortcuts);
-      for_vectors<T>(size, lanes, [&](int i, int64_t left) BVIT_ALWAYS {
-        return [&, i, left, activate = Activation<T>(u, first + i, left),
-                ended = Ending<T>(end, first + i, left)](int r) BVIT_ALWAYS {
-          const int64_t place = (row + r) * outputs + first + i;
-          const auto y = activate(counts.template get<T>(r, i), V::load(shortcuts[r] + i, left));
-          ended(y, positions + (row + r) % tokens * outputs + first + i, left, x_out + place, n_out + place);
-        };
-      });
-    };
-  });
+  for_ends(parallel, u, means.data(), channels, positions, tokens, end, images * tokens, pack, x_out, n_out);
 }
 
 template <typename T>
@@ -661,8 +654,8 @@ void branches(const ParallelFor& parallel, const T* n, const T* x, const T* taps
 }
 
 template <typename T>
-constexpr Operations<T> kOperations{count<T>, unit<T>,       unit_end<T>, feed_forward<T>,
-                                     attention<T>, pool<T>, downsample<T>, branches<T>};
+constexpr Operations<T> kOperations{count<T>,     unit<T>, unit_end<T>,   feed_forward<T>,
+                                    attention<T>, pool<T>, downsample<T>, branches<T>};
 
 }  // namespace
 
