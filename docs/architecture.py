@@ -4,8 +4,8 @@
 
 Needs grimp (which comes with import-linter) and matplotlib, both in the extra ``test``. The order of the
 rooms is the one in pyproject.toml that import-linter checks; a box has a room's name, the first sentence of
-its docstring and its size. Arrows that follow from others are left out, and so is ``errors``, which almost
-every room imports.
+its docstring and its size. Arrows that follow from others are left out, and so are ``errors`` and ``imports``,
+which almost every room imports.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from matplotlib import pyplot
 from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).parents[1]
+NOT_DRAWN = ("__main__", "errors", "imports")
 BANDS = {  # the first room of each group, with the group's name and colour
     "cli": ("commands and\nexperiments", "#f9dcd7"),
     "report": ("what one does\nwith a network", "#fbeecb"),
@@ -40,7 +41,7 @@ def layers() -> list[list[str]]:
     """Returns the rows of rooms from top to bottom, in the order that import-linter checks."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     rows = next(contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
-    return [[room.strip() for room in row.replace("|", ":").split(":")] for row in rows if row != "errors"]
+    return [[room.strip() for room in row.replace("|", ":").split(":")] for row in rows if row not in NOT_DRAWN]
 
 
 def imports(rooms: list[str]) -> dict[str, set[str]]:
