@@ -121,10 +121,10 @@ def _sides(texts: Sequence[str], reference: Path | None, quick: bool) -> tuple[l
     left_out: dict[str, str] = {}
     for side in asked:
         missing = [name for name in NEEDS[side] if importlib.util.find_spec(name) is None]
-        if missing:
-            left_out[side] = f"{missing[0]} is not installed"
-        elif side in (REFERENCE, REFERENCE_COMPILED) and not reference:
+        if side in (REFERENCE, REFERENCE_COMPILED) and not reference:
             left_out[side] = "there is no --reference"
+        elif missing:
+            left_out[side] = f"{missing[0]} is not installed"
         elif quick and side == REFERENCE_COMPILED and side not in parts(texts):
             left_out[side] = "it compiles for long; ask for it with --sides"
     return [side for side in asked if side not in left_out], left_out
