@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from bvit_jax.data.prepare import cifar, imagenet, inaturalist, tfrecord
 from bvit_jax.data.prepare.cifar import cifar100_source
+from bvit_jax.data.prepare.icons import count_classes, icons_source, read_sets
 from bvit_jax.data.prepare.imagefolder import imagefolder_source
 from bvit_jax.data.prepare.imagenet import imagenet_source
 from bvit_jax.data.prepare.inaturalist import inaturalist_source
@@ -32,6 +33,12 @@ def prepare_dataset(arguments: argparse.Namespace) -> Path:
         return prepare(imagefolder_source(arguments.name, arguments.folder, data_dir))
     if arguments.kind == "inaturalist":
         return prepare(inaturalist_source(arguments.folder, arguments.year, data_dir, arguments.category))
+    if arguments.kind == "icons":
+        sets = read_sets(arguments.package)
+        path = prepare(icons_source(sets, data_dir))
+        for label, found in count_classes(sets).items():
+            print(f"{label:20} {found['train']:4} train {found['test']:4} test")
+        return path
     if arguments.kind == "cifar100":
         counts = expected_counts(arguments.expect, cifar.COUNTS)
         return prepare(cifar100_source(arguments.tar, data_dir, counts))
@@ -105,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
         "--folder", type=local_path, required=True, metavar="DIR", help="the directory of the annotations"
     )
     kind.add_argument("--category", default="name", help=f"label rank: {', '.join(inaturalist.RANKS)}")
+
+    kind = kinds.add_parser("icons", help="pictures of 239 things from the icon sets of an npm package")
+    package = "the archive, which this gets: npm pack @iconify/json@2.2.535"
+    kind.add_argument("--package", type=local_path, required=True, metavar="FILE", help=package)
 
     kind = kinds.add_parser("tfrecord", help="any data set that TFDS prepared as TFRecord files")
     kind.add_argument("directory", type=local_path, metavar="DIR", help="holds dataset_info.json")
