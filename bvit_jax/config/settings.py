@@ -148,7 +148,10 @@ SETTINGS = {
     ),
     "data.flip": Setting(True, FLAG, "Whether half of the training images are mirrored."),
     "data.auto_augment": Setting(
-        "", TEXT, "A policy of timm's RandAugment such as `rand-m9-mstd0.5-inc1`; empty: off."
+        "",
+        TEXT,
+        "A policy of timm's RandAugment such as `rand-m9-mstd0.5-inc1`, or of drawings, `draw-m5-mstd2`;"
+        " empty: off.",
     ),
     "data.color_jitter": Setting(
         (0.0, 0.0, 0.0, 0.0),

@@ -1,6 +1,7 @@
 """RandAugment (Cubuk et al., 2019) with timm's operations, ranges and signs, on Pillow images.
 
 A policy is a string such as ``rand-m9-mstd0.5-inc1``, in timm's notation (``timm/data/auto_augment.py``).
+One that begins with ``draw`` is for drawings on white: it moves them, changes their strokes and inverts them.
 """
 
 import re
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from bvit_jax.errors import UserError, nearest
 
@@ -56,6 +57,7 @@ class Policy:
       magnitude_max: upper limit of the magnitude [mmax].
       count: operations drawn per image [n].
       prob: probability that a drawn operation is applied [p].
+      fill: colour outside a warped image, 0 to 255; None: that of the run.
     """
 
     operations: tuple[str, ...]
@@ -65,6 +67,7 @@ class Policy:
     magnitude_max: int = MAX_MAGNITUDE
     count: int = 2
     prob: float = 0.5
+    fill: tuple[int, ...] | None = None
 
 
 def _affine(coefficients: Callable[[Image.Image, float], tuple[float, ...]]) -> Apply:
@@ -93,6 +96,11 @@ def _solarize(image: Image.Image, threshold: float, canvas: Canvas) -> Image.Ima
 def _solarize_add(image: Image.Image, add: float, canvas: Canvas) -> Image.Image:
     table = [min(255, value + int(add)) if value < SOLARIZE_ADD_BELOW else value for value in range(256)]
     return image.point(table * 3)
+
+
+def _stroke(image: Image.Image, strength: float, canvas: Canvas) -> Image.Image:
+    wider = ImageFilter.MinFilter(3) if strength > 0 else ImageFilter.MaxFilter(3)
+    return Image.blend(image, image.filter(wider), min(1.0, abs(strength)))
 
 
 def _without_strength(change: Callable[[Image.Image], Image.Image]) -> Operation:
@@ -144,12 +152,18 @@ OPERATIONS: dict[str, Operation] = {
     "TranslateYRel": Operation(
         _affine(lambda image, x: (1, 0, 0, 0, 1, x * image.height)), lambda level: 0.45 * level, signed=True
     ),
+    # Makes dark lines up to a pixel wider on each side, or narrower; not one of timm's.
+    "Stroke": Operation(_stroke, lambda level: level, signed=True),
 }
 
+DRAWING = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel", "Stroke", "Invert")
+WHITE = (255, 255, 255)
+
 # Without inc, and with inc1, for which a larger magnitude always changes the image more.
-PLAIN = tuple(name for name in OPERATIONS if not name.endswith("Increasing"))
+OF_TIMM = tuple(name for name in OPERATIONS if name != "Stroke")
+PLAIN = tuple(name for name in OF_TIMM if not name.endswith("Increasing"))
 INCREASING = tuple(
-    name for name in OPERATIONS if name.endswith("Increasing") or f"{name}Increasing" not in OPERATIONS
+    name for name in OF_TIMM if name.endswith("Increasing") or f"{name}Increasing" not in OPERATIONS
 )
 
 # timm's tweights.
@@ -173,23 +187,28 @@ WEIGHTS = {
 
 
 def parse_policy(text: str) -> Policy:
-    """Parses a policy such as ``rand-m9-mstd0.5-inc1``.
+    """Parses a policy such as ``rand-m9-mstd0.5-inc1`` or ``draw-m5-mstd2``.
 
-    After ``rand``, in any order: ``m`` magnitude (10), ``mstd`` its standard deviation (0), ``mmax``
-    its limit (10), ``n`` operations per image (2), ``p`` probability of each (0.5), ``inc1`` for the
-    increasing operations, ``tweights`` for timm's weighted choice of them.
+    After ``rand`` or ``draw``, in any order: ``m`` magnitude (10), ``mstd`` its standard deviation (0),
+    ``mmax`` its limit (10), ``n`` operations per image (2), ``p`` probability of each (0.5); after ``rand``
+    also ``inc1`` for the increasing operations, ``tweights`` for timm's weighted choice of them.
 
     Raises:
       UserError: a part is unknown, lacks its number or has one out of range; names the part.
     """
     first, *parts = text.split("-")
-    if first != "rand":
-        raise UserError(f"config.data.auto_augment is {text!r}; expected '' or 'rand-m9-mstd0.5-inc1'")
-    settings: dict[str, Any] = {}
-    operations: tuple[str, ...] = PLAIN
+    if first not in ("rand", "draw"):
+        raise UserError(
+            f"config.data.auto_augment is {text!r}; expected '', 'rand-m9-mstd0.5-inc1' or such as 'draw-m5'"
+        )
+    drawings = first == "draw"
+    settings: dict[str, Any] = {"fill": WHITE} if drawings else {}
+    operations: tuple[str, ...] = DRAWING if drawings else PLAIN
     weights: tuple[float, ...] = ()
     for part in parts:
         name, number = _name_and_number(text, part)
+        if drawings and name in ("inc", "tweights"):
+            raise UserError(f"config.data.auto_augment is {text!r}; {part!r} is for a policy of 'rand'")
         match name:
             case "tweights":
                 operations, total = tuple(WEIGHTS), sum(WEIGHTS.values())
@@ -273,7 +292,7 @@ def rand_augment(
       rng: the only source of randomness.
       policy: see `parse_policy`.
       resamples: interpolations, of which each warp takes one at random.
-      fill: colour outside a warped image, 0 to 255.
+      fill: colour outside a warped image, 0 to 255, unless the policy has one.
     """
     weights = policy.weights or None
     names = rng.choice(policy.operations, policy.count, replace=weights is None, p=weights)
@@ -281,5 +300,5 @@ def rand_augment(
         if rng.random() < policy.prob:
             level = draw_level(rng, policy, OPERATIONS[name].signed)
             resample = resamples[int(rng.integers(len(resamples)))]
-            image = apply_operation(image, name, level, Canvas(resample, fill))
+            image = apply_operation(image, name, level, Canvas(resample, policy.fill or fill))
     return image

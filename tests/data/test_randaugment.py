@@ -11,7 +11,7 @@ from PIL import Image
 
 from bvit_jax import data
 from bvit_jax.data import images, randaugment, transforms
-from bvit_jax.data.randaugment import OPERATIONS, Canvas, apply_operation, parse_policy
+from bvit_jax.data.randaugment import OPERATIONS, Canvas, apply_operation, parse_policy, rand_augment
 from bvit_jax.errors import UserError
 from tests.conftest import GOLDEN
 
@@ -38,7 +38,7 @@ def digest(image: Image.Image) -> list[int]:
 # --- operations ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", randaugment.OF_TIMM)
 def test_operation_equals_timm(name: str, timm: dict[str, np.ndarray], photo: Image.Image) -> None:
     before = photo.tobytes()
     cases = itertools.product(enumerate(RESAMPLES), enumerate(timm["magnitudes"].tolist()), (0, 1))
@@ -115,7 +115,8 @@ def test_policies() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("v0", r"auto_augment is 'v0'; expected '' or 'rand-m9-mstd0\.5-inc1'"),
+        ("v0", r"auto_augment is 'v0'; expected '', 'rand-m9-mstd0\.5-inc1' or such as 'draw-m5'"),
+        ("draw-m5-inc1", r"'inc1' is for a policy of 'rand'"),
         ("rand-m9-mst0.5", r"'mst0\.5' is unknown; did you mean 'mstd'\?"),
         ("rand-t3a", "'t3a' is unknown"),
         ("rand-m9--inc1", "'' is unknown"),
@@ -309,3 +310,25 @@ def test_train_transform_augments_after_the_crop() -> None:
     )
     assert seen[0].size == (16, 16)
     assert (result == (1, 2, 3)).all()
+
+
+def test_a_policy_for_drawings_keeps_white_around_and_changes_strokes():
+    policy = parse_policy("draw-m10-n1-p1")
+    assert set(policy.operations) == {
+        *("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel", "Stroke", "Invert")
+    }
+    line = Image.new("RGB", (32, 32), "white")
+    line.paste("black", (8, 16, 24, 17))
+    rng = np.random.default_rng(0)
+    options = {"resamples": (Image.Resampling.NEAREST,), "fill": (7, 7, 7)}
+    pictures = [np.asarray(rand_augment(line, rng, policy=policy, **options)) for _ in range(60)]
+    assert not any((picture == 7).any() for picture in pictures)
+    wider, narrower = (
+        np.asarray(apply_operation(line, "Stroke", level, Canvas(Image.Resampling.NEAREST, (0, 0, 0))))
+        for level in (1.0, -1.0)
+    )
+    assert (wider[15:18, 7:25] == 0).all()
+    assert (wider == 0).sum() == 3 * 3 * 18
+    assert (narrower == 255).all()
+    half = apply_operation(line, "Stroke", 0.5, Canvas(Image.Resampling.NEAREST, (0, 0, 0)))
+    assert np.asarray(half)[15, 16].tolist() == [127] * 3
