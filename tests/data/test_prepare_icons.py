@@ -84,7 +84,7 @@ def test_the_class_of_a_name(name: str, label: str | None) -> None:
 def test_the_names_of_a_class_are_of_no_other() -> None:
     names = table.CLASSES.split()
     assert len(names) == len(set(names))
-    assert len(set(drawings._classes().values())) == 239
+    assert len(set(drawings._classes().values())) == 237
 
 
 def test_each_drawing_once_and_whole_sets_held_out(package: Path, tmp_path: Path, capsys: Any) -> None:

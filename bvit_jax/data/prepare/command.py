@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     kind.add_argument("--category", default="name", help=f"label rank: {', '.join(inaturalist.RANKS)}")
 
-    kind = kinds.add_parser("icons", help="pictures of 239 things from the icon sets of an npm package")
+    kind = kinds.add_parser("icons", help="pictures of 237 things from the icon sets of an npm package")
     package = "the archive, which this gets: npm pack @iconify/json@2.2.535"
     kind.add_argument("--package", type=local_path, required=True, metavar="FILE", help=package)
 

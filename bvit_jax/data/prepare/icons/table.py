@@ -137,8 +137,7 @@ hourglass
 house home
 image picture photo
 inbox
-info information
-info-circle information-circle circle-info
+info information info-circle information-circle circle-info
 italic
 key
 keyboard
@@ -187,8 +186,7 @@ plus-circle circle-plus add-circle
 power
 printer print
 qr-code qrcode
-question question-mark help
-question-circle help-circle circle-question
+question question-mark help question-circle help-circle circle-question
 radio
 receipt
 recycle
@@ -236,8 +234,8 @@ telescope
 terminal
 text
 thermometer
-thumbs-down thumb-down dislike
-thumbs-up thumb-up like
+thumbs-down thumb-down
+thumbs-up thumb-up
 ticket
 train
 trash trash-can bin trash-bin
