@@ -364,6 +364,9 @@ COMMANDS = {
     "convert": Command("move weights between PyTorch and JAX", _of("bvit_jax.convert")),
     "prepare": Command("prepare data sets for training", _of("bvit_jax.data.prepare.command"), logs=True),
     "report": Command("pictures and tables of runs, networks and costs", _of("bvit_jax.report.command")),
+    "ablate": Command(
+        "train the runs of a study and compare them", _of("bvit_jax.ablation.command"), logs=True, trains=True
+    ),
     "parity": Command("compare numbers with PyTorch's", _of("bvit_jax.parity.command")),
 }
 

@@ -12,19 +12,17 @@ if __name__ == "__main__":  # before all that takes seconds to import: signals a
     cli.run("convert")
 
 import argparse
-import ast
 import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from bvit_jax import models, weights
 from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.files import local_path
 from bvit_jax.runtime import process
-from bvit_jax.runtime.arguments import add_noema, positive
+from bvit_jax.runtime.arguments import add_noema, positive, setting
 from bvit_jax.weights import resize
 from bvit_jax.weights.class_names import default_class_names, readable_class_names
 from bvit_jax.weights.formats import FORMATS
@@ -105,16 +103,6 @@ def _report(model: Pretrained, target: Path, file_format: str) -> None:
         print(f"  {len(damaged)} arrays hold numbers that are not finite, the first is {damaged[0]}")
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bvit convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=local_path, metavar="FILE", help="config.json for SOURCE")
     parser.add_argument(
         "--set",
-        type=_setting,
+        type=setting,
         action="append",
         default=[],
         metavar="KEY=VALUE",

@@ -211,6 +211,11 @@ def save_picture(runs: Sequence[Run], output: Path) -> None:
     handles = [Line2D([], [], color=f"C{i % CYCLE}", label=plain(r.label)) for i, r in enumerate(runs)]
     columns = max(1, 110 // (6 + max(len(run.label) for run in runs)))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=11)
+    save(figure, output)
+
+
+def save(figure: Any, output: Path) -> None:
+    """Writes a figure, completely or not at all; raises `UserError` if the file cannot be written."""
     try:
         with warnings.catch_warnings(), files.replacing(output) as temporary:
             warnings.filterwarnings("ignore", "Glyph .* missing")  # in the name of a directory

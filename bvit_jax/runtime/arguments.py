@@ -1,6 +1,7 @@
 """Arguments that several commands take, and the configuration that ``--config`` describes."""
 
 import argparse
+import ast
 import re
 import warnings
 from collections.abc import Sequence
@@ -35,6 +36,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Returns key and value of the argument ``KEY=VALUE``; what is no Python literal is a text."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
 
 
 def parse_config(arguments: Sequence[str]) -> ConfigDict:

@@ -1,0 +1,28 @@
+"""BinaryViT's ablation (table 3 of the paper) at matched size, on drawings.
+
+Command: bvit ablate icons --dir DIR --set data.data_dir=DATA --set teacher.path=EXPORTED
+  where DATA and EXPORTED are those of configs/icons.py.
+Expected: not run.
+Hardware and cost: not run.
+"""
+
+from bvit_jax.ablation import Study
+from bvit_jax.configs import icons
+
+ROWS = {
+    "ReActNet-DeiT": "cls",
+    "+ average pooling": "avg_pool",
+    "+ pooling branches": "multi_branch",
+    "+ LayerScale": "ls",
+    "pyramid (BinaryViT)": "binaryvit",
+    "real patch embeddings": "some_fp",
+}
+
+
+def get_study() -> Study:
+    """Returns the study."""
+    rows = {row: icons.get_config(model) for row, model in ROWS.items()}
+    for config in rows.values():
+        config.health = False
+        config.checkpoint.every_steps = 1000
+    return Study("BinaryViT's ablation on icons", rows)
