@@ -193,6 +193,50 @@ def build(checkout: Path, settings: Mapping[str, Any]) -> nn.Module:
             raise UserError(f"the reference cannot build this model: {error!r}; check --set") from error
 
 
+def build_small(checkout: Path, settings: Mapping[str, Any], image_size: int) -> nn.Module:
+    """Returns the checkout's model for images of another size than 224 pixels.
+
+    Its patch embeddings between stages are given sides of 56, 28 and 14 tokens, which are replaced here.
+    """
+    with _imports_from(checkout):
+        pyramid: Any = importlib.import_module("transformer.modeling_vit_extra_res_pyramid")
+    names = ("PatchEmbed", "BinaryPatchEmbed")
+    originals = {name: getattr(pyramid, name) for name in names}
+
+    def resized(original: Any) -> Any:
+        return lambda side, **options: original(side * image_size // 224, **options)
+
+    try:
+        for name, original in originals.items():
+            setattr(pyramid, name, resized(original))
+        return build(checkout, settings)
+    finally:
+        for name, original in originals.items():
+            setattr(pyramid, name, original)
+
+
+def distillation_loss(checkout: Path) -> nn.Module:
+    """Returns the loss of the checkout between logits and a teacher's."""
+    with _imports_from(checkout):
+        loss: nn.Module = importlib.import_module("losses").DistributionLoss()
+    return loss
+
+
+def timm_optimizer(model: nn.Module, rate: float, last: float, epochs: int) -> tuple[Any, Any]:
+    """Returns timm's AdamW and cosine schedule, as the scripts of the reference set them.
+
+    Raises:
+      UserError: timm is not installed.
+    """
+    try:
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import CosineLRScheduler
+    except ImportError as error:
+        raise UserError(f"optimiser and schedule are timm's: {error}; pip install timm") from error
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=rate, weight_decay=0.0)
+    return optimizer, CosineLRScheduler(optimizer, t_initial=epochs, lr_min=last)
+
+
 def _config(models: ModuleType, values: dict[str, Any], settings: Mapping[str, Any]) -> Any:
     """Returns the file's values, in their place those of our settings."""
     config = SimpleNamespace(

@@ -1,0 +1,396 @@
+"""Trains the PyTorch code and bvit_jax side by side on the same batches, and compares whole trainings.
+
+    python -m benchmarks.against_pytorch --reference ~/BinaryViT --json found.json
+    python -m benchmarks.against_pytorch --reference ~/BinaryViT --dataset icons --data_dir DATA --teacher DIR
+
+Needs torch and timm, and a checkout of github.com/Phuoc-Hoan-Le/BinaryViT, whose model and loss are used as
+they are but for one thing: the sides of its patch embeddings, written there as numbers for 224 pixels, become
+those of smaller images. Optimiser and schedule are timm's, as in its ``main.py``. The models are a BinaryViT
+and a ReActNet-DeiT of the size of ``configs/digits.py``, distilled from a DeiT. Both sides start from the
+PyTorch model's initial weights and receive the same images and the same logits of the teacher.
+
+First, in float64, how many steps the losses stay together. Once they part, our model takes over the PyTorch
+side's parameters: if its loss on the same batch is then equal again, the two programs compute the same
+function, and what parted them is a sign that rounding decides.
+
+Then, in float32 and with as many data orders as ``--runs``, the top-1 that each side has at the end, and
+tests of whether they are the same: of means (Student's, paired by data order) and of distributions
+(Mann-Whitney).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # called as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from scipy import stats
+
+from benchmarks.machine import cores, cpu_model, versions
+from benchmarks.train_step import check_reference, parts
+from bvit_jax import data, models, optim, weights
+from bvit_jax.augment.normalization import Normalization
+from bvit_jax.errors import UserError, nearest
+from bvit_jax.files import local_path
+from bvit_jax.runtime.arguments import positive
+from bvit_jax.training.steps.batch import Inputs
+from bvit_jax.training.steps.state import TrainState
+from bvit_jax.training.steps.train import Objective, TrainSettings, train_step
+from bvit_jax.weights.naming import REFERENCE
+from bvit_jax.weights.state_dicts import abstract_variables, from_state_dict, to_state_dict
+from configs import digits, icons
+
+TOGETHER = 1e-9  # relative difference of losses
+COUNTER = "num_batches_tracked"  # of PyTorch's batch norms, which we do not have
+MODELS: dict[str, dict[str, Any]] = {
+    "binaryvit": {
+        "patch_size": 4,
+        "width": (16, 32, 64, 128),
+        "depth": (1, 1, 1, 1),
+        "num_heads": (1, 2, 4, 8),
+        "mlp_dim": (64, 128, 128, 256),
+        "reduction": (4, 2, 1, 1),
+    },
+    "react_deit": {
+        "width": 64,
+        "depth": 4,
+        "num_heads": 4,
+        "mlp_dim": 256,
+        "class_token": True,
+        "pool_branches": (),
+        "layer_scale": False,
+    },
+}
+
+
+class Teacher:
+    """The model that is distilled, whose logits both sides receive."""
+
+    def __init__(self, config: ConfigDict, dtype: Any) -> None:
+        """Reads the weights that ``config.teacher`` names."""
+        source = weights.load(local_path(config.teacher.path))
+        self.model = models.create_model(source.config, dtype)
+        self.variables = jax.tree.map(lambda array: jnp.asarray(array, dtype), source.arrays())
+        self.normalize = Normalization(source.preprocessing.mean, source.preprocessing.std)
+        self._apply = jax.jit(lambda v, x: _logits(self.model, v, self.normalize(x)))
+
+    def logits(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """Returns its logits for the images of a batch."""
+        return np.array(self._apply(self.variables, batch["image"]))
+
+
+class Ours:
+    """Our training step, on parameters of one dtype."""
+
+    def __init__(self, config: ConfigDict, teacher: "Teacher", state: dict[str, Any], dtype: Any) -> None:
+        """Starts from the arrays of the PyTorch model."""
+        self._model = models.create_model(config.model, dtype)
+        self._dtype = dtype
+        self._abstract = abstract_variables(self._model, config.model.image_size)
+        self._normalize = Normalization(config.data.mean, config.data.std)
+        schedule = optim.make_schedule(
+            config.optim,
+            batch_size=config.batch_size,
+            steps_per_epoch=steps_per_epoch(config),
+            epochs=config.epochs,
+        )
+        optimizer = optim.make_optimizer(config.optim, schedule)
+        objective = Objective(teacher.model, teacher.normalize)  # no labels, as in the scripts
+        settings = TrainSettings(self._model, optimizer, Inputs(self._normalize), objective)
+        self._step = jax.jit(partial(train_step, settings))
+        self._optimizer, self._teacher, self._key = optimizer, teacher.variables, jax.random.key(0)
+        variables = self._variables(state)
+        self.state = TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            opt_state=optimizer.init(variables["params"]),
+        )
+
+    def step(self, batch: dict[str, np.ndarray]) -> float:
+        """Trains on a batch and returns its loss."""
+        self.state, metrics = self._step(self.state, batch, self._teacher, self._key)
+        return float(metrics["loss"])
+
+    def loss_with(self, state: dict[str, Any], batch: dict[str, np.ndarray]) -> float:
+        """Returns the loss of a batch with other parameters, those of the PyTorch model."""
+        variables = self._variables(state)
+        other = self.state.replace(params=variables["params"], batch_stats=variables["batch_stats"])
+        return float(self._step(other, batch, self._teacher, self._key)[1]["loss"])
+
+    def different_signs(self, state: dict[str, Any]) -> tuple[int, float]:
+        """Returns how many latent weights have another sign than theirs, and the largest distance of any."""
+        ours = to_state_dict({"params": self.state.params}, REFERENCE)
+        flips = sum(
+            int(np.sum(np.sign(_centred(array)) != np.sign(_centred(state[name]))))
+            for name, array in ours.items()
+            if array.ndim in (2, 4)
+        )
+        return flips, max(float(np.abs(array - state[name]).max()) for name, array in ours.items())
+
+    def correct(self, batches: Iterator[dict[str, np.ndarray]]) -> float:
+        """Returns the share of images that are classified correctly."""
+
+        @jax.jit
+        def hits(variables: Any, batch: Any) -> jax.Array:
+            logits = _logits(self._model, variables, self._normalize(batch["image"]))
+            return jnp.sum((jnp.argmax(logits, -1) == batch["label"]) & batch["mask"])
+
+        counts = [(int(hits(self.state.variables, batch)), int(batch["mask"].sum())) for batch in batches]
+        return sum(hit for hit, _ in counts) / sum(count for _, count in counts)
+
+    def _variables(self, state: dict[str, Any]) -> Any:
+        kept = {name: array for name, array in state.items() if not name.endswith(COUNTER)}
+        return from_state_dict(kept, self._abstract, self._dtype, REFERENCE)
+
+
+class Theirs:
+    """Model and loss of the PyTorch code, with timm's optimiser and schedule."""
+
+    def __init__(self, config: ConfigDict, checkout: Path, seed: int, dtype: str) -> None:
+        """Builds the model, whose initial weights follow from the seed."""
+        import torch
+
+        from benchmarks import torch_side
+
+        self._torch, self._dtype = torch, getattr(torch, dtype)
+        torch.manual_seed(seed)
+        size = config.model.image_size
+        self.model: Any = torch_side.build_small(checkout, config.model.to_dict(), size).to(self._dtype)
+        self._criterion = torch_side.distillation_loss(checkout)
+        self._optimizer, self._scheduler = torch_side.timm_optimizer(
+            self.model, config.optim.learning_rate, config.optim.min_learning_rate, config.epochs
+        )
+        self._mean, self._std = (
+            np.asarray(values, np.float32) for values in (config.data.mean, config.data.std)
+        )
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns a copy of its arrays."""
+        return {name: tensor.numpy().copy() for name, tensor in self.model.state_dict().items()}
+
+    def step(self, batch: dict[str, np.ndarray], teacher_logits: np.ndarray) -> float:
+        """Trains on a batch and returns its loss."""
+        self.model.train()
+        logits = self.model(self._images(batch)).logits
+        loss = self._criterion(logits, self._torch.from_numpy(teacher_logits).to(self._dtype))
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        return float(loss)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Changes the learning rate as its ``main.py`` does."""
+        self._scheduler.step(epoch)
+
+    def correct(self, batches: Iterator[dict[str, np.ndarray]]) -> float:
+        """Returns the share of images that are classified correctly."""
+        self.model.eval()
+        hits = count = 0
+        with self._torch.no_grad():
+            for batch in batches:
+                best = self.model(self._images(batch)).logits.argmax(1).numpy()
+                hits += int(((best == batch["label"]) & batch["mask"]).sum())
+                count += int(batch["mask"].sum())
+        return hits / count
+
+    def _images(self, batch: dict[str, np.ndarray]) -> Any:
+        images = (batch["image"].astype(np.float32) / 255 - self._mean) / self._std
+        return self._torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(self._dtype)
+
+
+def experiment(name: str, arguments: argparse.Namespace) -> ConfigDict:
+    """Returns the configuration of both sides for a model."""
+    config = digits.get_config() if arguments.dataset == "digits" else icons.get_config()
+    sizes = {"image_size": config.model.image_size, "num_classes": config.model.num_classes}
+    if name == "react_deit":
+        sizes["patch_size"] = sizes["image_size"] // 8
+    config.model = models.model_config(name, **sizes, **MODELS[name])
+    config.epochs = arguments.epochs
+    config.optim.schedule = "cosine_by_epoch"
+    config.optim.lr_scale_batch = config.batch_size
+    if arguments.data_dir:
+        config.data.data_dir = arguments.data_dir
+    if arguments.teacher:
+        config.teacher.path = arguments.teacher
+    return config
+
+
+def steps_per_epoch(config: ConfigDict) -> int:
+    """Returns how many batches an epoch has."""
+    return data.steps_per_epoch(data.open_train_split(config.data).num_examples, config.batch_size)
+
+
+def train_batches(config: ConfigDict, seed: int, steps: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the first batches of a training whose order and augmentation follow from the seed."""
+    batches = data.train_batches(config.data, config.model.image_size, config.batch_size, seed)
+    for _ in range(steps):
+        batch = next(batches)
+        yield {name: batch[name] for name in ("image", "label")}
+
+
+def eval_batches(config: ConfigDict) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the held-out images."""
+    return iter(data.eval_batches(config.data, config.model.image_size, config.eval_batch_size))
+
+
+def follow(config: ConfigDict, checkout: Path, seed: int, steps: int) -> dict[str, Any]:
+    """Trains both sides in float64 until their losses part; returns where, and what parted them."""
+    teacher = Teacher(config, jnp.float64)
+    theirs = Theirs(config, checkout, seed, "float64")
+    ours = Ours(config, teacher, theirs.state(), jnp.float64)
+    per_epoch, largest = steps_per_epoch(config), 0.0
+    found: dict[str, Any] = {"seed": seed, "steps": steps, "differences": []}
+    for number, batch in enumerate(train_batches(config, seed, steps), 1):
+        before = theirs.state()
+        flips, distance = ours.different_signs(before)
+        loss, expected = ours.step(batch), theirs.step(batch, teacher.logits(batch))
+        difference = abs(loss - expected) / abs(expected)
+        found["differences"].append(difference)
+        if difference > TOGETHER:
+            same = abs(ours.loss_with(before, batch) - expected) / abs(expected)
+            return found | {
+                "parted": number,
+                "difference": difference,
+                "largest_before": largest,
+                "different_signs": flips,
+                "parameter_distance": distance,
+                "difference_with_their_parameters": same,
+            }
+        largest = max(largest, difference)
+        if number % per_epoch == 0:
+            theirs.end_epoch(number // per_epoch - 1)
+    return found | {"parted": None, "largest_before": largest}
+
+
+def compare_ends(config: ConfigDict, checkout: Path, runs: int) -> dict[str, Any]:
+    """Trains both sides in float32 for each data order; returns the top-1 of every run, and the tests."""
+    teacher = Teacher(config, jnp.float32)
+    per_epoch = steps_per_epoch(config)
+    found: dict[str, Any] = {"ours": [], "theirs": []}
+    for seed in range(runs):
+        theirs = Theirs(config, checkout, seed, "float32")
+        ours = Ours(config, teacher, theirs.state(), jnp.float32)
+        for number, batch in enumerate(train_batches(config, seed, config.epochs * per_epoch), 1):
+            ours.step(batch)
+            theirs.step(batch, teacher.logits(batch))
+            if number % per_epoch == 0:
+                theirs.end_epoch(number // per_epoch - 1)
+        found["ours"].append(ours.correct(eval_batches(config)))
+        found["theirs"].append(theirs.correct(eval_batches(config)))
+        _say(f"  order {seed}: ours {found['ours'][-1]:.4f}, theirs {found['theirs'][-1]:.4f}")
+    if runs > 1:
+        found["paired_t"] = float(stats.ttest_rel(found["ours"], found["theirs"]).pvalue)
+        found["mann_whitney"] = float(stats.mannwhitneyu(found["ours"], found["theirs"]).pvalue)
+    return found
+
+
+def report(found: dict[str, Any]) -> str:
+    """Returns what was found in Markdown."""
+    lines = ["| float64 | seed | together | loss there | weights of another sign | with their parameters |"]
+    lines.append("|---" * 6 + "|")
+    for name, results in found["models"].items():
+        for run in results["together"]:
+            if run["parted"] is None:
+                steps = f"all {run['steps']} steps, to {run['largest_before']:.0e}"
+                lines.append(f"| {name} | {run['seed']} | {steps} | | | |")
+            else:
+                steps = f"{run['parted'] - 1} steps, to {run['largest_before']:.0e}"
+                cells = f"{run['difference']:.0e} | {run['different_signs']}"
+                same = f"{run['difference_with_their_parameters']:.0e}"
+                lines.append(f"| {name} | {run['seed']} | {steps} | {cells} | {same} |")
+    lines += ["", "| float32 | orders | ours, top-1 | theirs, top-1 | paired t | Mann-Whitney |"]
+    lines.append("|---" * 6 + "|")
+    for name, results in found["models"].items():
+        ends = results["ends"]
+        if ends["ours"]:
+            sides = [_mean(ends[side]) for side in ("ours", "theirs")]
+            tests = [f"p = {ends[test]:.2f}" if test in ends else "" for test in ("paired_t", "mann_whitney")]
+            lines.append("| " + " | ".join((name, str(len(ends["ours"])), *sides, *tests)) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    found: dict[str, Any] = {
+        "machine": {"cpu": cpu_model(), "cores": cores()},
+        "versions": versions(),
+        "models": {},
+    }
+    try:
+        check_reference(arguments.reference)
+        for name in parts([arguments.models]):
+            if name not in MODELS:
+                raise UserError(f"--models has {name!r}{nearest(name, MODELS)}")
+            config = experiment(name, arguments)
+            results: dict[str, Any] = {"together": [], "ends": {"ours": [], "theirs": []}}
+            found["models"][name] = results
+            with jax.enable_x64(True):
+                for seed in range(arguments.seeds):
+                    results["together"].append(follow(config, arguments.reference, seed, arguments.steps))
+                    _say(f"{name}, seed {seed}: parted at step {results['together'][-1]['parted']}")
+            _say(f"{name}, {config.epochs} epochs")
+            results["ends"] = compare_ends(config, arguments.reference, arguments.runs)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(report(found))
+    return 0
+
+
+def _logits(model: Any, variables: Any, images: jax.Array) -> jax.Array:
+    output: models.ModelOutput = model.apply(variables, images)
+    return output.logits
+
+
+def _centred(kernel: np.ndarray) -> np.ndarray:
+    """Returns a weight of a linear layer less its rows' means, whose signs count; others as they are."""
+    return kernel - kernel.mean(1, keepdims=True) if kernel.ndim == 2 else kernel
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.2f}{spread} %"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.against_pytorch",
+        description="Trains the PyTorch code and bvit_jax side by side, and compares them.",
+    )
+    parser.add_argument("--reference", type=Path, required=True, metavar="CHECKOUT", help="the PyTorch code")
+    parser.add_argument("--models", default=",".join(MODELS), metavar="NAME[,NAME]")
+    parser.add_argument("--dataset", choices=("digits", "icons"), default="digits")
+    parser.add_argument("--data_dir", default="", metavar="DIR", help="where icons were prepared")
+    parser.add_argument("--teacher", default="", metavar="DIR", help="in place of the one for digits")
+    for name, default, text in (
+        ("seeds", 3, "trainings in float64"),
+        ("steps", 200, "of each of them, at most"),
+        ("runs", 10, "trainings in float32, with different orders of the data"),
+        ("epochs", 15, "of each of them"),
+    ):
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=text)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
