@@ -90,10 +90,11 @@ class Teacher:
 
 
 class Ours:
-    """Our training step, on parameters of one dtype."""
+    """Our training step, compiled once, on parameters of one dtype."""
 
-    def __init__(self, config: ConfigDict, teacher: "Teacher", state: dict[str, Any], dtype: Any) -> None:
-        """Starts from the arrays of the PyTorch model."""
+    state: TrainState
+
+    def __init__(self, config: ConfigDict, teacher: Teacher, dtype: Any) -> None:
         self._model = models.create_model(config.model, dtype)
         self._dtype = dtype
         self._abstract = abstract_variables(self._model, config.model.image_size)
@@ -109,12 +110,16 @@ class Ours:
         settings = TrainSettings(self._model, optimizer, Inputs(self._normalize), objective)
         self._step = jax.jit(partial(train_step, settings))
         self._optimizer, self._teacher, self._key = optimizer, teacher.variables, jax.random.key(0)
+        self._hits = jax.jit(self._count_hits)
+
+    def start(self, state: dict[str, Any]) -> None:
+        """Starts a training from the arrays of the PyTorch model."""
         variables = self._variables(state)
         self.state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=variables["params"],
             batch_stats=variables["batch_stats"],
-            opt_state=optimizer.init(variables["params"]),
+            opt_state=self._optimizer.init(variables["params"]),
         )
 
     def step(self, batch: dict[str, np.ndarray]) -> float:
@@ -140,14 +145,14 @@ class Ours:
 
     def correct(self, batches: Iterator[dict[str, np.ndarray]]) -> float:
         """Returns the share of images that are classified correctly."""
-
-        @jax.jit
-        def hits(variables: Any, batch: Any) -> jax.Array:
-            logits = _logits(self._model, variables, self._normalize(batch["image"]))
-            return jnp.sum((jnp.argmax(logits, -1) == batch["label"]) & batch["mask"])
-
-        counts = [(int(hits(self.state.variables, batch)), int(batch["mask"].sum())) for batch in batches]
+        counts = [
+            (int(self._hits(self.state.variables, batch)), int(batch["mask"].sum())) for batch in batches
+        ]
         return sum(hit for hit, _ in counts) / sum(count for _, count in counts)
+
+    def _count_hits(self, variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        best = jnp.argmax(_logits(self._model, variables, self._normalize(batch["image"])), axis=-1)
+        return jnp.sum((best == batch["label"]) & batch["mask"])
 
     def _variables(self, state: dict[str, Any]) -> Any:
         kept = {name: array for name, array in state.items() if not name.endswith(COUNTER)}
@@ -248,7 +253,8 @@ def follow(config: ConfigDict, checkout: Path, seed: int, steps: int) -> dict[st
     """Trains both sides in float64 until their losses part; returns where, and what parted them."""
     teacher = Teacher(config, jnp.float64)
     theirs = Theirs(config, checkout, seed, "float64")
-    ours = Ours(config, teacher, theirs.state(), jnp.float64)
+    ours = Ours(config, teacher, jnp.float64)
+    ours.start(theirs.state())
     per_epoch, largest = steps_per_epoch(config), 0.0
     found: dict[str, Any] = {"seed": seed, "steps": steps, "differences": []}
     for number, batch in enumerate(train_batches(config, seed, steps), 1):
@@ -277,10 +283,11 @@ def compare_ends(config: ConfigDict, checkout: Path, runs: int) -> dict[str, Any
     """Trains both sides in float32 for each data order; returns the top-1 of every run, and the tests."""
     teacher = Teacher(config, jnp.float32)
     per_epoch = steps_per_epoch(config)
+    ours = Ours(config, teacher, jnp.float32)
     found: dict[str, Any] = {"ours": [], "theirs": []}
     for seed in range(runs):
         theirs = Theirs(config, checkout, seed, "float32")
-        ours = Ours(config, teacher, theirs.state(), jnp.float32)
+        ours.start(theirs.state())
         for number, batch in enumerate(train_batches(config, seed, config.epochs * per_epoch), 1):
             ours.step(batch)
             theirs.step(batch, teacher.logits(batch))

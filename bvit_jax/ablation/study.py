@@ -54,6 +54,7 @@ class Study:
         """
         rows = {name: config.copy_and_resolve_references() for name, config in self.rows.items()}
         for config in rows.values():
+            config.lock()
             for key, value in settings.items():
                 try:
                     config.update_from_flattened_dict({key: value})

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from bvit_jax import cli
+from bvit_jax import config as config_lib
 from bvit_jax.ablation import runs, statistics, table
 from bvit_jax.ablation.runs import Result
 from bvit_jax.ablation.study import Study, load_study
@@ -14,24 +15,24 @@ from bvit_jax.errors import UserError
 
 STUDY = """
 from bvit_jax.ablation import Study
-from bvit_jax.configs import digits
+from bvit_jax.configs import deit_digits
+from bvit_jax.models import model_config
 
 def get_study(epochs="1"):
     rows = {}
-    for row, width in (("small", 8), ("+ width", 16)):
-        config = rows[row] = digits.get_config()
-        config.model = type(config.model)({**config.model.to_dict(), "width": (width, 2 * width),
-            "mlp_dim": (2 * width, 4 * width), "depth": (1, 1), "num_heads": (1, 1)})
+    for row, rate in (("slow", 1e-4), ("+ rate", 2e-3)):
+        config = rows[row] = deit_digits.get_config()
+        sizes = {"patch_size": 8, "width": 16, "depth": 1, "num_heads": 1, "mlp_dim": 16}
+        config.model = model_config("deit", image_size=32, num_classes=10, **sizes)
         config.epochs, config.log_every_steps, config.health = int(epochs), 11, False
-        config.eval_every_epochs = 1
-        config.checkpoint.every_steps = 10
-    return Study("Widths", rows, seeds=(0, 1))
+        config.optim.learning_rate, config.optim.warmup_epochs = rate, 0
+    return Study("Rates", rows, seeds=(0, 1))
 """
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    path = tmp_path / "widths.py"
+    path = tmp_path / "rates.py"
     path.write_text(STUDY)
     return path
 
@@ -90,47 +91,61 @@ def test_workdirs_are_named_like_the_rows(row: str, name: str):
     assert runs.workdir_of(Path("d"), row, 2) == Path("d") / name / "seed2"
 
 
+@pytest.mark.slow
+def test_trains_compares_and_draws(study: Path, tmp_path: Path, capsys: Any):
+    arguments = ["ablate", str(study), "--dir", str(tmp_path / "runs"), "--rows", "+ rate"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n| ") == 3
+    assert "2 seeds, trained on" in printed
+    assert printed == (tmp_path / "runs" / "table.md").read_text()
+    assert (tmp_path / "runs" / "figure.png").stat().st_size > 10_000
+    first, second = runs.read_results(tmp_path / "runs")
+    assert (first.row, first.seed, second.seed) == ("+ rate", 0, 1)
+    assert first.loss != second.loss  # the seeds' own
+    assert first.minutes > 0
+    (tmp_path / "runs" / runs.RESULTS).unlink()
+    assert cli.main(arguments) == 0  # the finished runs tell again what they found
+    assert capsys.readouterr().out == printed
+
+
 def test_a_study_that_is_stopped_continues_and_ends_with_the_same_table(
     study: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ):
+    trained: list[tuple[str, int]] = []
+    until = 4
+
+    def train(config: Any, workdir: Path, **options: Any) -> dict[str, float]:
+        """Stands for the loop, which is tested where it is."""
+        if len(trained) == until:
+            raise UserError("the power is gone")
+        trained.append((workdir.parent.name, config.seed))
+        workdir.mkdir(parents=True)
+        config_lib.save(config, workdir / "config.json")
+        line = {"step": 22, "images_per_second": 100.0, "eval_top1": 0.1}
+        (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return {"top1": config.optim.learning_rate * 100 + config.seed / 10, "loss": 2.0}
+
+    monkeypatch.setattr(runs, "train_and_evaluate", train)
+    monkeypatch.setattr(runs, "build", lambda config, images: None)
+
     def ablate(directory: str, *more: str) -> int:
         return cli.main(["ablate", str(study), "--dir", str(tmp_path / directory), *more])
 
     assert ablate("whole") == 0
     whole = capsys.readouterr().out
-    assert whole.count("\n| ") == 4
-    assert "2 seeds, trained on" in whole
-    assert (tmp_path / "whole" / "figure.png").stat().st_size > 10_000
-    assert whole == (tmp_path / "whole" / "table.md").read_text()
+    assert trained == [("slow", 0), ("plus_rate", 0), ("slow", 1), ("plus_rate", 1)]
+    assert "- + rate is better than slow: +19.00 ± 0.00 points." in whole
 
-    train, calls = runs.train_and_evaluate, 0
-
-    def dies(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise UserError("the power is gone")
-        return train(*arguments, **options)
-
-    monkeypatch.setattr(runs, "train_and_evaluate", dies)
+    trained.clear()
+    until = 3
     assert ablate("stopped") == 1
-    assert len(runs.read_results(tmp_path / "stopped")) == 2
-    (tmp_path / "stopped" / runs.RESULTS).write_text(  # as if killed before the second was written down
-        json.dumps({"results": json.loads((tmp_path / "stopped" / runs.RESULTS).read_text())["results"][:1]})
-    )
-    capsys.readouterr()
+    assert capsys.readouterr().err == "error: the power is gone\n"
+    until = 4
     assert ablate("stopped") == 0
-    assert _without_minutes(capsys.readouterr().out) == _without_minutes(whole)
-    assert calls == 6  # the finished run is looked at again, not trained
-
-    monkeypatch.setattr(runs, "train_and_evaluate", None)  # nothing is left to train
+    assert capsys.readouterr().out == whole
     assert ablate("stopped") == 0
-    assert ablate("stopped", "--set", "optim.learning_rate=0.5") == 1
-    assert "optim.learning_rate" in capsys.readouterr().err
-
-
-def _without_minutes(text: str) -> list[str]:
-    return [line.rpartition(" | ")[0] or line for line in text.splitlines()]
+    assert len(trained) == 4
 
 
 @pytest.mark.parametrize(
@@ -138,7 +153,7 @@ def _without_minutes(text: str) -> list[str]:
     [
         (["icon"], "no study 'icon'; did you mean 'icons'?"),
         (["nowhere.py"], "no study 'nowhere.py'; there is no file nowhere.py"),
-        (["icons", "--rows", "pyramid"], "--rows has 'pyramid'; did you mean"),
+        (["icons", "--rows", "pyramid"], "--rows has 'pyramid'; known: "),
         (["icons", "--set", "optim.lr=1"], "--set optim.lr=1: "),
     ],
 )
