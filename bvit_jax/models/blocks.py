@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from bvit_jax.binary import products
 from bvit_jax.binary.estimators import ESTIMATORS, Estimator
-from bvit_jax.binary.probabilities import quantize_probs
+from bvit_jax.binary.probabilities import above, quantize_probs
 from bvit_jax.binary.products import ProductConfig, accumulator_dtype
 from bvit_jax.binary.weights import DENSE, WeightRule
 from bvit_jax.layers import sown
@@ -119,9 +119,12 @@ class BlockConfig(UnitConfig):
 
     Attributes:
       pool_branches: kernel sizes of the pooling branches, 3 and 5 in the paper.
+      prob_scale_floor: the least scale of attention probabilities. 0 is the code of the paper, where a scale
+        that falls below 0 has no gradient, and its head attends to nothing for good.
     """
 
     pool_branches: tuple[int, ...] = (3, 5)
+    prob_scale_floor: float = 0.0
 
     def validate(self) -> None:
         """Raises `UserError` for a value out of range."""
@@ -130,6 +133,8 @@ class BlockConfig(UnitConfig):
         odd = all(size > 0 and size % 2 == 1 for size in sizes)
         require(odd, "pool_branches", sizes, "expected odd kernel sizes")
         require(len(set(sizes)) == len(sizes), "pool_branches", sizes, "expected each size once")
+        floor = self.prob_scale_floor
+        require(0 <= floor < 1, "prob_scale_floor", floor, "expected 0 or more, and less than 1")
 
 
 class BinaryUnit(nn.Module):
@@ -204,6 +209,8 @@ class BinaryAttention(nn.Module):
         product = ProductConfig(c.dtype, c.sign, integer_products=c.execution.integer_products)
         probs = softmax(products.binary_scores(q, k, product) / math.sqrt(q.shape[-1]))
         scale = self.param("prob_scale", nn.initializers.constant(0.005), ())
+        if c.prob_scale_floor:
+            scale = above(scale, jnp.asarray(c.prob_scale_floor, scale.dtype))
         used = quantize_probs(probs, scale)
         sown.watch_heads(self, used.values)
         kept = used

@@ -276,6 +276,32 @@ def test_capture(name):
     assert output.logits.dtype == plain.logits.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("floor", [0.0, 1e-3])
+def test_a_scale_of_probabilities_below_zero_is_held_and_learns_only_with_a_floor(floor):
+    model, config = smallest("react_deit", prob_scale_floor=floor)
+    variables, images = spread_variables(model, config), images_for(config)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(scale):
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: scale if "prob_scale" in jax.tree_util.keystr(path) else x, variables["params"]
+        )
+        logits = model.apply({**variables, "params": params}, images).logits
+        return jnp.sum(logits * jnp.arange(logits.size).reshape(logits.shape) % 3)
+
+    below, gradient = loss(jnp.float32(-0.1))
+    at_floor, _ = loss(jnp.float32(floor))
+    if floor:
+        assert below == at_floor
+        other, opposite = jax.value_and_grad(lambda scale: -loss(scale)[0])(jnp.float32(-0.1))
+        assert other == -below
+        assert min(gradient, opposite) < 0  # of a loss and its opposite, one wants it higher
+        assert max(gradient, opposite) == 0
+    else:
+        assert gradient == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_capture_changes_no_logits(x64, name):

@@ -63,6 +63,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "layer_norm, some_fp": ("binaryvit", {"norm": "layer_norm", "some_fp": True}),
     "one branch": ("binaryvit", {"pool_branches": (3,), "layer_scale": False}),
     "react_deit": ("react_deit", {}),
+    "react_deit, floor": ("react_deit", {"prob_scale_floor": 0.3}),
     "bhvit": ("bhvit", {"window_size": 1, "shift_branches": (3,)}),
     "bhvit, gsb": ("bhvit", {"gsb": True, "recu": True, "some_fp": True, "layer_scale": False}),
     "bhvit, layer_norm": ("bhvit", {"norm": "layer_norm", "shift_branches": ()}),

@@ -92,8 +92,11 @@ def _block(config: Tree, norms: Norms, params: Tree, statistics: Tree, after: Ar
     middle = norms.norm(params, statistics, "mlp_norm")
     arrays = {f"attention/{name}/{key}": array for name, unit in units.items() for key, array in unit.items()}
     arrays["attention/moves"] = np.stack([attention[f"{name}_move"] for name in ("query", "key", "value")])
-    arrays["attention/scale"] = attention["prob_scale"]
-    arrays |= below("attention/norm", norms.following(attention, own, attention["prob_scale"]))
+    # Without a floor in the settings, a scale below 0 stays: its head attends to nothing.
+    floor = config["prob_scale_floor"]
+    scale = np.maximum(attention["prob_scale"], floor) if floor else attention["prob_scale"]
+    arrays["attention/scale"] = scale
+    arrays |= below("attention/norm", norms.following(attention, own, scale))
     output = norms.unit(params["attention_output"], statistics.get("attention_output", {}))
     arrays |= below("attention_output", output)
     arrays |= below("attention_end", end(params.get("attention_scale"), 0.0, middle))
