@@ -41,7 +41,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["trian"], "no command 'trian'; did you mean 'train'?"),
         (
             ["xyz"],
-            "no command 'xyz'; known: ablate, convert, eval, export, parity, plan, predict, prepare, report, train",
+            "no command 'xyz'; known: ablate, convert, eval, export, parity, plan, predict, prepare,"
+            " report, train",
         ),
         (
             ["train", "--config=digtis"],
