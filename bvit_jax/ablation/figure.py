@@ -9,6 +9,7 @@ from bvit_jax.ablation.runs import Result, workdir_of
 from bvit_jax.ablation.study import Study
 from bvit_jax.ablation.table import of_row
 from bvit_jax.report import curves
+from bvit_jax.workdir.logged import read_metrics, series
 
 
 def save_figure(study: Study, results: Sequence[Result], directory: Path, output: Path) -> None:
@@ -24,8 +25,8 @@ def save_figure(study: Study, results: Sequence[Result], directory: Path, output
         runs, color = of_row(results, row), f"C{index % curves.CYCLE}"
         by_step: dict[int, list[float]] = defaultdict(list)
         for run in runs:
-            lines = curves.read_metrics(workdir_of(directory, row, run.seed))
-            steps, values = curves.series(lines, "eval_top1", 100)
+            lines = read_metrics(workdir_of(directory, row, run.seed))
+            steps, values = series(lines, "eval_top1", 100)
             over_steps.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
             for step, value in zip(steps, values, strict=True):
                 by_step[step].append(value)

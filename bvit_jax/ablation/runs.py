@@ -13,11 +13,11 @@ from bvit_jax import files
 from bvit_jax.ablation.study import Study
 from bvit_jax.errors import UserError
 from bvit_jax.files import appearing
-from bvit_jax.report import curves
 from bvit_jax.runtime.interruption import Interruption
 from bvit_jax.training.loop import train_and_evaluate
 from bvit_jax.training.setup import Run, build, check, open_splits
 from bvit_jax.workdir import starts
+from bvit_jax.workdir.logged import Lines, read_metrics
 
 RESULTS = "results.json"
 
@@ -75,7 +75,7 @@ def run_study(study: Study, directory: Path, interruption: Callable[[], Interrup
             built[row] = build(config, open_splits(config).num_examples)
         figures = train_and_evaluate(config, workdir, run=built[row], interruption=interruption())
         device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-        minutes = training_minutes(curves.read_metrics(workdir), config.batch_size)
+        minutes = training_minutes(read_metrics(workdir), config.batch_size)
         results.append(Result(row, seed, figures["top1"], figures["loss"], minutes, device))
         if jax.process_index() == 0:
             content = appearing.to_json({"results": [asdict(result) for result in results]})
@@ -106,7 +106,7 @@ def workdir_of(directory: Path, row: str, seed: int) -> Path:
     return directory / name / f"seed{seed}"
 
 
-def training_minutes(lines: curves.Lines, batch_size: int) -> float:
+def training_minutes(lines: Lines, batch_size: int) -> float:
     """Returns how long the steps in ``metrics.jsonl`` took, by the throughput of each interval."""
     seconds, before = 0.0, 0
     for line in lines:

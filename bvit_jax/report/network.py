@@ -22,12 +22,13 @@ from bvit_jax.inference.images import model_input, prepared
 from bvit_jax.models import same_layers
 from bvit_jax.report import network_figures as figures
 from bvit_jax.report import network_pictures as draw
-from bvit_jax.report.curves import Lines, new_figure, read_metrics
+from bvit_jax.report.curves import new_figure
 from bvit_jax.report.network_figures import Block, LatentWeights, Seen
 from bvit_jax.report.network_page import Picture, index_html
 from bvit_jax.weights.naming import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.workdir import runs
+from bvit_jax.workdir.logged import Lines, read_metrics
 
 DPI = 100
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from bvit_jax.report.__main__ import main
-from bvit_jax.report.curves import Run, curves, distinct_labels, isolated, panels, read_runs, series
+from bvit_jax.report.curves import Run, curves, distinct_labels, isolated, panels, read_runs
+from bvit_jax.workdir.logged import series
 
 
 def write_run(path: Path, lines: list, end: str = "") -> Path:
