@@ -22,7 +22,7 @@ from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.files import local_path
 from bvit_jax.runtime import process
-from bvit_jax.runtime.arguments import add_noema, positive, setting
+from bvit_jax.runtime.arguments import add_noema, add_set, positive
 from bvit_jax.weights import resize
 from bvit_jax.weights.class_names import default_class_names, readable_class_names
 from bvit_jax.weights.formats import FORMATS
@@ -113,14 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format", default=NATIVE, metavar="FORMAT", help=f"one of {', '.join([NATIVE, *FORMATS])}"
     )
     parser.add_argument("--config", type=local_path, metavar="FILE", help="config.json for SOURCE")
-    parser.add_argument(
-        "--set",
-        type=setting,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a setting of the model",
-    )
+    add_set(parser, "a setting of the model")
     parser.add_argument("--key", help="entry of a .pth with the weights, such as model_ema")
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="PATTERN", help="arrays to leave out: 'vit.pooler.*'"

@@ -12,7 +12,7 @@ from bvit_jax.ablation.study import load_study
 from bvit_jax.errors import UserError
 from bvit_jax.files import local_path, replace_file
 from bvit_jax.runtime import process
-from bvit_jax.runtime.arguments import setting
+from bvit_jax.runtime.arguments import add_set
 
 
 def run(argv: list[str]) -> None:
@@ -46,12 +46,5 @@ def _parser() -> argparse.ArgumentParser:
         "--rows", action="append", default=[], metavar="ROW", help="only this one; repeatable"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="in place of its own")
-    parser.add_argument(
-        "--set",
-        type=setting,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a setting of all runs, such as data.data_dir=DIR; repeatable",
-    )
+    add_set(parser, "a setting of all runs, such as data.data_dir=DIR")
     return parser

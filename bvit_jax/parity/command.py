@@ -14,6 +14,7 @@ from bvit_jax.parity.check import check
 from bvit_jax.parity.dump import DEFAULT_BATCH, dump
 from bvit_jax.parity.layers import LayerRow, layer_rows
 from bvit_jax.runtime import process
+from bvit_jax.runtime.arguments import add_set
 
 Row = TypeVar("Row")
 EXIT_FAILED, EXIT_UNREADABLE = 1, 2
@@ -135,13 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     dumper.add_argument("--batch", type=int, help=f"number of random images (default: {DEFAULT_BATCH})")
     dumper.add_argument("--seed", type=int, default=0, help="seed for everything random (default: 0)")
     dumper.add_argument("--compact", action="store_true", help="compress; large outputs in float32")
-    dumper.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an argument of the PyTorch code or a key of its config.json",
-    )
+    add_set(dumper, "an argument of the PyTorch code or a key of its config.json", str)
     return parser
 
 

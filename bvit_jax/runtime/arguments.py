@@ -4,7 +4,7 @@ import argparse
 import ast
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,13 @@ def setting(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def add_set(parser: argparse.ArgumentParser, text: str, value: Callable[[str], Any] = setting) -> None:
+    """Adds the option ``--set``, which may be repeated; ``text`` says what it sets."""
+    parser.add_argument(
+        "--set", type=value, action="append", default=[], metavar="KEY=VALUE", help=f"{text}; repeatable"
+    )
 
 
 def parse_config(arguments: Sequence[str]) -> ConfigDict:
