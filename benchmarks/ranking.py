@@ -31,7 +31,8 @@ from benchmarks.jax_side import NORMALIZE, fixed_optimizer, random_batch
 from benchmarks.machine import cores, cpu_model
 from benchmarks.workload import parse_override
 from bvit_jax.errors import UserError
-from bvit_jax.losses.ranking import Ranking, ranking_loss
+from bvit_jax.losses.attention import Ranking
+from bvit_jax.losses.ranking import ranking_loss
 from bvit_jax.models import create_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.training.steps.batch import Inputs

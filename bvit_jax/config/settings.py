@@ -237,11 +237,17 @@ SETTINGS = {
     ),
     "loss.label_smoothing": Setting(0.1, FRACTION, "Share of a target that goes to all classes equally."),
     "loss.ranking_weight": Setting(
-        0.0, NOT_NEGATIVE, "Weight of the loss on the order of the teacher's attention probabilities; 0: off."
+        0.0, NOT_NEGATIVE, "Weight of the loss that compares attention with the teacher's; 0: off."
+    ),
+    "loss.ranking_kind": Setting(
+        "pairs",
+        one_of("pairs", "correlation", "listwise"),
+        "Compares `pairs` of keys, the `correlation` of scores, or shares of the first keys (`listwise`).",
     ),
     "loss.ranking_margin": Setting(
-        0.1, POSITIVE, "Margin between two keys, in units of the mean attention probability."
+        0.1, POSITIVE, "Margin between a pair of keys, in units of the mean attention probability."
     ),
+    "loss.ranking_top": Setting(8, whole(2), "Keys that are compared listwise, the teacher's first."),
     "loss.ranking_layers": Setting((), BLOCKS, "Blocks that are ranked, in execution order; `()`: all."),
     "loss.ranking_every": Setting(2, whole(1), "One of this many images is ranked."),
     "loss.regularization_weight": Setting(

@@ -9,7 +9,6 @@ order, which determine the order, and as many random ones, which reach further.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -28,36 +27,6 @@ BLOCK_ROWS = 48  # rows that a CPU processes together; 16 to 150 are about equal
 
 # One array a layer, whose sizes differ; with windows the batch is images * windows.
 Probabilities = Sequence[Float[Array, "_batch _heads _queries _keys"]]
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """The ranking term of a training step.
-
-    Attributes:
-      weight: weight of the term in the loss.
-      margin: see `ranking_loss`.
-      layers: blocks that are ranked, in execution order; () means all.
-      every: one of this many consecutive images is ranked. Images come in random order, so the mean of the
-        gradient does not depend on it.
-    """
-
-    weight: float
-    margin: float = 0.1
-    layers: tuple[int, ...] = ()
-    every: int = 1
-
-    def chosen(self, probabilities: Probabilities, images: int) -> Probabilities:
-        """Selects the layers and images that are ranked; ``every`` divides the number of images."""
-        layers = [probabilities[i] for i in self.layers] if self.layers else probabilities
-        return [self._some_images(x, images) for x in layers]
-
-    def _some_images(self, x: Array, images: int) -> Array:
-        if self.every == 1:
-            return x
-        # Neighbours are on one device, so nothing moves if each device has a multiple of ``every`` images.
-        groups = x.reshape(images // self.every, self.every, x.shape[0] // images, *x.shape[1:])
-        return groups[:, 0].reshape(-1, *x.shape[1:])
 
 
 def ranking_loss(

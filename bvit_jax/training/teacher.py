@@ -15,7 +15,7 @@ from bvit_jax import models, weights
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
 from bvit_jax.files import local_path
-from bvit_jax.losses.ranking import Ranking
+from bvit_jax.losses.attention import Ranking
 from bvit_jax.weights.pretrained import Pretrained
 
 
@@ -133,7 +133,8 @@ def make_ranking(config: ConfigDict, student: nn.Module, teacher: nn.Module | No
                 " with the student's tokens (image and patch size, class and distillation tokens, windows),"
                 " or leave the block out of config.loss.ranking_layers"
             )
-    return Ranking(loss.ranking_weight, loss.ranking_margin, layers, loss.ranking_every)
+    kind, margin, top = loss.ranking_kind, loss.ranking_margin, loss.ranking_top
+    return Ranking(loss.ranking_weight, kind, margin, top, layers, loss.ranking_every)
 
 
 def _attention_shapes(model: Any) -> list[tuple[int, ...]]:

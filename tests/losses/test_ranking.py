@@ -10,8 +10,9 @@ import pytest
 from bvit_jax.config import validate
 from bvit_jax.errors import UserError
 from bvit_jax.losses import ranking
+from bvit_jax.losses.attention import Ranking
 from bvit_jax.losses.ordering import order_by_network, order_by_sort
-from bvit_jax.losses.ranking import Ranking, ranking_loss
+from bvit_jax.losses.ranking import ranking_loss
 from bvit_jax.models import Execution, create_model, model_config
 from bvit_jax.plan import dry_run as dry_run_lib
 from bvit_jax.runtime.mesh import make_mesh, replicated, shard_batch

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from bvit_jax.augment.mixing import dominant_labels, mix_targets
 from bvit_jax.augment.normalization import Normalization
+from bvit_jax.losses.attention import Ranking, attention_loss
 from bvit_jax.losses.classification import TeacherTargets, topk_correct, training_loss
-from bvit_jax.losses.ranking import Ranking, ranking_loss
 from bvit_jax.losses.regularization import Regularization, block_kernels, distance_to_one
 from bvit_jax.models.head import ModelOutput
 from bvit_jax.optim import global_norm
@@ -37,8 +37,8 @@ class Objective:
       teacher_targets: whether its probabilities are the targets, or the class that it prefers.
       distillation_weight: share of the distillation loss; the labels have what this and regularization leave.
       label_smoothing: of the labels, from 0 to 1.
-      ranking: the ranking term, which needs a teacher; None for none. With a ``distillation_weight`` of 0 the
-        teacher's logits then do not count.
+      ranking: the term that compares attention, which needs a teacher; None for none. With a
+        ``distillation_weight`` of 0 the teacher's logits then do not count.
       regularization: the term that draws the weights of the blocks to ±1; None for none.
       teacher_precision: of the teacher's products of float32 numbers; its probabilities are the targets.
     """
@@ -197,11 +197,9 @@ def total_loss(
         value += regularized * terms["regularization_loss"]
     ranking = objective.ranking
     if ranking is not None and taught is not None:
-        terms["ranking_loss"] = ranking_loss(
-            ranking.chosen(output.probabilities, labels.shape[0]),
-            ranking.chosen(taught.probabilities, labels.shape[0]),
-            jax.random.fold_in(key, RANKING_KEY),
-            margin=ranking.margin,
+        ranking_key = jax.random.fold_in(key, RANKING_KEY)
+        terms["ranking_loss"] = attention_loss(
+            ranking, output.probabilities, taught.probabilities, ranking_key, labels.shape[0]
         )
         value += ranking.weight * terms["ranking_loss"]
     return value, terms
