@@ -3,8 +3,8 @@
 import statistics
 from collections.abc import Sequence
 
+from bvit_jax.ablation.comparison import Difference, deviation, difference
 from bvit_jax.ablation.runs import Result
-from bvit_jax.ablation.statistics import Difference, deviation, difference
 from bvit_jax.ablation.study import Study
 
 HEADER = ("row", "top-1, %", "single runs", "held-out loss", "difference", "minutes")
@@ -31,17 +31,17 @@ def as_markdown(study: Study, results: Sequence[Result]) -> str:
 
 
 def findings(study: Study, results: Sequence[Result]) -> list[str]:
-    """Returns a sentence for each pair of rows: whether their runs tell them apart."""
+    """Returns a sentence for each pair of rows: whether one is clearly better."""
     sentences = []
     for row, other in study.pairs():
         found = compare(results, row, other)
         if found is None:
             continue
-        if found.separated:
+        if found.clear:
             word = "better" if found.mean > 0 else "worse"
             sentences.append(f"- {row} is {word} than {other}: {_points(found)} points.")
         else:
-            sentences.append(f"- {row} and {other} are not told apart: {_points(found)} points.")
+            sentences.append(f"- no clear difference between {row} and {other}: {_points(found)} points.")
     return sentences
 
 

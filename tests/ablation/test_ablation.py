@@ -7,9 +7,9 @@ import pytest
 
 from bvit_jax import cli
 from bvit_jax import config as config_lib
-from bvit_jax.ablation import runs, statistics, table
+from bvit_jax.ablation import comparison, runs, table
 from bvit_jax.ablation.runs import Result
-from bvit_jax.ablation.study import Study, load_study
+from bvit_jax.ablation.study import STUDIES, Study, load_study
 from bvit_jax.configs import digits
 from bvit_jax.errors import UserError
 
@@ -46,26 +46,26 @@ def _results(**rows: tuple[float, ...]) -> list[Result]:
 
 
 def test_an_interval_is_student_s_over_paired_seeds():
-    found = statistics.difference([0.5, 0.6, 0.7], [0.4, 0.4, 0.4])
+    found = comparison.difference([0.5, 0.6, 0.7], [0.4, 0.4, 0.4])
     assert found.mean == pytest.approx(0.2)
     # 4.303 is the 97.5 % point for two degrees of freedom; the deviation of the differences is 0.1.
     assert found.half_width == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
-    assert not found.separated
-    assert statistics.difference([0.5, 0.51, 0.52], [0.4, 0.41, 0.42]).separated
-    assert not statistics.difference([0.9], [0.1]).separated
+    assert not found.clear
+    assert comparison.difference([0.5, 0.51, 0.52], [0.4, 0.41, 0.42]).clear
+    assert not comparison.difference([0.9], [0.1]).clear
 
 
-def test_the_table_says_which_rows_are_told_apart():
+def test_the_table_says_which_rows_differ_clearly():
     study = Study("Title", dict.fromkeys(("a", "b", "c"), digits.get_config()))
     results = _results(a=(0.5, 0.51, 0.52), b=(0.6, 0.611, 0.62), c=(0.7, 0.4, 0.6))
     text = table.as_markdown(study, results)
     assert "| a | 51.00 ± 1.00 | 50.00, 51.00, 52.00 | 1.000 |  | 2.0 |" in text
     assert "- b is better than a: +10.03 ± 0.14 points." in text
-    assert "- c and b are not told apart: -4.37 ± " in text
+    assert "- no clear difference between c and b: -4.37 ± " in text
     assert text.endswith("3 seeds, trained on 1 × cpu.")
     only = table.findings(study.chosen(["a", "c"], []), results)
     assert only == [only[0]]
-    assert only[0].startswith("- c and a are not")
+    assert only[0].startswith("- no clear difference between c and a")
 
 
 def test_a_baseline_is_what_all_others_are_compared_with():
@@ -163,6 +163,10 @@ def test_says_what_is_wrong_in_one_line(arguments: list[str], message: str, tmp_
 
 
 def test_the_studies_of_the_package():
-    for name in ("icons", "bivit_digits"):
+    names = [path.stem for path in STUDIES.glob("[!_]*.py")]
+    assert len(names) >= 7
+    for name in names:
         study = load_study(name)
         assert len(study.pairs()) == len(study.rows) - 1
+        for config in study.rows.values():
+            config_lib.validate(config)

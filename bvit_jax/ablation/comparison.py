@@ -23,7 +23,7 @@ class Difference:
     half_width: float
 
     @property
-    def separated(self) -> bool:
+    def clear(self) -> bool:
         """Returns whether the interval leaves out 0."""
         return abs(self.mean) > self.half_width
 
