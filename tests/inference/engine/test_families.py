@@ -53,7 +53,7 @@ def test_golden_files(name: str, golden_file: Callable[[str], Path]) -> None:
     abstract = abstract_variables(model, config.image_size)
     state = golden.group("state") | golden.group("init_state") | golden.group("state2")
     variables = from_state_dict(state, abstract, np.float64, naming)
-    assert error(logits_of(config, variables, golden.images()), golden.array("eval/logits")) < 1e-10
+    assert error(logits_of(config, variables, golden.images()), golden.array("eval/logits")) < 1e-12
 
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
