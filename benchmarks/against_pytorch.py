@@ -54,7 +54,6 @@ TOGETHER = 1e-9  # relative difference of losses
 COUNTER = "num_batches_tracked"  # of PyTorch's batch norms, which we do not have
 MODELS: dict[str, dict[str, Any]] = {
     "binaryvit": {
-        "patch_size": 4,
         "width": (16, 32, 64, 128),
         "depth": (1, 1, 1, 1),
         "num_heads": (1, 2, 4, 8),
@@ -170,8 +169,7 @@ class Theirs:
 
         self._torch, self._dtype = torch, getattr(torch, dtype)
         torch.manual_seed(seed)
-        size = config.model.image_size
-        self.model: Any = torch_side.build_small(checkout, config.model.to_dict(), size).to(self._dtype)
+        self.model: Any = torch_side.build_small(checkout, config.model.to_dict()).to(self._dtype)
         self._criterion = torch_side.distillation_loss(checkout)
         self._optimizer, self._scheduler = torch_side.timm_optimizer(
             self.model, config.optim.learning_rate, config.optim.min_learning_rate, config.epochs
@@ -217,9 +215,8 @@ class Theirs:
 def experiment(name: str, arguments: argparse.Namespace) -> ConfigDict:
     """Returns the configuration of both sides for a model."""
     config = digits.get_config() if arguments.dataset == "digits" else icons.get_config()
-    sizes = {"image_size": config.model.image_size, "num_classes": config.model.num_classes}
-    if name == "react_deit":
-        sizes["patch_size"] = sizes["image_size"] // 8
+    size, classes = config.model.image_size, config.model.num_classes
+    sizes = {"image_size": size, "num_classes": classes, "patch_size": size // 8}  # 8×8 tokens at first
     config.model = models.model_config(name, **sizes, **MODELS[name])
     config.epochs = arguments.epochs
     config.optim.schedule = "cosine_by_epoch"

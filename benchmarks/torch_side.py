@@ -193,18 +193,19 @@ def build(checkout: Path, settings: Mapping[str, Any]) -> nn.Module:
             raise UserError(f"the reference cannot build this model: {error!r}; check --set") from error
 
 
-def build_small(checkout: Path, settings: Mapping[str, Any], image_size: int) -> nn.Module:
-    """Returns the checkout's model for images of another size than 224 pixels.
+def build_small(checkout: Path, settings: Mapping[str, Any]) -> nn.Module:
+    """Returns the checkout's model for another size than 224 pixels or other patches than 4×4.
 
     Its patch embeddings between stages are given sides of 56, 28 and 14 tokens, which are replaced here.
     """
     with _imports_from(checkout):
         pyramid: Any = importlib.import_module("transformer.modeling_vit_extra_res_pyramid")
     names = ("PatchEmbed", "BinaryPatchEmbed")
+    grid = settings["image_size"] // settings["patch_size"]
     originals = {name: getattr(pyramid, name) for name in names}
 
     def resized(original: Any) -> Any:
-        return lambda side, **options: original(side * image_size // 224, **options)
+        return lambda side, **options: original(side * grid // 56, **options)
 
     try:
         for name, original in originals.items():

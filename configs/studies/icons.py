@@ -24,5 +24,6 @@ def get_study() -> Study:
     rows = {row: icons.get_config(model) for row, model in ROWS.items()}
     for config in rows.values():
         config.health = False
-        config.checkpoint.every_steps = 1000
+        config.packed = "off"  # small layers gain nothing from it
+        config.eval_every_epochs = 2
     return Study("BinaryViT's ablation on icons", rows)
