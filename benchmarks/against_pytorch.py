@@ -36,12 +36,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from benchmarks.machine import cores, cpu_model, versions
 from benchmarks.train_step import check_reference, parts
 from bvit_jax import data, models, optim, weights
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.files import local_path
+from bvit_jax.report.machine import cores, cpu_model, versions
 from bvit_jax.runtime.arguments import positive
 from bvit_jax.training.steps.batch import Inputs
 from bvit_jax.training.steps.state import TrainState

@@ -53,9 +53,9 @@ from benchmarks.inference_sides import (
     XLA,
 )
 from benchmarks.inference_table import report_text
-from benchmarks.machine import cores
 from benchmarks.train_step import check_reference, integers, parts, positive
 from bvit_jax.errors import UserError, nearest
+from bvit_jax.report.machine import cores
 
 DEIT_SMALL = {
     "hidden_size": 384,

@@ -20,9 +20,10 @@ from benchmarks import inference_sides
 from benchmarks.first_answer import STAGES
 from benchmarks.floor import best_rate
 from benchmarks.inference_sides import REFERENCE_COMPILED, SIDES, Subject
-from benchmarks.machine import commit, cores, cpu_model, versions
+from benchmarks.machine import commit
 from benchmarks.workload import Plan, Worker
 from bvit_jax.errors import UserError
+from bvit_jax.report.machine import cores, cpu_model, versions
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import stand_ins
-from benchmarks.machine import commit, cores, cpu_model, versions
+from benchmarks.machine import commit
 from benchmarks.shares import add_shares, merged
 from benchmarks.workload import OURS, Compilation, Facts, Kind, Memory, Plan, Side, Worker, is_ours
 from bvit_jax.errors import UserError
+from bvit_jax.report.machine import cores, cpu_model, versions
 
 Rounds = dict[Kind, list[float]]  # images/s of each round
 REFERENCE = "reference"

@@ -28,10 +28,10 @@ from typing import Any
 import jax
 
 from benchmarks.jax_side import NORMALIZE, FixedTeacher, fixed_optimizer, model_of, random_batch
-from benchmarks.machine import cpu_model
 from benchmarks.workload import MODELS, Plan, known_model, parse_override
 from bvit_jax.errors import UserError
 from bvit_jax.models import create_model
+from bvit_jax.report.machine import cpu_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.training.steps import health
 from bvit_jax.training.steps.batch import Inputs

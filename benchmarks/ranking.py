@@ -28,12 +28,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from benchmarks.jax_side import NORMALIZE, fixed_optimizer, random_batch
-from benchmarks.machine import cores, cpu_model
 from benchmarks.workload import parse_override
 from bvit_jax.errors import UserError
 from bvit_jax.losses.attention import Ranking
 from bvit_jax.losses.ranking import ranking_loss
 from bvit_jax.models import create_model
+from bvit_jax.report.machine import cores, cpu_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.training.steps.batch import Inputs
 from bvit_jax.training.steps.programs import jit_train_step

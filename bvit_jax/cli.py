@@ -58,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         sys.stdout.write(usage())
         return 0
+    if name == "--version":
+        from bvit_jax import __version__
+        from bvit_jax.report.machine import describe
+
+        sys.stdout.write(f"{describe(__version__)}\n")
+        return 0
     if name not in COMMANDS:
         return _fail(f"no command {name!r}{nearest(name, COMMANDS)}")
     return _status(functools.partial(_run, COMMANDS[name], arguments))
@@ -81,7 +87,8 @@ def run(*argv: str) -> NoReturn:
 def usage() -> str:
     """Returns what ``bvit --help`` prints."""
     lines = [f"  {name:8}  {command.text}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: bvit COMMAND ...", "", *lines, "", "bvit COMMAND --help describes one.", ""])
+    end = "bvit COMMAND --help describes one, bvit --version what is installed."
+    return "\n".join(["usage: bvit COMMAND ...", "", *lines, "", end, ""])
 
 
 # --- errors --------------------------------------------------------------------------------------

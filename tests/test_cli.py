@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import runpy
 import shutil
 import signal
@@ -15,6 +17,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
+import bvit_jax
 from bvit_jax import cli
 from bvit_jax.errors import Stopped, UserError
 from bvit_jax.parity import command as parity
@@ -97,6 +100,19 @@ def test_help(name: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
     expected = {"train": "--[no]debug_nans", "eval": "--split", "plan": "--topology", None: "convert"}
     assert expected.get(name, f"usage: bvit {name}") in out
+
+
+def test_version_says_what_a_report_of_a_bug_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_of_mine")
+    assert cli.main(["--version"]) == 0
+    first, python, cpu, packages, *variables = capsys.readouterr().out.splitlines()
+    assert first == f"bvit_jax {bvit_jax.__version__}"
+    assert python.startswith(f"Python {platform.python_version()}, ")
+    assert re.search(r", \d+ cores, ", cpu)
+    assert f"jax {jax.__version__}, " in packages
+    assert "XLA_FLAGS=--xla_of_mine" in variables
 
 
 def test_argparse_refuses_with_its_status(capsys: pytest.CaptureFixture[str]) -> None:

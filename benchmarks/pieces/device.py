@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.machine import commit, cores, cpu_model, versions
+from benchmarks.machine import commit
+from bvit_jax.report.machine import cores, cpu_model, versions
 
 
 def describe() -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import input_pipeline
 from benchmarks.input_pipeline import WARM_UP
-from benchmarks.machine import cores
+from bvit_jax.report.machine import cores
 
 
 def photographs(images: int, batch: int, rounds: int) -> Iterator[dict[str, Any]]:
