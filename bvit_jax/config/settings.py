@@ -262,6 +262,9 @@ SETTINGS = {
     "init.path": Setting(
         "", TEXT, "A workdir, or anything that `python -m bvit_jax.convert` reads; empty: random.", free=True
     ),
+    "init.adapt": Setting(
+        False, FLAG, "Whether those weights may be for another image size or other classes.", free=True
+    ),
     "teacher.path": Setting(
         "", TEXT, "Anything that `python -m bvit_jax.convert` reads, such as a `.pth`.", free=True
     ),

@@ -11,12 +11,13 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
+from bvit_jax.data import folders
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.files import local_path
 
 DIGITS = "digits"  # the only dataset that is prepared on first use
+FOLDER = "folder"  # not prepared, but read in place
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w-][\w.-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
-SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 READERS = 32  # shards opened at once: a thousand of ImageNet, perhaps in a bucket
 SAMPLES = 32  # of a split, which tell it from another one
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -43,14 +44,17 @@ def open_split(dataset: str, data_dir: str, split: str) -> Split:
     """Opens ``split`` of ``dataset`` in ``data_dir``; prepares ``digits`` first if it is missing.
 
     Args:
-      dataset: a TFDS name, ``name[/config][:version]``; without a version the newest is opened.
+      dataset: a TFDS name, ``name[/config][:version]``; without a version the newest is opened. Or
+        ``folder``: ``data_dir`` holds image files, ``<split>/<class>/**``.
       data_dir: the TFDS directory; ``""`` means ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
-      split: a TFDS split such as ``train`` or ``train[:10%]``.
+      split: a TFDS split such as ``train`` or ``train[:10%]``; a directory of a folder.
 
     Raises:
       UserError: the dataset is not prepared there, is not in ArrayRecord format or has no labelled
         images; the split does not exist or is empty; the directory cannot be read or written.
     """
+    if dataset == FOLDER:
+        return _open_folder(data_dir, split)
     root = _root(data_dir)
     try:
         path = _find(dataset, root) or _prepare_digits(dataset, root)
@@ -88,12 +92,6 @@ def sample_digest(split: Split) -> str:
             " prepare the dataset again"
         ) from error
     return digest.hexdigest()
-
-
-def check_split_name(name: str, place: Any) -> None:
-    """Raises `UserError` for a name that TFDS could not parse again."""
-    if not SPLIT.fullmatch(name) or name == "all":
-        raise UserError(f"{place} has the split {name!r}; expected letters, digits, _ and -, and not 'all'")
 
 
 def shard_problem(split: Any) -> str | None:
@@ -148,6 +146,23 @@ def _find(dataset: str, root: Any) -> Any:
             f"choose one of {', '.join(f'{dataset}/{name}' for name in sorted(configs))}"
         )
     return None
+
+
+def _open_folder(data_dir: str, split: str) -> Split:
+    if not data_dir:
+        raise UserError(
+            f"config.data.dataset is {FOLDER!r}, and config.data.data_dir is empty; name the folder"
+        )
+    source, class_names = folders.files_of(local_path(data_dir), split)
+    return Split(
+        dataset=FOLDER,
+        version="",
+        name=split,
+        source=source,
+        num_examples=len(source),
+        num_classes=len(class_names),
+        class_names=class_names,
+    )
 
 
 def _prepare_digits(dataset: str, root: Any) -> Any:

@@ -15,6 +15,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.files import local_path
 from bvit_jax.models import same_layers
 from bvit_jax.training.teacher import finite
+from bvit_jax.weights import resize
 from bvit_jax.weights.naming import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import StateDict, StateDictError, Variables, check_fit
@@ -114,6 +115,8 @@ def load(config: ConfigDict, abstract: Variables) -> Initial:
         source = finite(runs.load_model(path), path)
     except UserError as error:
         raise UserError(f"config.init.path: {error}") from error
+    if config.init.adapt:
+        source = resize.adapted(source, config.model.image_size, config.model.num_classes)
     arrays = {name: np.asarray(a) for name, a in _flat(source.variables).items()}
     shapes = {name: leaf.shape for name, leaf in _flat(abstract).items()}
     try:
@@ -146,7 +149,7 @@ def _advice(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     here = ", ".join(str(_plain(ours[key])) for key in different)
     advice = f"they are of a model with {settings}, where this run has {here}: change that or name others"
     if {"image_size", "num_classes"} & set(different):
-        advice += "; python -m bvit_jax.convert changes the image size and the classes of a file"
+        advice += "; or adapt them: config.init.adapt=True"
     return advice
 
 

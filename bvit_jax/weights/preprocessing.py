@@ -48,9 +48,8 @@ class Preprocessing:
             raise ValueError(f"square is {self.square!r}, expected true or false")
 
     def scaled_to(self, image_size: int) -> "Preprocessing":
-        """Returns the same preprocessing for another image size, in pixels."""
-        resize = round(self.resize * image_size / self.crop)
-        return dataclasses.replace(self, resize=resize, crop=image_size)
+        """Returns the same preprocessing for another image size, in pixels; rounded down, as in timm."""
+        return dataclasses.replace(self, resize=self.resize * image_size // self.crop, crop=image_size)
 
 
 def deit_preprocessing(image_size: int) -> Preprocessing:

@@ -10,10 +10,24 @@ from ml_collections import ConfigDict
 from bvit_jax import models
 from bvit_jax.errors import UserError
 from bvit_jax.layers.init import bias_init, kernel_init
+from bvit_jax.weights.class_names import default_class_names
 from bvit_jax.weights.formats import FORMATS
 from bvit_jax.weights.naming import path_name
 from bvit_jax.weights.pretrained import Pretrained
 from bvit_jax.weights.state_dicts import StateDict, abstract_variables
+
+
+def adapted(pretrained: Pretrained, image_size: int, num_classes: int) -> Pretrained:
+    """Returns the model for an image size and a number of classes; unchanged if it has both.
+
+    Raises:
+      UserError: the model cannot have that size.
+    """
+    if pretrained.config.image_size != image_size:
+        pretrained = resized(pretrained, image_size)
+    if pretrained.config.num_classes != num_classes:
+        pretrained = with_new_head(pretrained, default_class_names(num_classes))
+    return pretrained
 
 
 def resized(pretrained: Pretrained, image_size: int) -> Pretrained:
