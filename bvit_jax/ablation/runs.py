@@ -13,6 +13,7 @@ from bvit_jax import files
 from bvit_jax.ablation.study import Study
 from bvit_jax.errors import UserError
 from bvit_jax.files import appearing
+from bvit_jax.report import machine
 from bvit_jax.runtime.interruption import Interruption
 from bvit_jax.training.loop import train_and_evaluate
 from bvit_jax.training.setup import Run, build, check, open_splits
@@ -74,9 +75,8 @@ def run_study(study: Study, directory: Path, interruption: Callable[[], Interrup
         if row not in built:
             built[row] = build(config, open_splits(config).num_examples)
         figures = train_and_evaluate(config, workdir, run=built[row], interruption=interruption())
-        device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
         minutes = training_minutes(read_metrics(workdir), config.batch_size)
-        results.append(Result(row, seed, figures["top1"], figures["loss"], minutes, device))
+        results.append(Result(row, seed, figures["top1"], figures["loss"], minutes, _devices()))
         if jax.process_index() == 0:
             content = appearing.to_json({"results": [asdict(result) for result in results]})
             files.replace_file(directory / RESULTS, content)
@@ -114,6 +114,14 @@ def training_minutes(lines: Lines, batch_size: int) -> float:
             seconds += (line["step"] - before) * batch_size / line["images_per_second"]
             before = line["step"]
     return seconds / 60
+
+
+def _devices() -> str:
+    """Returns what computes, such as ``8 × TPU v5e`` or ``2 cores of AMD EPYC with AVX2``."""
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    unit = machine.vector_unit()
+    return f"{machine.cores()} cores of {machine.cpu_model()}" + f" with {unit}" * bool(unit)
 
 
 def _with_seed(config: ConfigDict, seed: int) -> ConfigDict:
