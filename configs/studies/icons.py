@@ -2,8 +2,8 @@
 
 Command: bvit ablate icons --dir DIR --set data.data_dir=DATA --set teacher.path=EXPORTED
   where DATA and EXPORTED are those of configs/icons.py.
-Expected: not run.
-Hardware and cost: not run.
+Expected: 14.4, 30.8, 31.8, 38.7, 56.9 and 56.8 % top-1, three seeds; see docs/results.md.
+Hardware and cost: 4 minutes a run, 18 runs, on two cores of an Intel Xeon with AVX-512.
 """
 
 from bvit_jax.ablation import Study
