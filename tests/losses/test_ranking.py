@@ -364,7 +364,7 @@ def test_what_student_and_teacher_must_share():
     )
     config = config_of(ranking_layers=(0, 2))
     assert make_ranking(config, create_model(config.model), teacher_of(depth=3, num_heads=4)) == Ranking(
-        1.0, 0.1, (0, 2), every=2
+        weight=1.0, margin=0.1, layers=(0, 2), every=2
     )
     config.loss.ranking_weight = 0.0
     assert make_ranking(config, create_model(config.model), teacher_of()) is None
