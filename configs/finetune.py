@@ -5,8 +5,9 @@ Command: bvit train --config=finetune:folder=DIR[,init=WEIGHTS][,image_size=N] -
   bvit convert reads, by default the DeiT for digits that ships with the package; N pixels are by default
   those of the weights.
 Data: the image files, read in place.
-Expected: depends on the images; 97 % on scikit-learn's digits from a folder, where the weights come from.
-Hardware and cost: a minute on two cores for the default weights and 1,400 images.
+Expected: depends on the images. The default weights and scikit-learn's digits as files, whose classes have
+  another order there: 94.7 % top-1 after 220 steps with --config.data.flip=False, 82.8 % with mirror images.
+Hardware and cost: that took 80 seconds on two cores of an Intel Xeon with AVX-512.
 """
 
 from importlib import resources
