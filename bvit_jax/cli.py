@@ -19,7 +19,7 @@ from typing import Any, NoReturn, get_args
 from absl import flags
 
 from bvit_jax.errors import Interrupted, Stopped, UserError, nearest
-from bvit_jax.files import local_path
+from bvit_jax.files import any_path
 from bvit_jax.runtime import process
 from bvit_jax.runtime.arguments import config_of, parse_with_config
 
@@ -151,7 +151,7 @@ def _train(arguments: list[str]) -> None:
     """Trains a model: bvit train --config=digits --workdir=DIR"""
     values = flags.FlagValues()
     text, boolean = _definers(values)
-    text("workdir", None, "Directory of the run: checkpoints, metrics, config.json. Continues what is there.")
+    text("workdir", None, "Directory of the run, local or gs://BUCKET/RUN. Continues what is there.")
     boolean("dry_run", False, "Build everything, compile it, print its cost as JSON, and stop.")
     boolean("debug_nans", False, "Stop at the first operation that makes a NaN, and name it; slower.")
     boolean(
@@ -219,7 +219,7 @@ def _eval(arguments: list[str]) -> None:
 
     values = flags.FlagValues()
     text, boolean = _definers(values)
-    text("workdir", None, "Directory that bvit train wrote.")
+    text("workdir", None, "Workdir that bvit train wrote, local or gs://BUCKET/RUN.")
     text("checkpoint", "latest", "latest or best (by top-1) of a workdir; with --config, a converted model.")
     boolean(
         "ema", None, "The moving average; by default where the run keeps one, --noema for the raw weights."
@@ -267,7 +267,7 @@ def _eval_model(values: flags.FlagValues, overrides: Mapping[str, Any]) -> None:
     config.update_from_flattened_dict(overrides)
     if values.workdir or values.ema is not None or values.checkpoint in KINDS:
         raise UserError("with --config, name a model with --checkpoint, without --workdir and --ema")
-    path = local_path(values.checkpoint)
+    path = any_path(values.checkpoint)
     _start_jax(values)
     process.raise_at_signals()
     from bvit_jax.inference.evaluation import evaluate_model
@@ -332,7 +332,7 @@ def _asks_for_help(arguments: Sequence[str], values: flags.FlagValues, command: 
 def _workdir(values: flags.FlagValues) -> Path:
     if not values.workdir:
         raise UserError("--workdir is missing; pass --workdir=DIR")
-    return local_path(values.workdir)
+    return any_path(values.workdir)
 
 
 def _print_result(line: str) -> None:

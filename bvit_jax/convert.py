@@ -20,7 +20,7 @@ from pathlib import Path
 from bvit_jax import models, weights
 from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.errors import UserError
-from bvit_jax.files import local_path
+from bvit_jax.files import any_path, local_path
 from bvit_jax.runtime import process
 from bvit_jax.runtime.arguments import add_noema, add_set, positive
 from bvit_jax.weights import resize
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bvit convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=local_path, metavar="SOURCE")
+    parser.add_argument("source", type=any_path, metavar="SOURCE")
     parser.add_argument("target", type=local_path, metavar="TARGET")
     parser.add_argument(
         "--format", default=NATIVE, metavar="FORMAT", help=f"one of {', '.join([NATIVE, *FORMATS])}"

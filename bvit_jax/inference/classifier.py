@@ -13,6 +13,7 @@ import numpy as np
 
 from bvit_jax.augment.normalization import Normalization
 from bvit_jax.errors import UserError
+from bvit_jax.files import any_path
 from bvit_jax.inference.engine.network import Network
 from bvit_jax.inference.images import Picture, label_of, model_input
 from bvit_jax.weights.packed import Packed, is_packed, read_packed
@@ -164,7 +165,7 @@ def load(
     Raises:
       UserError: there is no such model, or it is damaged.
     """
-    path = Path(path).expanduser()
+    path = any_path(str(path))
     if is_packed(path):
         if checkpoint is not None or ema is not None or any(options.values()):
             raise UserError(f"{path} is a packed model, which describes itself; leave out the options")

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 
 from bvit_jax.errors import UserError, printable
-from bvit_jax.files import local_path
+from bvit_jax.files import any_path, local_path
 from bvit_jax.inference.classifier import load
 from bvit_jax.runtime.arguments import add_noema, positive
 
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="bvit predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", type=local_path, nargs="+", metavar="IMAGE")
-    parser.add_argument("--checkpoint", type=local_path, required=True, metavar="PATH")
+    parser.add_argument("--checkpoint", type=any_path, required=True, metavar="PATH")
     parser.add_argument("--kind", choices=("latest", "best"), help="of a workdir (default: latest)")
     add_noema(parser)
     parser.add_argument("--top", type=positive, default=5, help="classes to print per image")

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from bvit_jax import models
 from bvit_jax.cost import cost_of
 from bvit_jax.errors import UserError
-from bvit_jax.files import local_path
+from bvit_jax.files import any_path, local_path
 from bvit_jax.inference.classifier import Classifier
 from bvit_jax.inference.engine import fold
 from bvit_jax.inference.stablehlo import write_program
@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bvit export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=local_path, metavar="SOURCE")
+    parser.add_argument("source", type=any_path, metavar="SOURCE")
     parser.add_argument("target", type=local_path, metavar="TARGET")
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
     parser.add_argument("--checkpoint", choices=("latest", "best"), help="of a workdir (default: latest)")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bvit_jax.errors import UserError
-from bvit_jax.files import local_path
+from bvit_jax.files import any_path, local_path
 from bvit_jax.runtime.arguments import add_noema, parse_config
 
 
@@ -39,13 +39,13 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     curves = add("curves", _curves, "draw the training curves of runs as a PNG file.")
-    curves.add_argument("workdirs", nargs="+", type=local_path, metavar="WORKDIR")
+    curves.add_argument("workdirs", nargs="+", type=any_path, metavar="WORKDIR")
     _add_output(curves, "curves.png", "FILE")
 
     _add_network(add("network", _network, "draw the weights, signs, attention and positions of a model."))
 
     cost = add("cost", _cost, "what a model costs: parameters, operations, memory.", takes_config=True)
-    cost.add_argument("--checkpoint", type=local_path, help="a run or a checkpoint, instead of --config")
+    cost.add_argument("--checkpoint", type=any_path, help="a run or a checkpoint, instead of --config")
     cost.add_argument("--depth", type=int, default=0, help="add deeper modules to the one above them")
     cost.add_argument("--json", action="store_true", help="print JSON")
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
-        type=local_path,
+        type=any_path,
         required=True,
         metavar="PATH",
         help="a run, or what convert reads",

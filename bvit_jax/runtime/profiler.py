@@ -1,11 +1,13 @@
 """Traces of chosen steps with JAX's profiler."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from bvit_jax.errors import UserError
+from bvit_jax.files import copy_into, in_bucket
 
 
 class Profile:
@@ -26,6 +28,7 @@ class Profile:
         self._offset: int | None = None  # steps of the run before this process
         self._metrics: Any = None
         self._tracing = False
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def before(self, step: int) -> None:
         """Starts the trace if it begins with this step; call it ahead of every step.
@@ -37,14 +40,17 @@ class Profile:
             self._offset = step - 1
         if self._range and step - self._offset == self._range[0]:
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                if in_bucket(self.directory):  # to be copied there
+                    self._scratch = tempfile.TemporaryDirectory()
+                else:
+                    self.directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(
                     f"cannot create {self.directory}: {error.strerror}; make room or set"
                     " config.profile_steps=()"
                 ) from error
             jax.block_until_ready(self._metrics)
-            jax.profiler.start_trace(self.directory)
+            jax.profiler.start_trace(self._scratch.name if self._scratch else self.directory)
             self._tracing = True
 
     def after(self, step: int, metrics: Any) -> None:
@@ -61,4 +67,7 @@ class Profile:
             jax.block_until_ready(self._metrics)
             self._tracing = False
             jax.profiler.stop_trace()
+            if self._scratch:
+                copy_into(Path(self._scratch.name), self.directory)
+                self._scratch.cleanup()
         self._metrics = None

@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from bvit_jax.errors import UserError
-from bvit_jax.files import local_path
+from bvit_jax.files import any_path
 from bvit_jax.models import same_layers
 from bvit_jax.training.teacher import finite
 from bvit_jax.weights import resize
@@ -110,7 +110,7 @@ def load(config: ConfigDict, abstract: Variables) -> Initial:
     Raises:
       UserError: the weights cannot be read, or do not fit the model.
     """
-    path = local_path(config.init.path)
+    path = any_path(config.init.path)
     try:
         source = finite(runs.load_model(path), path)
     except UserError as error:

@@ -33,6 +33,7 @@ from bvit_jax.workdir.checkpoint_files import (
     clear_unfinished,
     complete_steps,
     delete,
+    finish,
     handler,
     make_room,
     read,
@@ -42,7 +43,6 @@ from bvit_jax.workdir.checksums import (
     CHECKSUMS,
     DamagedError,
     verify_checksums,
-    write_checksums,
     write_replacement,
 )
 from bvit_jax.workdir.collectives import (
@@ -209,7 +209,7 @@ class Checkpoints:
             self._writer.wait_until_finished()
             if jax.process_index() == 0:
                 check_written(self._folder / str(step), wanted)
-                write_checksums(self._folder / str(step), ITEMS)
+                finish(self._folder / str(step))
                 self._steps = self._prune(step, best_step)
                 logger.info("saved step %d", step)
             # A process that ends with an error, as after SIGTERM, may take the first one with it.

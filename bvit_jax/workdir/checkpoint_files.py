@@ -4,14 +4,14 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import orbax.checkpoint as ocp
 
 from bvit_jax.errors import UserError
-from bvit_jax.files import read_json
-from bvit_jax.workdir.checksums import CHECKSUMS, read_replacement
+from bvit_jax.files import in_bucket, read_json
+from bvit_jax.workdir.checksums import CHECKSUMS, read_replacement, write_checksums
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "metadata")
@@ -19,6 +19,7 @@ PATTERN = "*?[\\"  # Orbax looks for the parts of a checkpoint with a pattern th
 DELETED = "deleted.json"  # the checksums of a checkpoint that is being deleted
 METADATA = "metadata/metadata"  # where Orbax puts JSON values
 KEYS = {"best_step", "run"}  # of those values
+MARK = ".unfinished"  # of what is being written to a bucket
 STEP = re.compile(r"0|[1-9][0-9]*")
 UNFINISHED = re.compile(rf"({STEP.pattern})\.orbax-checkpoint-tmp.*")  # what Orbax is still writing
 
@@ -52,11 +53,20 @@ def foreign_steps(folder: Path) -> list[Path]:
 
 def clear_unfinished(folder: Path) -> None:
     """Deletes steps that were not completely written; whatever else is in the folder is not ours."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if in_bucket(folder):
+        if not folder.is_dir():  # nothing is below it
+            return
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+    marks = []
     for path in folder.iterdir():
+        if in_bucket(folder) and path.name.endswith(MARK):
+            marks.append(path)
         incomplete = STEP.fullmatch(path.name) and not (path / CHECKSUMS).exists() and _left_by_us(path)
         if incomplete or (UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink()):
             delete(path)
+    for mark in marks:  # last: they say which of the steps were ours
+        mark.unlink(missing_ok=True)
 
 
 def delete(path: Path) -> None:
@@ -68,37 +78,65 @@ def delete(path: Path) -> None:
         path.unlink()
         return
     if (path / CHECKSUMS).exists():
-        (path / CHECKSUMS).rename(path / DELETED)
+        (path / CHECKSUMS).replace(path / DELETED)
     marks = (path / Path(METADATA).parent, path / DELETED)
     for inside in (*(each for each in path.iterdir() if each not in marks), *marks):
         if inside.is_dir() and not inside.is_symlink():
-            shutil.rmtree(inside)
+            _remove_tree(inside)
         else:
             inside.unlink(missing_ok=True)
-    path.rmdir()
+    if in_bucket(path):
+        _mark(path).unlink(missing_ok=True)
+    else:
+        path.rmdir()
 
 
 def make_room(path: Path) -> None:
     """Deletes a checkpoint that is saved again.
 
+    In a bucket, Orbax writes where the checkpoint is to be, so a mark says whose an unfinished one is.
+
     Raises:
       FileNotFoundError: the folder of all checkpoints is gone; Orbax would create another one.
     """
-    path.parent.stat()
+    if not in_bucket(path):
+        path.parent.stat()
     if path.is_symlink() or path.exists():
         delete(path)
+    if in_bucket(path):
+        _mark(path).write_bytes(b"")
+
+
+def finish(path: Path) -> None:
+    """Makes a checkpoint that Orbax has written complete."""
+    write_checksums(path, ITEMS)
+    if in_bucket(path):
+        _mark(path).unlink(missing_ok=True)
 
 
 def _left_by_us(path: Path) -> bool:
     """Returns whether a directory without checksums is what a kill left of a checkpoint of ours."""
     if path.is_symlink() or not path.is_dir():
         return False
+    if in_bucket(path) and _mark(path).exists():
+        return True
     if (path / DELETED).exists() or not any(inside.is_file() for inside in path.rglob("*")):
         return True
     try:
         return set(read_json(path / METADATA)) == KEYS
     except (OSError, ValueError, TypeError):
         return False
+
+
+def _remove_tree(path: Path) -> None:
+    if in_bucket(path):
+        cast(Any, path).rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+def _mark(path: Path) -> Path:
+    return path.with_name(f"{path.name}{MARK}")
 
 
 def check_path(folder: Path) -> None:

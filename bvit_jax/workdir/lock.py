@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from bvit_jax.errors import UserError
-from bvit_jax.files import read_json, replace_file
+from bvit_jax.files import create_file, in_bucket, read_json, replace_file
 from bvit_jax.workdir.collectives import on_first_process
 
 NAME = "run.lock"
@@ -64,7 +64,8 @@ class Lock:
 
     def _take(self) -> None:
         try:
-            self._workdir.mkdir(parents=True, exist_ok=True)
+            if not in_bucket(self._workdir):
+                self._workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot create the workdir {self._workdir}: {error.strerror}; choose another --workdir"
@@ -83,17 +84,13 @@ class Lock:
         try:
             if other is not None:
                 self._remove(other)
-            file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)  # of two that come together, one
+            create_file(self._path, json.dumps(self._own).encode())  # of two that come together, one
         except FileExistsError as error:
             raise _taken(self._workdir, _read(self._path) or {}) from error
         except OSError as error:
-            raise _not_written(self._path, error) from error
-        try:
-            with os.fdopen(file, "w") as opened:
-                json.dump(self._own, opened)
-        except OSError as error:
-            self._path.unlink(missing_ok=True)  # an empty one would be watched by the next
-            raise _not_written(self._path, error) from error
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror}; make room or choose another --workdir"
+            ) from error
 
     def _remove(self, stale: dict[str, Any]) -> None:
         """Removes a lock of a process that is gone, but not what another start has put in its place."""
@@ -165,10 +162,6 @@ def _taken(workdir: Path, other: dict[str, Any]) -> UserError:
         f" {other.get('host', '?')}, since {other.get('since', '?')}; wait for its end, stop it, or choose"
         " another workdir"
     )
-
-
-def _not_written(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; make room or choose another --workdir")
 
 
 def _machine() -> str:

@@ -1,10 +1,10 @@
 """Training metrics: averages over steps, metrics.jsonl and TensorBoard."""
 
+import contextlib
 import json
 import logging
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,9 @@ class MetricWriter:
         self._active = active
         self._board = Board(workdir / "tensorboard")
         if active:
-            self._append("", mode="a")
-            self.lines = self.path.read_bytes().count(b"\n")
+            with _reporting(self.path):
+                files.append(self.path, "", make=True)
+                self.lines = self.path.read_bytes().count(b"\n")
 
     def write(self, step: int, metrics: Mapping[str, Number]) -> None:
         """Appends ``{"step": ..., ...}``, names in order, floats exact, NaN and inf as null."""
@@ -128,11 +129,8 @@ class MetricWriter:
         if not self._active:
             return
         path = self.path.with_name(f"{name}.png")
-        try:
-            with files.replacing(path) as temporary:
-                Image.fromarray(grid).save(temporary)
-        except OSError as error:
-            raise _user_error(path, error) from error
+        with _reporting(path), files.replacing(path) as temporary:
+            Image.fromarray(grid).save(temporary)
         self._board.add(step, {}, {name: grid})
 
     def truncate(self, lines: int, step: int) -> None:
@@ -146,7 +144,7 @@ class MetricWriter:
         """
         if not self._active:
             return
-        try:
+        with _reporting(self.path):
             content = self.path.read_bytes()
             found = content.split(b"\n")[:lines]  # the last may be half a line
             kept = [line for line in found if _is_line(line, step)]
@@ -160,8 +158,6 @@ class MetricWriter:
                 if unreadable:
                     files.replace_file(copy, content)
             files.replace_file(self.path, b"".join(line + b"\n" for line in kept))
-        except OSError as error:
-            raise _user_error(self.path, error) from error
         self.lines = len(kept)
         self._board = Board(self.path.parent / "tensorboard", step + 1)
 
@@ -169,17 +165,11 @@ class MetricWriter:
         """Closes TensorBoard's file."""
         self._board.close()
 
-    def _append(self, text: str, mode: str = "r+") -> None:
+    def _append(self, text: str) -> None:
         # Opened for each line: there are few, and nothing is left to flush or to close. A missing file is
         # not created again, since the run would then go on without the lines that it has written.
-        try:
-            with self.path.open(mode) as file:
-                file.seek(0, os.SEEK_END)
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())  # before a checkpoint counts these lines
-        except OSError as error:
-            raise _user_error(self.path, error) from error
+        with _reporting(self.path):  # on the disk before a checkpoint counts these lines
+            files.append(self.path, text)
         self.lines += text.count("\n")
 
 
@@ -192,8 +182,15 @@ def _is_line(line: bytes, step: float) -> bool:
         return False
 
 
-def _user_error(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; make room or choose another workdir")
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """Raises `UserError` where the file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; make room or choose another workdir"
+        ) from error
 
 
 def _json_number(value: Number) -> Number | None:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from bvit_jax import config as config_lib
 from bvit_jax import models, weights
 from bvit_jax.errors import UserError
-from bvit_jax.files import read_json, replace_file
+from bvit_jax.files import in_bucket, read_json, replace_file
 from bvit_jax.weights.class_names import default_class_names, readable_class_names
 from bvit_jax.weights.formats import FORMATS, reference
 from bvit_jax.weights.preprocessing import Preprocessing
@@ -59,6 +59,8 @@ def load_model(
       UserError: see there; and options are given that mean nothing for what is there.
     """
     if not is_run(path):
+        if in_bucket(path):
+            raise UserError(f"{path} is no training run; copy what is there to a local path, or mount it")
         if kind is not None:
             raise UserError(f"{path} is no training run, of which the {kind} checkpoint could be taken")
         if ema is not None:

@@ -4,6 +4,7 @@ After each failure the run ends equal to the unbroken one, or it stops with the 
 nothing older. All other events are in `tests.training.test_interrupted`, in this process.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from bvit_jax.errors import UserError
 from bvit_jax.runtime import distributed
 from bvit_jax.runtime.distributed import Cluster
 from bvit_jax.runtime.interruption import Interrupted
+from tests.bucket import NAME, serving
 from tests.configs import tiny
 from tests.inprocess import Notice, Trained
 from tests.processes import (
@@ -71,6 +73,55 @@ def test_killed_while_saving_and_then_asked_to_stop(data_dir: Path, tmp_path: Pa
     assert result.returncode == 0, result.stderr
     assert f"continuing from step {step} " in result.stderr
     assert_same_runs(tmp_path / "run", whole)
+
+
+# --- in a bucket ---------------------------------------------------------------------------------
+
+
+def test_killed_twice_in_a_bucket(data_dir: Path, tmp_path: Path, whole: Path) -> None:
+    with serving() as bucket:
+        workdir = f"gs://{NAME}/runs/a"
+        flags = [*training_flags(tmp_path, data_dir), f"--workdir={workdir}"]
+        process = start("train.py", *flags, **bucket.variables())
+        wait_for(process, "step 3/18")
+        process.send_signal(signal.SIGSTOP)
+        second = finish(start("train.py", *flags, **bucket.variables()))
+        assert f"error: another run goes on in {workdir}: process {process.pid} on " in second.stderr
+        process.send_signal(signal.SIGCONT)
+        while "runs/a/checkpoints/10.unfinished" not in bucket.objects:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        finish(process)
+        assert "runs/a/checkpoints/10/checksums.json" not in bucket.objects
+
+        process = start("train.py", *flags, **bucket.variables())
+        wait_for(process, f"continuing from step 9 in {workdir}")
+        wait_for(process, "step 12/18")
+        process.kill()
+        finish(process)
+        result = finish(start("train.py", *flags, **bucket.variables()))
+        assert result.returncode == 0, result.stderr
+        assert "runs/a/run.lock" not in bucket.objects
+
+        arguments = (f"--workdir={workdir}", f"--data_dir={data_dir}")
+        evaluated = finish(start("eval.py", *arguments, **bucket.variables()))
+        assert json.loads(evaluated.stdout)["top1"] == json.loads(result.stdout)["top1"]
+        for name, (content, _) in bucket.objects.items():
+            file = tmp_path / "copy" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+    assert_same_runs(tmp_path / "copy" / "runs" / "a", whole)
+
+
+def test_a_bucket_that_cannot_be_read(data_dir: Path, tmp_path: Path) -> None:
+    flags = [*training_flags(tmp_path, data_dir), f"--workdir=gs://{NAME}/run"]
+    (tmp_path / "gcsfs.py").write_text("raise ImportError")
+    result = finish(start("train.py", *flags, PYTHONPATH=str(tmp_path)))
+    assert result.stderr == (
+        f"error: cannot read gs://{NAME}/run: gcsfs is missing; pip install 'bvit_jax[gcs]'; choose another"
+        " --workdir\n"
+    )
 
 
 # --- no room ------------------------------------------------------------------------------------

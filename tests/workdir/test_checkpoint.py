@@ -156,10 +156,8 @@ def test_the_state_may_change_while_it_is_saved(checkpoints):
 
 
 def test_saving_goes_on_in_the_background(checkpoints, monkeypatch, tmp_path):
-    release, write = threading.Event(), checkpoint.write_checksums
-    monkeypatch.setattr(
-        checkpoint, "write_checksums", lambda path, items: release.wait(30) and write(path, items)
-    )
+    release, finish = threading.Event(), checkpoint.finish
+    monkeypatch.setattr(checkpoint, "finish", lambda path: release.wait(30) and finish(path))
     run = checkpoints()
     run.save(1, make_state(1), {})
     assert run.latest_step() is None
@@ -452,7 +450,7 @@ def test_a_checkpoint_of_another_version(checkpoints, tmp_path):
     checkpoints(steps=[1])
     path = tmp_path / "checkpoints" / "1"
     (path / "metadata" / "metadata").write_text(json.dumps(METADATA))
-    checkpoint.write_checksums(path, checkpoint.ITEMS)
+    checksums.write_checksums(path, checkpoint.ITEMS)
     for read in (
         lambda: checkpoints().restore(abstract(make_state())),
         lambda: restore_variables(tmp_path, {}, "latest"),
@@ -539,7 +537,7 @@ def test_a_deletion_that_was_killed_is_finished(checkpoints, tmp_path, monkeypat
     run.wait()
     folder = tmp_path / "checkpoints"
     order: list[str] = []
-    for name in ("unlink", "rename", "rmdir"):
+    for name in ("unlink", "replace", "rmdir"):
         original = getattr(Path, name)
         monkeypatch.setattr(
             Path,

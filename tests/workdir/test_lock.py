@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bvit_jax import files
 from bvit_jax.errors import UserError
 from bvit_jax.workdir import lock
 from bvit_jax.workdir.lock import NAME, Lock
@@ -89,7 +90,7 @@ def test_a_lock_that_cannot_be_written_is_not_left(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dump", fail)
+        patch.setattr(files.os, "fdopen", fail)
         with pytest.raises(UserError, match=r"cannot write .*run.lock: No space left on device; make room"):
             Lock(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bvit_jax import files
 from bvit_jax.errors import UserError
-from bvit_jax.workdir import metrics
 from bvit_jax.workdir.metrics import MetricWindow, MetricWriter
 from bvit_jax.workdir.progress import ProgressLine, format_line
 
@@ -142,7 +142,7 @@ def test_lines_that_are_lost_are_said_and_nothing_is_glued_to_half_a_line(
 def test_lines_are_on_the_disk_before_a_checkpoint_counts_them(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(
-        metrics.os, "fsync", lambda file: synced.append((tmp_path / "metrics.jsonl").read_text())
+        files.os, "fsync", lambda file: synced.append((tmp_path / "metrics.jsonl").read_text())
     )
     writer = MetricWriter(tmp_path, active=True)
     writer.write(4, {})
