@@ -122,6 +122,9 @@ SETTINGS = {
     "health": Setting(
         True, FLAG, "Whether to log what binary layers do, such as the share of flipped signs.", free=True
     ),
+    "wandb_project": Setting(
+        "", TEXT, "Project of the offline files for Weights & Biases (extra `wandb`); empty: none.", free=True
+    ),
     "profile_steps": Setting(
         (),
         PROFILE_STEPS,

@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard, pictures, the log and the progress line."""
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -21,6 +22,7 @@ from bvit_jax.training.steps import health
 from bvit_jax.training.steps.preview import Seen
 from bvit_jax.workdir.metrics import MetricWriter
 from bvit_jax.workdir.progress import ProgressLine, format_line
+from bvit_jax.workdir.weights_and_biases import Offline
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,9 @@ class RunLog:
         self._workdir, self._run, self._record = workdir, run, record
         self._log_every, self._batch_size = config.log_every_steps, config.batch_size
         self._is_main = jax.process_index() == 0
-        self._writer = MetricWriter(workdir, active=self._is_main)
+        project = config.wandb_project if self._is_main else ""
+        tracker = Offline(workdir, project, json.loads(config.to_json_best_effort())) if project else None
+        self._writer = MetricWriter(workdir, self._is_main, tracker)
         self._writer.truncate(record.lines, start)
         self._progress = ProgressLine(run.total_steps, start)
         chip = chip_of(run.mesh.devices.flat[0].device_kind)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -20,6 +20,16 @@ Number = int | float
 STEPS_AHEAD = 2  # a step whose batch waits on the devices holds its memory
 
 logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """What keeps the scalars and pictures of a run, in addition to its own files."""
+
+    def add(self, step: int, scalars: Mapping[str, Number], pictures: Mapping[str, np.ndarray]) -> None:
+        """Takes those of a step."""
+
+    def close(self) -> None:
+        """Takes nothing more."""
 
 
 class MetricWindow:
@@ -80,6 +90,7 @@ class MetricWriter:
     Args:
       workdir: an existing directory; TensorBoard files go to its ``tensorboard``.
       active: False makes every call do nothing, on all processes but the first.
+      tracker: receives the same scalars and pictures, too.
 
     Attributes:
       lines: of the file.
@@ -88,11 +99,11 @@ class MetricWriter:
       UserError: the file cannot be written, here and in all methods.
     """
 
-    def __init__(self, workdir: Path, active: bool) -> None:
+    def __init__(self, workdir: Path, active: bool, tracker: Tracker | None = None) -> None:
         self.path = workdir / "metrics.jsonl"
         self.lines = 0
         self._active = active
-        self._board = Board(workdir / "tensorboard")
+        self._board, self._tracker = Board(workdir / "tensorboard"), tracker
         if active:
             with _reporting(self.path):
                 files.append(self.path, "", make=True)
@@ -104,7 +115,7 @@ class MetricWriter:
             return
         values = {name: _json_number(metrics[name]) for name in sorted(metrics)}
         self._append(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self._board.add(step, metrics, {})
+        self._track(step, metrics, {})
 
     def write_layers(self, step: int, layers: Mapping[str, Mapping[str, Number]]) -> None:
         """Appends ``{"step": ..., "health": {kind: {layer: value}}}``, values to four digits.
@@ -119,7 +130,7 @@ class MetricWriter:
         }
         self._append(json.dumps({"step": step, "health": rounded}, allow_nan=False) + "\n")
         flat = {f"health/{kind}/{layer}": x for kind, values in layers.items() for layer, x in values.items()}
-        self._board.add(step, flat, {})
+        self._track(step, flat, {})
 
     def add_images(self, step: int, name: str, grid: np.ndarray) -> None:
         """Writes a picture, uint8 (height, width, 3), to ``<name>.png``, over the one before.
@@ -131,7 +142,7 @@ class MetricWriter:
         path = self.path.with_name(f"{name}.png")
         with _reporting(path), files.replacing(path) as temporary:
             Image.fromarray(grid).save(temporary)
-        self._board.add(step, {}, {name: grid})
+        self._track(step, {}, {name: grid})
 
     def truncate(self, lines: int, step: int) -> None:
         """Keeps the first lines only; call it when a run resumes.
@@ -162,8 +173,15 @@ class MetricWriter:
         self._board = Board(self.path.parent / "tensorboard", step + 1)
 
     def close(self) -> None:
-        """Closes TensorBoard's file."""
+        """Closes TensorBoard's file and the tracker."""
         self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+    def _track(self, step: int, scalars: Mapping[str, Number], pictures: Mapping[str, np.ndarray]) -> None:
+        self._board.add(step, scalars, pictures)
+        if self._tracker is not None:
+            self._tracker.add(step, scalars, pictures)
 
     def _append(self, text: str) -> None:
         # Opened for each line: there are few, and nothing is left to flush or to close. A missing file is

@@ -18,6 +18,7 @@ from bvit_jax import files
 from bvit_jax.errors import UserError
 from bvit_jax.workdir.metrics import MetricWindow, MetricWriter
 from bvit_jax.workdir.progress import ProgressLine, format_line
+from bvit_jax.workdir.weights_and_biases import Offline
 
 
 def steps(count=50):
@@ -349,3 +350,42 @@ def test_no_progress_without_a_terminal(monkeypatch):
     progress.close()
     assert not progress.active
     assert stream.getvalue() == ""
+
+
+def test_weights_and_biases_offline(tmp_path):
+    ids = []
+    for start in (0, 4):  # a run, and its continuation
+        tracker = Offline(tmp_path, "digits", {"seed": 3})
+        writer = MetricWriter(tmp_path, active=True, tracker=tracker)
+        writer.write(start + 1, {"loss": 2.5})
+        writer.write_layers(start + 1, {"zeros": {"a": 0.25}})
+        writer.add_images(start + 2, "batch", np.zeros((4, 6, 3), np.uint8))
+        writer.close()
+        writer.write(start + 3, {"loss": 1.0})  # nothing more
+        ids.append({path.name[-8:] for path in (tmp_path / "wandb").glob("offline-run-*")})
+    assert ids[0] == ids[1]
+    assert len(ids[1]) == 1
+    files = [*(tmp_path / "wandb").rglob("*.wandb")]
+    content = b"".join(file.read_bytes() for file in files)
+    assert len(files) == 2
+    assert all(word in content for word in (b"loss", b"health/zeros/a", b"media/images/batch", b"seed"))
+
+
+def test_weights_and_biases_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"config.wandb_project needs wandb; pip install 'bvit_jax\[wandb\]'"):
+        Offline(tmp_path, "digits", {})
+
+
+def test_weights_and_biases_that_fails_ends_no_run(tmp_path, monkeypatch, caplog):
+    tracker = Offline(tmp_path, "digits", {})
+
+    def fail(*_):
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr(tracker._run, "log", fail)
+    for step in (1, 2):
+        tracker.add(step, {"loss": 1.0}, {})
+    tracker.close()
+    said = [record.message for record in caplog.records if record.name.startswith("bvit_jax")]
+    assert said == ["Weights & Biases' files are not written any longer: no service"]
