@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bvit_jax.training.evaluation import evaluate_workdir as evaluate
     from bvit_jax.training.loop import train_and_evaluate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Classifier",

@@ -121,7 +121,8 @@ def _devices() -> str:
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
     unit = machine.vector_unit()
-    return f"{machine.cores()} cores of {machine.cpu_model()}" + f" with {unit}" * bool(unit)
+    cores = machine.cores()
+    return f"{cores} core{'s' * (cores > 1)} of {machine.cpu_model()}" + f" with {unit}" * bool(unit)
 
 
 def _with_seed(config: ConfigDict, seed: int) -> ConfigDict:

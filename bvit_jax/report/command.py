@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     capability.add_argument("--all", action="store_true", help="the published networks and the ablation")
     capability.add_argument("--json", action="store_true", help="print JSON")
 
-    add("table", _table, "print the table of models in README.md, in Markdown; needs configs/")
+    add("table", _table, "print the table of models in README.md, in Markdown")
     add("settings", _settings, "print the tables of settings in docs/settings.md, in Markdown")
     return parser
 

@@ -102,11 +102,8 @@ ROWS = (
 )
 
 
-def as_markdown(configs: Path = Path("configs")) -> str:
+def as_markdown() -> str:
     """Returns the table with the marks that enclose it in README.md.
-
-    Args:
-      configs: the directory of the experiments.
 
     Raises:
       UserError: an experiment is missing.
@@ -114,13 +111,13 @@ def as_markdown(configs: Path = Path("configs")) -> str:
     rows = []
     with ProgressBar("models", len(ROWS)) as bar:
         for row in ROWS:
-            rows.append(_cells(row, configs))
+            rows.append(_cells(row))
             bar.advance()
     return f"{BEGIN}\n{markdown(HEAD, rows)}\n{END}"
 
 
-def _cells(row: Row, configs: Path) -> tuple[str, ...]:
-    settings = _settings(row, configs)
+def _cells(row: Row) -> tuple[str, ...]:
+    settings = _settings(row)
     scanned = models.Execution(scan_blocks=True)  # costs the same, and is traced once a stage
     total = cost_of(
         models.create_model(settings, execution=scanned), settings.image_size, training=False
@@ -153,8 +150,8 @@ def _file_bytes(settings: ConfigDict, real: int) -> int:
         return sum(file.stat().st_size for file in Path(directory, "packed").iterdir())
 
 
-def _settings(row: Row, configs: Path) -> ConfigDict:
+def _settings(row: Row) -> ConfigDict:
     if not row.model[0]:
-        return parse_config([f"--config={configs / row.config}"]).model
+        return parse_config([f"--config={row.config.replace('.py', '')}"]).model
     name, settings = row.model
     return models.model_config(name, **settings)
