@@ -190,7 +190,7 @@ class Theirs:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     def end_epoch(self, epoch: int) -> None:
         """Changes the learning rate as its ``main.py`` does."""

@@ -35,7 +35,6 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.init.path = config.teacher.get_oneway_ref("path")
     config.loss.distillation_weight = 0.5
     config.loss.teacher_targets = "hard"
-    config.loss.ranking_weight = 1.0
     return augmented(config)
 
 

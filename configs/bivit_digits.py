@@ -22,8 +22,6 @@ def get_config() -> ConfigDict:
     config.init.path = config.teacher.get_oneway_ref("path")
     config.loss.distillation_weight = 0.5
     config.loss.teacher_targets = "hard"
-    config.loss.ranking_every = 1
-    config.loss.ranking_weight = 0.1  # 1 costs six points here: see docs/bivit.md
     return config
 
 

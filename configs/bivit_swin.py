@@ -30,5 +30,4 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config = default_config()
     config.model = model_config("bivit_swin", **SIZES[size], drop_path=0.1)
     config.init.path = config.teacher.get_oneway_ref("path")
-    config.loss.ranking_weight = 1.0
     return augmented(config)

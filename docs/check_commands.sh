@@ -80,7 +80,7 @@ fi
 
 # --- other data ----------------------------------------------------------------------------------
 WEIGHTS=runs/digits DIR=$work/pictures RUN=runs/finetuned \
-    on training.md 'bvit train --config=finetune:folder=DIR,init=WEIGHTS --workdir=RUN' ' --config.epochs=1'
+    on training.md 'bvit train --config=finetune:folder=DIR,init=WEIGHTS --workdir=RUN' ' --config.epochs=2'
 on imagenet.md 'python -m bvit_jax.data.mini_imagenet --out mini'
 on imagenet.md 'bvit prepare imagenet2012 --tars mini --expect train=2000,validation=500 --data_dir mini_tfds'
 long imagenet.md \

@@ -25,6 +25,7 @@ def get_study() -> Study:
         config = rows[row] = bivit_digits.get_config()
         config.model.learned_scale = scale
         config.loss.ranking_weight = weight
+        config.loss.ranking_every = 1
         config.epochs = 15
         config.eval_every_epochs = 5
         config.health = False
