@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs the commands of the documentation that need no network, as a newcomer would, in an empty directory:
 #
-#   bash docs/check_commands.sh            as they are written: half an hour on two cores
+#   bash docs/check_commands.sh            as they are written
 #   bash docs/check_commands.sh --quick    with trainings of one or two epochs, and without the longest: as CI does
 #
-# The extras `test` and `report` must be installed. Every command is looked up on its page first, so that neither
-# can change without the other.
+# The extra `test` must be installed. Every command is looked up on its page first, so that neither can change without
+# the other.
 set -euo pipefail
 docs=$(cd "$(dirname "$0")" && pwd)
 quick=${1:-}

@@ -87,7 +87,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def create_file(path: Path, content: bytes) -> None:
-    """Writes a file that is not there; raises `FileExistsError` if it is, also where two come together."""
+    """Writes a file that does not exist yet; of two who try at the same time, one gets `FileExistsError`."""
     if in_bucket(path):
         cast(Any, path).create(content)
         return
@@ -133,7 +133,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def copy_into(source: Path, target: Path) -> None:
-    """Copies all files below a local directory to where they are relative to another, in a bucket."""
+    """Copies all files below a local directory to the same places below a directory in a bucket."""
     for file in source.rglob("*"):
         if file.is_file():
             (target / file.relative_to(source)).write_bytes(file.read_bytes())

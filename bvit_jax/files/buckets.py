@@ -1,8 +1,8 @@
 """Objects of a Google Cloud Storage bucket, addressed like files: ``gs://bucket/run/config.json``.
 
 They are read and written by `etils.epath` through gcsfs, as Orbax does. What differs from a file system: an
-object is written whole, and appears when it is; a directory is there while an object below it is; renaming
-copies and deletes.
+object is written whole, and appears when it is; a directory exists while it has objects; renaming may copy
+and delete.
 """
 
 import errno

@@ -44,14 +44,15 @@ class Board:
             self._file.flush()
         except ImportError:
             self._file = False
-        except OSError as error:
-            logger.warning("TensorBoard's file is not written any longer: %s", error.strerror or error)
+        except Exception as error:  # of a bucket, Google's own
+            reason = getattr(error, "strerror", None) or error
+            logger.warning("TensorBoard's file is not written any longer: %s", reason)
             self.close()
 
     def close(self) -> None:
         """Writes nothing more."""
         if self._file:
-            with contextlib.suppress(OSError):  # of what is still in its buffer
+            with contextlib.suppress(Exception):  # of what is still in its buffer
                 self._file.close()
         self._file = False
 

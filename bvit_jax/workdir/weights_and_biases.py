@@ -1,5 +1,6 @@
 """Weights & Biases' offline files of a run, which ``wandb sync`` uploads."""
 
+import contextlib
 import logging
 import secrets
 from collections.abc import Mapping
@@ -65,6 +66,7 @@ class Offline:
 
     def close(self) -> None:
         """Writes what is in buffers, and nothing more."""
-        if self._run is not None:
-            self._run.finish()
-        self._run = None
+        run, self._run = self._run, None
+        if run is not None:
+            with contextlib.suppress(Exception):  # of its service, which is gone
+                run.finish()
