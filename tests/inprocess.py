@@ -29,7 +29,7 @@ EVENTS: dict[str, tuple[Any, str]] = {
     "log": (RunLog, "step"),
     "write": (MetricWriter, "write"),
     "save": (Checkpoints, "save"),
-    "checksums": (checkpoint, "write_checksums"),
+    "checksums": (checkpoint, "finish"),
     "evaluation": (loop, "evaluate_state"),
     "record": (checkpoint, "write_replacement"),
 }
