@@ -4,8 +4,8 @@
     python -m benchmarks.against_pytorch --reference ~/BinaryViT --dataset icons --data_dir DATA --teacher DIR
 
 Needs torch and timm, and a checkout of github.com/Phuoc-Hoan-Le/BinaryViT, whose model and loss are used as
-they are but for one thing: the sides of its patch embeddings, written there as numbers for 224 pixels, become
-those of smaller images. Optimiser and schedule are timm's, as in its ``main.py``. The models are a BinaryViT
+they are but for what is written there as numbers for 224 pixels: the sides of its patch embeddings and the
+size of its first patches. Optimiser and schedule are timm's, as in its ``main.py``. The models are a BinaryViT
 and a ReActNet-DeiT of the size of ``configs/digits.py``, distilled from a DeiT. Both sides start from the
 PyTorch model's initial weights and receive the same images and the same logits of the teacher.
 

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -196,11 +197,12 @@ def build(checkout: Path, settings: Mapping[str, Any]) -> nn.Module:
 def build_small(checkout: Path, settings: Mapping[str, Any]) -> nn.Module:
     """Returns the checkout's model for another size than 224 pixels or other patches than 4×4.
 
-    Its patch embeddings between stages are given sides of 56, 28 and 14 tokens, which are replaced here.
+    A pyramid's patches are 4×4 whatever its configuration says, and its patch embeddings between stages are
+    given sides of 56, 28 and 14 tokens. Both are replaced here.
     """
     with _imports_from(checkout):
         pyramid: Any = importlib.import_module("transformer.modeling_vit_extra_res_pyramid")
-    names = ("PatchEmbed", "BinaryPatchEmbed")
+    names = ("PatchEmbed", "BinaryPatchEmbed", "ViTPatchEmbeddings")
     grid = settings["image_size"] // settings["patch_size"]
     originals = {name: getattr(pyramid, name) for name in names}
 
@@ -208,12 +210,23 @@ def build_small(checkout: Path, settings: Mapping[str, Any]) -> nn.Module:
         return lambda side, **options: original(side * grid // 56, **options)
 
     try:
-        for name, original in originals.items():
-            setattr(pyramid, name, resized(original))
+        for name in names[:2]:
+            setattr(pyramid, name, resized(originals[name]))
+        pyramid.ViTPatchEmbeddings = partial(_first_patches, originals["ViTPatchEmbeddings"])
         return build(checkout, settings)
     finally:
         for name, original in originals.items():
             setattr(pyramid, name, original)
+
+
+def _first_patches(original: Any, config: Any) -> nn.Module:
+    """Returns the embedding of a pyramid's first patches, of the size that the configuration asks for."""
+    embedding: Any = original(config)
+    size = config.patch_size
+    if embedding.patch_size != (size, size):
+        embedding.patch_size, embedding.num_patches = (size, size), (config.image_size // size) ** 2
+        embedding.projection = nn.Conv2d(config.num_channels, embedding.projection.out_channels, size, size)
+    return embedding
 
 
 def distillation_loss(checkout: Path) -> nn.Module:
