@@ -5,8 +5,8 @@
 
 Needs torch and timm, and a checkout of github.com/Phuoc-Hoan-Le/BinaryViT, whose model and loss are used as
 they are but for what is written there as numbers for 224 pixels: the sides of its patch embeddings and the
-size of its first patches. Optimiser and schedule are timm's, as in its ``main.py``. The models, a BinaryViT and
-a ReActNet-DeiT of the size of ``configs/digits.py``, are distilled from a DeiT. Both sides start from the
+size of its first patches. Optimiser and schedule are timm's, as in its ``main.py``. The models, a BinaryViT
+and a ReActNet-DeiT of the size of ``configs/digits.py``, are distilled from a DeiT. Both sides start from the
 PyTorch model's initial weights and receive the same images and the same logits of the teacher.
 
 First, in float64, how many steps the losses stay together. Once they part, our model takes over the PyTorch

@@ -62,14 +62,18 @@ class _ObjectPath(PosixGPath):
         """Returns the path itself, which is absolute."""
         return self
 
+    def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
+        """Does nothing: a directory appears with its first object."""
+
+    def rmdir(self) -> None:
+        """Does nothing: a directory is gone with its last object."""
+
     def rglob(self, pattern: str) -> Iterator["_ObjectPath"]:
-        """Yields all objects below; the one pattern is ``*``."""
-        if pattern != "*":
-            raise NotImplementedError(pattern)
+        """Yields the objects below whose names match."""
         for path in self.iterdir():
             if path.is_dir():
                 yield from path.rglob(pattern)
-            else:
+            elif path.match(pattern):
                 yield path
 
     def iterdir(self) -> Iterator["_ObjectPath"]:
@@ -82,7 +86,10 @@ class _ObjectPath(PosixGPath):
 
     @_raises_os_error
     def _listed(self) -> list["_ObjectPath"]:
-        return list(super().iterdir())
+        try:
+            return list(super().iterdir())
+        except FileNotFoundError:  # nothing is below
+            return []
 
 
 for _name in _METHODS:

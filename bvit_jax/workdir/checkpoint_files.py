@@ -53,11 +53,7 @@ def foreign_steps(folder: Path) -> list[Path]:
 
 def clear_unfinished(folder: Path) -> None:
     """Deletes steps that were not completely written; whatever else is in the folder is not ours."""
-    if in_bucket(folder):
-        if not folder.is_dir():  # nothing is below it
-            return
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     marks = []
     for path in folder.iterdir():
         if in_bucket(folder) and path.name.endswith(MARK):
@@ -85,10 +81,9 @@ def delete(path: Path) -> None:
             _remove_tree(inside)
         else:
             inside.unlink(missing_ok=True)
+    path.rmdir()
     if in_bucket(path):
         _mark(path).unlink(missing_ok=True)
-    else:
-        path.rmdir()
 
 
 def make_room(path: Path) -> None:

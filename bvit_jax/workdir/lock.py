@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from bvit_jax.errors import UserError
-from bvit_jax.files import create_file, in_bucket, read_json, replace_file
+from bvit_jax.files import create_file, read_json, replace_file
 from bvit_jax.workdir.collectives import on_first_process
 
 NAME = "run.lock"
@@ -64,8 +64,7 @@ class Lock:
 
     def _take(self) -> None:
         try:
-            if not in_bucket(self._workdir):
-                self._workdir.mkdir(parents=True, exist_ok=True)
+            self._workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot create the workdir {self._workdir}: {error.strerror}; choose another --workdir"
