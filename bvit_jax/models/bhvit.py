@@ -20,7 +20,14 @@ from bvit_jax.binary.products import ProductConfig, accumulator_dtype
 from bvit_jax.binary.weights import DENSE, RECU, WeightRule
 from bvit_jax.binary.zero_point import scale_gradient
 from bvit_jax.layers import sown
-from bvit_jax.layers.activation import DropPath, LayerScale, RPReLU, drop_path_rates, softmax
+from bvit_jax.layers.activation import (
+    DropPath,
+    LayerScale,
+    RPReLU,
+    drop_path_rates,
+    softmax,
+    weighted_sum,
+)
 from bvit_jax.layers.dense import BinaryConv
 from bvit_jax.layers.first_values import learned_values
 from bvit_jax.layers.grid import channel_shift, mean_shift, merge_tokens, to_grid, to_tokens, upsample
@@ -175,8 +182,7 @@ class WindowAttention(nn.Module):
             masked = self._gsb(probs)
             sown.watch_heads(self, masked)
             weights = nn.Dropout(c.attention_dropout)(masked, deterministic=not train)
-            operands = weights.astype(c.dtype), values.astype(c.dtype)
-            context = jnp.einsum("bhqk,bkhd->bqhd", *operands, preferred_element_type=values.dtype)
+            context = weighted_sum(weights.astype(c.dtype), values.astype(c.dtype), values.dtype)
             return context, Attention(probs, masked)
         used = LevelQuantizer(name="prob_act")(levels.LARGEST * probs, first_batch=first_batch)
         sown.watch_heads(self, used.values)

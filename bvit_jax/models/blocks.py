@@ -21,7 +21,7 @@ from bvit_jax.binary.probabilities import above, quantize_probs
 from bvit_jax.binary.products import ProductConfig, accumulator_dtype
 from bvit_jax.binary.weights import DENSE, WeightRule
 from bvit_jax.layers import sown
-from bvit_jax.layers.activation import DropPath, LayerScale, RPReLU, softmax
+from bvit_jax.layers.activation import DropPath, LayerScale, RPReLU, softmax, weighted_sum
 from bvit_jax.layers.dense import BinaryDense
 from bvit_jax.layers.init import WeightInit
 from bvit_jax.layers.norm import NormName, advance_statistics, make_norm
@@ -224,11 +224,12 @@ def real_attention(
     config: UnitConfig, q: Array, k: Array, v: Array, *, train: bool
 ) -> tuple[Array, Attention]:
     """Attends with real products; called in a compact method, with (batch, tokens, heads, size) each."""
-    product = partial(jnp.einsum, preferred_element_type=q.dtype)
+    dtype = q.dtype
     q, k, v = (a.astype(config.dtype) for a in (q, k, v))
-    probs = softmax(product("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1]))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype)
+    probs = softmax(scores / math.sqrt(q.shape[-1]))
     kept = nn.Dropout(config.attention_dropout)(probs, deterministic=not train)
-    return product("bhqk,bkhd->bqhd", kept.astype(config.dtype), v), Attention(probs, probs)
+    return weighted_sum(kept.astype(config.dtype), v, dtype), Attention(probs, probs)
 
 
 class BinaryFeedForward(nn.Module):

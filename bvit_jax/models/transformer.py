@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from bvit_jax.binary.products import accumulator_dtype
-from bvit_jax.layers.activation import ACTIVATION_SCOPE, DropPath, softmax
+from bvit_jax.layers.activation import ACTIVATION_SCOPE, DropPath, softmax, weighted_sum
 from bvit_jax.layers.dense import real_dense
 from bvit_jax.layers.init import WeightInit, kernel_init, normal_init
 from bvit_jax.layers.norm import LayerNorm
@@ -106,7 +106,7 @@ def attend(
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=accumulator_dtype(c.dtype))
     probs = block.probabilities(scores / math.sqrt(q.shape[-1])).astype(c.dtype)
     kept = nn.Dropout(c.attention_dropout)(probs, deterministic=not train)
-    return jnp.einsum("bhqk,bkhd->bqhd", kept, v), Attention(probs, probs)
+    return weighted_sum(kept, v), Attention(probs, probs)
 
 
 def gelu(x: Array) -> Array:
