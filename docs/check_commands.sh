@@ -4,7 +4,7 @@
 #   bash docs/check_commands.sh            as they are written
 #   bash docs/check_commands.sh --quick    with trainings of one or two epochs, and without the longest: as CI does
 #
-# The extra `test` must be installed. Every command is looked up on its page first, so that neither can change without
+# The extras `test` and `notebooks` must be installed. Every command is looked up on its page first, so that neither can change without
 # the other.
 set -euo pipefail
 docs=$(cd "$(dirname "$0")" && pwd)
@@ -90,6 +90,14 @@ long imagenet.md \
 long bhvit.md 'bvit train --config=bhvit_digits --workdir=runs/bhvit_digits'
 long bivit.md 'bvit train --config=bivit_digits --workdir=runs/bivit_digits'
 on training.md 'bvit plan --config=digits' ' > plan.json'
+
+# --- the notebooks -------------------------------------------------------------------------------
+for page in "$docs"/examples/*.md; do
+    printf '\n--- docs/examples/%s, executed as a notebook\n' "${page##*/}"
+    mkdir -p "notebooks/$(basename "$page" .md)"
+    cp "$page" "notebooks/$(basename "$page" .md)"
+    (cd "notebooks/$(basename "$page" .md)" && time jupytext --to ipynb --execute "${page##*/}")
+done
 
 echo
 echo "all commands work"
