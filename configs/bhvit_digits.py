@@ -27,4 +27,5 @@ def get_config() -> ConfigDict:
         num_heads=(2, 4),
         mlp_dim=(96, 192, 192, 384),
     )
+    config.epochs = 45
     return config

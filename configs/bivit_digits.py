@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.init.path = config.teacher.get_oneway_ref("path")
     config.loss.distillation_weight = 0.5
     config.loss.teacher_targets = "hard"
+    config.epochs = 45
     return config
 
 

@@ -20,18 +20,18 @@ def get_config() -> ConfigDict:
     config.model = model_config(
         "binaryvit",
         image_size=32,
-        patch_size=4,
+        patch_size=8,
         num_classes=10,
         width=(64, 128),
-        depth=(2, 2),
+        depth=(1, 1),
         num_heads=(2, 4),
         mlp_dim=(256, 512),
-        reduction=(2, 1),
+        reduction=(1, 1),
     )
     config.teacher.path = str(resources.files("bvit_jax") / "assets" / "deit_digits")
     config.batch_size = 64
     config.eval_batch_size = 120
-    config.epochs = 45
+    config.epochs = 20
     config.eval_every_epochs = 5
     config.log_every_steps = 22
     config.data.dataset = "digits"

@@ -21,7 +21,7 @@ TEACHER = ROOT / "bvit_jax" / "assets" / "deit_digits"
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCUMENTS = [
     path
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # those of docs/examples: notebooks
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # docs/examples: as notebooks
     if EXAMPLE.search(path.read_text(encoding="utf-8"))
 ]
 # What is slow to import and not needed to build a model.

@@ -20,42 +20,44 @@ def lower(jitted: Any, *arguments: Any) -> Any:
         return jitted.lower(*arguments)
 
 
-def compile_ahead(name: str, lowered: Any, stop: Callable[[], bool]) -> Any | None:
-    """Compiles a lowered function in a thread.
+class Compilation:
+    """A lowered function that is being compiled in a thread."""
 
-    Args:
-      name: for the log.
-      lowered: what `lower` returns.
-      stop: called a few times per second; True gives up.
+    def __init__(self, name: str, lowered: Any) -> None:
+        """Starts to compile what `lower` returns; ``name`` is for the log."""
+        logger.info("compiling %s", name)
+        self._name, self._lowered, self._start = name, lowered, time.perf_counter()
+        self._thread = threading.Thread(target=self._compile, name="compile", daemon=True)
+        self._thread.start()
 
-    Returns:
-      The compiled function, or None if ``stop`` returned True; the thread then runs until the process ends.
-
-    Raises:
-      UserError: the program does not fit into the memory of a device.
-    """
-    logger.info("compiling %s", name)
-    start = time.perf_counter()
-    results: list[Any] = []
-
-    def compile_it() -> None:
+    def _compile(self) -> None:
         try:
-            results.append(lowered.compile())
+            self._result = self._lowered.compile()
+            logger.info("compiled %s in %.1f s", self._name, time.perf_counter() - self._start)
         except Exception as error:  # for the thread that waits
-            results.append(error)
+            self._result = error
 
-    thread = threading.Thread(target=compile_it, name="compile", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        if stop():
-            return None
-    (result,) = results
-    if isinstance(result, Exception):
-        raise as_user_error(name, result) from result
-    process.release_memory()
-    logger.info("compiled %s in %.1f s", name, time.perf_counter() - start)
-    return result
+    def wait(self, stop: Callable[[], bool]) -> Any | None:
+        """Waits for the end.
+
+        Args:
+          stop: called a few times per second; True gives up.
+
+        Returns:
+          The compiled function, or None if ``stop`` returned True; the thread then runs until the process
+          ends.
+
+        Raises:
+          UserError: the program does not fit into the memory of a device.
+        """
+        while self._thread.is_alive():
+            self._thread.join(POLL_SECONDS)
+            if stop():
+                return None
+        if isinstance(self._result, Exception):
+            raise as_user_error(self._name, self._result) from self._result
+        process.release_memory()
+        return self._result
 
 
 def as_user_error(name: str, error: Exception) -> Exception:

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from bvit_jax import data, models
 from bvit_jax.errors import UserError
+from bvit_jax.models.choice import platform
 from bvit_jax.runtime import distributed
-from bvit_jax.runtime.compilation import compile_ahead, lower
+from bvit_jax.runtime.compilation import Compilation, lower
 from bvit_jax.runtime.feed import Feed
 from bvit_jax.runtime.interruption import Interrupted, Interruption
 from bvit_jax.runtime.mesh import local_rows, replicate, replicated, with_sharding
@@ -96,7 +97,8 @@ def train_and_evaluate(
         programs = run.programs
         with log.paused():
             if not debug_nans:
-                _compile(_needed(run, start, record, given), interruption, start)
+                together = platform(run.mesh) == "cpu"
+                _compile(_needed(run, start, record, given), interruption, start, together=together)
             state = restored[0] if restored else programs.create.run(key_init, given)
         del given, restored  # their memory
         profile = stack.enter_context(closing(Profile(workdir, config.profile_steps)))
@@ -184,25 +186,47 @@ def _resumed(
 
 
 def _needed(run: Run, start: int, record: Record, given: Any) -> list[Program]:
-    """Returns the programs that a run still calls, in that order."""
+    """Returns the programs that a run still calls, the longest to compile first."""
     programs = run.programs
     trains = start < run.total_steps
     programs.create.arguments = (programs.create.arguments[0], with_sharding(given, replicated(run.mesh)))
     first = [programs.create, programs.first_batch] if start == 0 else []
-    steps = [programs.preview, programs.train, programs.health] if trains else []
+    steps = [programs.train, programs.health, programs.preview] if trains else []
     last = [programs.gather, programs.evaluate] if trains or not record.evaluated else []
-    return [program for program in (*first, *steps, *last) if program is not None]
+    return [program for program in (*steps, *last, *first) if program is not None]
 
 
-def _compile(programs: Sequence[Program], interruption: Interruption, step: int) -> None:
+def _compile(programs: Sequence[Program], interruption: Interruption, step: int, *, together: bool) -> None:
+    """Compiles programs.
+
+    Args:
+      programs: what is compiled already is left alone.
+      interruption: may stop it.
+      step: that the run has reached.
+      together: all at once, rather than one by one: compilers for GPUs measure kernels on the device, which
+        others must not disturb.
+
+    Raises:
+      Interrupted: ``interruption`` said so.
+    """
+    compilations: list[tuple[Program, Compilation]] = []
+
+    def finish() -> None:
+        while compilations:
+            program, compilation = compilations.pop(0)
+            compiled = compilation.wait(lambda: interruption.noticed)
+            if compiled is None:
+                raise interruption.at(step)
+            program.run = compiled
+
     for program in programs:
         if not program.compiled:
             logger.info("tracing %s", program.name)
             lowered = lower(program.function, *program.arguments)
-            compiled = compile_ahead(program.name, lowered, lambda: interruption.noticed)
-            if compiled is None:
-                raise interruption.at(step)
-            program.run = compiled
+            compilations.append((program, Compilation(program.name, lowered)))
+            if not together or interruption.noticed:
+                finish()
+    finish()
 
 
 def _train_batches(config: ConfigDict, run: Run, start: int) -> Generator[data.Batch, None, None]:

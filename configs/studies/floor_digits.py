@@ -16,6 +16,6 @@ def get_study() -> Study:
     rows = {row: digits.get_config() for row in FLOORS}
     for row, config in rows.items():
         config.model.prob_scale_floor = FLOORS[row]
-        config.eval_every_epochs = 15
+        config.eval_every_epochs = 10
         config.health = False
     return Study("The scale of attention probabilities on digits", rows, baseline="no floor")

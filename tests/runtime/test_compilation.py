@@ -12,11 +12,11 @@ import pytest
 
 from bvit_jax.errors import UserError
 from bvit_jax.runtime import distributed, process
-from bvit_jax.runtime.compilation import compile_ahead, lower
+from bvit_jax.runtime.compilation import Compilation, lower
 
 
 def test_it_returns_what_compile_returns() -> None:
-    compiled = compile_ahead("a sum", jax.jit(lambda x: x + 1).lower(jnp.ones(3)), lambda: False)
+    compiled = Compilation("a sum", jax.jit(lambda x: x + 1).lower(jnp.ones(3))).wait(lambda: False)
     assert compiled(jnp.ones(3)).tolist() == [2, 2, 2]
 
 
@@ -34,7 +34,7 @@ class Lowered:
 
 def test_it_gives_up_when_told() -> None:
     lowered, start = Lowered(), time.perf_counter()
-    assert compile_ahead("nothing", lowered, lambda: True) is None
+    assert Compilation("nothing", lowered).wait(lambda: True) is None
     assert time.perf_counter() - start < 10
     lowered.released.set()
 
@@ -42,9 +42,9 @@ def test_it_gives_up_when_told() -> None:
 def test_a_step_that_does_not_fit_is_told_in_one_line() -> None:
     error = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nUsed 20G\n")
     with pytest.raises(UserError, match=r"does not fit into the memory of a device: RESOURCE_EXHAUSTED.*hbm"):
-        compile_ahead("x", Lowered(error), lambda: False)
+        Compilation("x", Lowered(error)).wait(lambda: False)
     with pytest.raises(RuntimeError, match=r"^other$"):
-        compile_ahead("x", Lowered(RuntimeError("other")), lambda: False)
+        Compilation("x", Lowered(RuntimeError("other"))).wait(lambda: False)
 
 
 @pytest.fixture
