@@ -127,9 +127,8 @@ def make_programs(
     precision = training.matmul_precision
     start = at_precision(precision, partial(first_batch.start, *pass_of))
     start = jax.jit(start, in_shardings=(shardings, spread, whole), out_shardings=shardings)
-    look = jax.jit(
-        partial(preview, training.inputs), in_shardings=(spread, whole, whole), out_shardings=whole
-    )
+    shows = partial(preview, training.inputs)
+    look = jax.jit(shows, in_shardings=(spread, whole, whole), out_shardings=whole)
     train = jit_train_step(training, mesh, shardings, donate=donate)
     teacher = with_sharding(teacher_variables, whole)
     variables = with_sharding(state.variables, whole)
