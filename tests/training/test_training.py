@@ -307,3 +307,15 @@ def test_evaluation_in_groups_gives_the_same_sums() -> None:
     assert float(whole["images"]) == 7
     for name in whole:
         np.testing.assert_allclose(whole[name], groups[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_compiling_in_less_time_changes_no_initial_weight(data_dir: Path) -> None:
+    config = tiny.get_config()
+    config.data.data_dir = str(data_dir)
+    create = on_one_device(config).programs.create
+    lowered = create.function.lower(*create.arguments)
+    options = {"xla_backend_optimization_level": 3}
+    states = [create.run(jax.random.key(0), {}), lowered.compile(options)(jax.random.key(0), {})]
+    for fast, thorough in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(fast, thorough)
