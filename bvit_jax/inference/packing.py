@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax import models
 from bvit_jax.cost import cost_of
+from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.files import any_path, local_path
 from bvit_jax.inference.classifier import Classifier
@@ -106,11 +107,14 @@ def _kind(name: str, array: np.ndarray) -> str:
     return "other" if matrix else "per channel"
 
 
-def _report(model: Packed, pretrained: Pretrained, target: Path) -> str:
+def _report(model: Packed, pretrained: Pretrained, arguments: argparse.Namespace) -> str:
     """Returns what was written, by kind, and what ``bvit report cost`` counts for the parameters."""
+    target: Path = arguments.target
     total = sum(file.stat().st_size for file in target.iterdir())
-    found = sizes(model.folded)
-    found["header"] = total - sum(found.values())
+    found = {}
+    if arguments.format == "packed":  # JAX stores those of a program, equal ones once
+        found = sizes(model.folded)
+        found["header"] = total - sum(found.values())
     module = models.create_model(pretrained.config)
     counted = cost_of(module, pretrained.config.image_size, training=False).total.packed_bytes
     size = f"{total / 1e6:.3f} MB; bvit report cost counts {counted / 1e6:.3f} MB before folding"
@@ -128,13 +132,18 @@ def run(argv: list[str]) -> None:
     if arguments.target.exists() or arguments.target.is_symlink():  # before the work
         raise UserError(f"{arguments.target} exists; delete it or choose another target")
     with process.on_cpu():  # there is nothing to compute
-        read = runs.load_model(arguments.source, kind=arguments.checkpoint, ema=arguments.ema)
-        model = whole = pack(read)
-        if arguments.half:
-            model = halved(whole)
-        writer = write_program if arguments.format == "stablehlo" else write_packed
-        writer(model, arguments.target, version("bvit_jax"))
-        print(_report(model, read, arguments.target))
+        with ProgressBar("exporting", 3) as bar:
+            read = runs.load_model(arguments.source, kind=arguments.checkpoint, ema=arguments.ema)
+            model = whole = pack(read)
+            if arguments.half:
+                model = halved(whole)
+            bar.advance()
+            writer = write_program if arguments.format == "stablehlo" else write_packed
+            writer(model, arguments.target, version("bvit_jax"))
+            bar.advance()
+            report = _report(model, read, arguments)
+            bar.advance()
+        print(report)
     if config is not None:
         print(_compared(whole, model, arguments.target, config))
 

@@ -131,6 +131,18 @@ def test_the_commands(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "packed"]
 
 
+@pytest.mark.slow
+def test_the_size_of_a_program_is_one_line(
+    pretrained: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bvit_jax.save(pretrained, tmp_path / "native")
+    target = tmp_path / "program"
+    assert cli.main(["export", str(tmp_path / "native"), str(target), "--format", "stablehlo"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    total = sum(file.stat().st_size for file in target.iterdir())
+    assert line.startswith(f"{target}: react_deit, {total / 1e6:.3f} MB;")
+
+
 def error_of_pack(model: Classifier) -> str:
     with pytest.raises(UserError) as raised:
         pack(model)
