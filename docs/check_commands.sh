@@ -41,7 +41,7 @@ on faq.md 'bvit --version'
 # --- what it has learned -------------------------------------------------------------------------
 long training.md 'bvit train --config=deit_digits --workdir=runs/deit_digits'
 long reports.md 'bvit report curves runs/deit_digits runs/digits --output curves.png'
-on ../README.md 'bvit report network --checkpoint=runs/digits'
+on reports.md 'bvit report network --checkpoint=runs/digits --output=network'
 on cost.md 'bvit report cost --checkpoint=runs/digits'
 on cost.md 'bvit report cost --config=digits --config.model.act_bits=32 --json' ' > cost.json'
 on cost.md 'bvit report cost --config=binaryvit_small' ' --depth=1'
