@@ -4,8 +4,8 @@
 #   bash docs/check_commands.sh            as they are written
 #   bash docs/check_commands.sh --quick    with trainings of one or two epochs, and without the longest: as CI does
 #
-# The extras `test` and `notebooks` must be installed. Every command is looked up on its page first, so that neither can change without
-# the other.
+# The extras `test` and `notebooks` must be installed. Every command is looked up on its page first, so that neither can
+# change without the other.
 set -euo pipefail
 docs=$(cd "$(dirname "$0")" && pwd)
 quick=${1:-}
