@@ -96,7 +96,7 @@ for page in "$docs"/examples/*.md; do
     printf '\n--- docs/examples/%s, executed as a notebook\n' "${page##*/}"
     mkdir -p "notebooks/$(basename "$page" .md)"
     cp "$page" "notebooks/$(basename "$page" .md)"
-    (cd "notebooks/$(basename "$page" .md)" && time jupytext --to ipynb --execute "${page##*/}")
+    (cd "notebooks/$(basename "$page" .md)" && time jupytext --set-kernel python3 --to ipynb --execute "${page##*/}")
 done
 
 echo
