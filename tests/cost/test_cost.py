@@ -579,7 +579,7 @@ def test_the_command_reads_the_configuration_of_a_run(tmp_path, capsys):
     (tmp_path / FOLDER).mkdir()
     assert main(["cost", f"--checkpoint={tmp_path}", "--json", "--depth=1"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["total"]["params"] == 574_990
+    assert report["total"]["params"] == 309_900
     assert report["remat"] == "block"
 
 
