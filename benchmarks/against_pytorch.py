@@ -15,7 +15,8 @@ function, and what parted them is a sign that rounding decides.
 
 Then, in float32 and with as many data orders as ``--runs``, the top-1 that each side has at the end, and
 tests of whether they are the same: of means (Student's, paired by data order) and of distributions
-(Mann-Whitney).
+(Mann-Whitney). Should they differ, two more figures say where: the mean loss of the last epoch, and the top-1
+of the PyTorch side's weights in our evaluation.
 """
 
 import argparse
@@ -51,6 +52,7 @@ from bvit_jax.weights.state_dicts import abstract_variables, from_state_dict, to
 from configs import digits, icons
 
 TOGETHER = 1e-9  # relative difference of losses
+ENDS = ("ours", "theirs", "theirs_by_us", "our_loss", "their_loss")  # lists with a number per data order
 COUNTER = "num_batches_tracked"  # of PyTorch's batch norms, which we do not have
 MODELS: dict[str, dict[str, Any]] = {
     "binaryvit": {
@@ -276,24 +278,32 @@ def follow(config: ConfigDict, checkout: Path, seed: int, steps: int) -> dict[st
     return found | {"parted": None, "largest_before": largest}
 
 
-def compare_ends(config: ConfigDict, checkout: Path, runs: int) -> dict[str, Any]:
-    """Trains both sides in float32 for each data order; returns the top-1 of every run, and the tests."""
+def compare_ends(config: ConfigDict, checkout: Path, orders: range) -> dict[str, Any]:
+    """Trains both sides in float32 for each data order; returns what every run ends with, and the tests.
+
+    Of each side the top-1 and the mean loss of the last epoch, and the top-1 that our evaluation finds with
+    the weights of the PyTorch side.
+    """
     teacher = Teacher(config, jnp.float32)
     per_epoch = steps_per_epoch(config)
     ours = Ours(config, teacher, jnp.float32)
-    found: dict[str, Any] = {"ours": [], "theirs": []}
-    for seed in range(runs):
+    found: dict[str, Any] = {name: [] for name in ENDS}
+    for seed in orders:
         theirs = Theirs(config, checkout, seed, "float32")
         ours.start(theirs.state())
+        losses = []
         for number, batch in enumerate(train_batches(config, seed, config.epochs * per_epoch), 1):
-            ours.step(batch)
-            theirs.step(batch, teacher.logits(batch))
+            losses.append((ours.step(batch), theirs.step(batch, teacher.logits(batch))))
             if number % per_epoch == 0:
                 theirs.end_epoch(number // per_epoch - 1)
+        for name, loss in zip(("our_loss", "their_loss"), np.mean(losses[-per_epoch:], axis=0), strict=True):
+            found[name].append(float(loss))
         found["ours"].append(ours.correct(eval_batches(config)))
         found["theirs"].append(theirs.correct(eval_batches(config)))
-        _say(f"  order {seed}: ours {found['ours'][-1]:.4f}, theirs {found['theirs'][-1]:.4f}")
-    if runs > 1:
+        ours.start(theirs.state())
+        found["theirs_by_us"].append(ours.correct(eval_batches(config)))
+        _say(f"  order {seed + 1}: " + ", ".join(f"{name} {found[name][-1]:.4f}" for name in ENDS))
+    if len(orders) > 1:
         found["paired_t"] = float(stats.ttest_rel(found["ours"], found["theirs"]).pvalue)
         found["mann_whitney"] = float(stats.mannwhitneyu(found["ours"], found["theirs"]).pvalue)
     return found
@@ -313,12 +323,13 @@ def report(found: dict[str, Any]) -> str:
                 cells = f"{run['difference']:.0e} | {run['different_signs']}"
                 same = f"{run['difference_with_their_parameters']:.0e}"
                 lines.append(f"| {name} | {run['seed']} | {steps} | {cells} | {same} |")
-    lines += ["", "| float32 | orders | ours, top-1 | theirs, top-1 | paired t | Mann-Whitney |"]
-    lines.append("|---" * 6 + "|")
+    columns = "ours, top-1 | theirs, top-1 | theirs by us | paired t | Mann-Whitney"
+    lines += ["", f"| float32 | orders | {columns} |"]
+    lines.append("|---" * 7 + "|")
     for name, results in found["models"].items():
         ends = results["ends"]
         if ends["ours"]:
-            sides = [_mean(ends[side]) for side in ("ours", "theirs")]
+            sides = [_mean(ends[side]) for side in ("ours", "theirs", "theirs_by_us")]
             tests = [f"p = {ends[test]:.2f}" if test in ends else "" for test in ("paired_t", "mann_whitney")]
             lines.append("| " + " | ".join((name, str(len(ends["ours"])), *sides, *tests)) + " |")
     return "\n".join(lines)
@@ -346,7 +357,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     results["together"].append(follow(config, arguments.reference, seed, arguments.steps))
                     _say(f"{name}, seed {seed}: parted at step {results['together'][-1]['parted']}")
             _say(f"{name}, {config.epochs} epochs")
-            results["ends"] = compare_ends(config, arguments.reference, arguments.runs)
+            orders = range(arguments.first - 1, arguments.first - 1 + arguments.runs)
+            results["ends"] = compare_ends(config, arguments.reference, orders)
             if arguments.json:
                 arguments.json.write_text(json.dumps(found, indent=2) + "\n")
     except UserError as error:
@@ -389,7 +401,8 @@ def _parser() -> argparse.ArgumentParser:
         ("seeds", 3, "trainings in float64"),
         ("steps", 200, "of each of them, at most"),
         ("runs", 10, "trainings in float32, with different orders of the data"),
-        ("epochs", 15, "of each of them"),
+        ("first", 1, "number of the first such order: the next runs, or other ones on another core"),
+        ("epochs", 15, "of each training in float32"),
     ):
         parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")

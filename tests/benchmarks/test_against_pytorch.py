@@ -70,17 +70,20 @@ def test_follows_two_trainings_until_they_part_and_compares_their_ends(tmp_path,
     assert run["difference"] > 1e-9
     assert run["parameter_distance"] == pytest.approx(1e-4, rel=1e-6)
     assert run["difference_with_their_parameters"] == 0.0
-    assert found["ends"]["ours"] == found["ends"]["theirs"]
-    assert len(found["ends"]["ours"]) == 2
+    ends = found["ends"]
+    assert ends["ours"] == ends["theirs"] == ends["theirs_by_us"]
+    assert ends["our_loss"] == ends["their_loss"]
+    assert len(ends["ours"]) == len(ends["our_loss"]) == 2
     assert "| react_deit | 0 | 2 steps, to 0e+00 |" in capsys.readouterr().out
 
 
 def test_the_report_of_trainings_that_stay_together():
     together = [{"seed": 0, "steps": 200, "parted": None, "largest_before": 2e-12}]
-    ends = {"ours": [0.95, 0.97], "theirs": [0.96, 0.96], "paired_t": 1.0, "mann_whitney": 0.6667}
+    sides = {"ours": [0.95, 0.97], "theirs": [0.96, 0.96], "theirs_by_us": [0.96, 0.96]}
+    ends = {**sides, "paired_t": 1.0, "mann_whitney": 0.6667}
     text = against_pytorch.report({"models": {"binaryvit": {"together": together, "ends": ends}}})
     assert "| binaryvit | 0 | all 200 steps, to 2e-12 | | | |" in text
-    assert "| binaryvit | 2 | 96.00 ± 1.41 % | 96.00 ± 0.00 % | p = 1.00 | p = 0.67 |" in text
+    assert "| 2 | 96.00 ± 1.41 % | 96.00 ± 0.00 % | 96.00 ± 0.00 % | p = 1.00 | p = 0.67 |" in text
 
 
 def test_says_what_is_wrong_in_one_line(tmp_path, capsys):
