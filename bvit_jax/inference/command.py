@@ -7,12 +7,15 @@ checkpoint says.
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from bvit_jax.errors import UserError, printable
 from bvit_jax.files import any_path, local_path
-from bvit_jax.inference.classifier import load
+from bvit_jax.inference.classifier import Classifier, Guess, load
 from bvit_jax.runtime.arguments import add_noema, positive
+from bvit_jax.weights.packed import Packed
 
 
 def run(argv: list[str]) -> None:
@@ -25,13 +28,26 @@ def run(argv: list[str]) -> None:
     classifier = load(arguments.checkpoint, checkpoint=arguments.kind, ema=arguments.ema)
     for text in classifier.pretrained.assumed:
         print(f"assumed, since the checkpoint does not say: {text}", file=sys.stderr)
-    for path, ranking in zip(paths, classifier.top(paths, arguments.top), strict=True):
+    for path, ranking in zip(paths, _rankings(classifier, paths, arguments.top), strict=True):
         if arguments.json:
             print(json.dumps({"image": str(path), "classes": [asdict(guess) for guess in ranking]}))
             continue
         print(printable(str(path)))
         for guess in ranking:
             print(f"  {100 * guess.probability:5.1f} %  {printable(guess.name)}")
+
+
+def _rankings(classifier: Classifier, paths: Sequence[Path], count: int) -> Iterator[list[Guess]]:
+    """Yields the likeliest classes of each image; shows that something happens while a model is compiled."""
+    rankings = classifier.top(paths, count)
+    if not isinstance(classifier.pretrained, Packed):
+        from bvit_jax.data.prepare.progress import ProgressBar  # here, as packed models do without rich
+
+        with ProgressBar("compiling the model", 1) as bar:
+            first = next(rankings)
+            bar.advance()
+        yield first
+    yield from rankings
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -76,8 +76,10 @@ def test_the_teacher_reads_digits(digit_files, capsys):
 
 
 @pytest.mark.slow
-def test_what_is_printed(digit_files, capsys):
-    assert main(["--checkpoint", str(TEACHER), str(digit_files[7]), str(digit_files[3])]) == 0
+def test_what_is_printed(digit_files, capsys, caplog):
+    with caplog.at_level("INFO"):
+        assert main(["--checkpoint", str(TEACHER), str(digit_files[7]), str(digit_files[3])]) == 0
+    assert "compiling the model: 1 done" in caplog.messages
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12
     assert (lines[0], lines[6]) == (str(digit_files[7]), str(digit_files[3]))
