@@ -44,7 +44,7 @@ class Row:
 
 
 NONE = "-"
-_OWN = "own formulation, against slow ones; not trained: docs/bivit.md"
+_OWN = "our own formulation, checked against slow code; not trained: docs/bivit.md"
 _BHVIT = "float64 parity: first batch, gradients, AdamW steps"
 _DISTILLED = {"distillation_token": True, "distillation_head": True}
 ROWS = (
@@ -85,14 +85,14 @@ ROWS = (
         "Bi-ViT as released, DeiT-S",
         "",
         NONE,
-        "float64 parity on small models, first batch and gradients included",
+        "float64 parity: first batch and gradients; DeiT-Ti at full size too",
         ("bivit_release_deit", {}),
     ),
     Row(
         "Bi-ViT as released, Swin-T",
         "",
         NONE,
-        "float64 parity: one stage with shifted windows, and patch merging alone",
+        "float64 parity, at full size too",
         ("bivit_release_swin", {}),
     ),
     Row("BinaryViT for digits", "digits.py", NONE, "trained here: 97.2 to 98.3 % of the held-out digits"),
