@@ -1,7 +1,7 @@
 """One process that classifies one image, and writes when it has come how far and what memory it holds.
 
-`inference` starts it anew for each figure. It prints a line of JSON after each stage, with the name of the
-stage, the resident memory then, and, in the last, the peak; whoever reads the lines takes the time.
+`inference` starts a new process for each figure. It prints a line of JSON after each stage: the name of the
+stage, the resident memory then, and, in the last, the peak. The reader of the lines takes the time.
 """
 
 import json
@@ -51,7 +51,7 @@ def stages(subject_file: str) -> Iterator[str]:
 def memory() -> dict[str, int]:
     """Returns the resident memory of this process and its peak, bytes; of Linux alone.
 
-    The peak that `resource` tells begins with the memory of the process that started this one.
+    The peak that `resource` reports begins with the memory of the process that started this one.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     values = dict(line.split(":", 1) for line in lines)

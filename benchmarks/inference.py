@@ -19,9 +19,9 @@ has a process of its own and sleeps while the others are measured; they alternat
 machine hits all alike. The steps go from normalised images in memory to logits. A round takes about
 ``--seconds`` of each side.
 
-Then each side is started anew and classifies one image, first with an empty compilation cache and then with
-what that left: seconds since the start of the process, and resident memory at each stage. A model of
-bvit_jax is loaded from its files and takes an image of bytes; a PyTorch model is built with random weights.
+Then each side starts in a new process and classifies one image, first with an empty compilation cache and
+then with what that left: seconds since the start of the process, and resident memory at each stage. A model
+of bvit_jax is loaded from its files and takes a uint8 image; a PyTorch model is built with random weights.
 
 The ceiling of binary operations is the best of XLA's and the compiled product of packed signs, measured on as
 many cores; the counted floor of a batch is its binary operations at this rate, and nothing else.

@@ -1,4 +1,4 @@
-"""Measures the sides of `inference` in turn, then starts each anew; the command is in `inference`."""
+"""Measures the sides of `inference` in turn, then the start of each; the command is in `inference`."""
 
 import contextlib
 import dataclasses

@@ -1,6 +1,6 @@
 """The sides of `inference`: packed and float models of bvit_jax, the PyTorch code, and real-valued DeiT-S.
 
-Jax and torch are imported only where they are used, by a process that was told its cores and its vector unit.
+Jax and torch are imported only where they are used, by a process whose cores and vector unit are set already.
 """
 
 import contextlib

@@ -30,7 +30,7 @@ def add_floors(pieces: list[dict[str, Any]]) -> None:
 
 
 def passed(pieces: list[dict[str, Any]]) -> bool:
-    """Returns whether no piece failed, but for want of memory, and no number is another than expected."""
+    """Returns whether no piece failed, except for lack of memory, and every number is as expected."""
     return not any(p["status"] == "failed" or _wrong(p.get("found", {})) for p in pieces)
 
 

@@ -105,7 +105,7 @@ def take_signals(notice: Callable[[int], None], *, as_sigterm: bool = False) -> 
 
     Args:
       notice: called in the main thread with the number of the signal.
-      as_sigterm: leave SIGTERM to JAX, which tells all processes of a run, and turn the others into it.
+      as_sigterm: leave SIGTERM to JAX, which informs all processes of a run, and turn the others into it.
 
     Returns:
       What restores the handlers from before. In a thread other than the main one nothing can be set.

@@ -68,7 +68,7 @@ def clear_unfinished(folder: Path) -> None:
 def delete(path: Path) -> None:
     """Deletes a checkpoint, which is invisible at once; of a link the link alone, since a copy is somebody's.
 
-    What tells that it is ours goes last, so that what a kill leaves can be deleted, too.
+    What marks it as ours goes last, so that what a kill leaves can be deleted, too.
     """
     if path.is_symlink():
         path.unlink()

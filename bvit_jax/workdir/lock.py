@@ -164,7 +164,7 @@ def _taken(workdir: Path, other: dict[str, Any]) -> UserError:
 
 
 def _machine() -> str:
-    """Returns what tells this machine, since its last start, and its processes from others; "" if unknown."""
+    """Returns what identifies this machine, since its last start, and its processes; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"

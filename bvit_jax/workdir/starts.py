@@ -129,7 +129,7 @@ def _flat(config: ConfigDict) -> dict[str, Any]:
 
 
 def _is_free(key: str, old: Any, new: Any) -> bool:
-    """Returns whether a run may continue with the new value of a setting without being told to."""
+    """Returns whether a run may continue with the new value of a setting without ``--allow_changes``."""
     if key == "data.dataset":  # the version is checked with what was read
         return str(old).partition(":")[0] == str(new).partition(":")[0]
     if key == "epochs":

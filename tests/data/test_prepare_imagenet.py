@@ -157,7 +157,7 @@ def test_generated_tars_are_reproducible(mini: Path, tmp_path: Path) -> None:
 
 
 def test_generated_classes_can_be_learned(prepared: Path) -> None:
-    """The mean colour alone tells nearly all of the ten hues apart."""
+    """The mean colour alone separates nearly all of the ten hues."""
     hues = []
     for record in records(prepared, "validation"):
         pixels = np.asarray(Image.open(io.BytesIO(value(record, "image"))).convert("RGB"), float)
@@ -420,7 +420,7 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def test_official_sizes_are_the_default(mini: Path, tmp_path: Path, capsys: Any) -> None:
-    (mini / "manifest.json").write_text("{}")  # nothing beside the tars makes the check weaker
+    (mini / "manifest.json").write_text("{}")  # nothing next to the tars makes the check weaker
     line = _fails(capsys, "imagenet2012", "--tars", mini, "--data_dir", tmp_path)
     (mini / "manifest.json").unlink()
     size = (mini / TRAIN_TAR).stat().st_size

@@ -244,7 +244,7 @@ def test_masked_keys_of_shifted_windows_have_no_order():
     value, gradient = jax.value_and_grad(loss)(student)
     assert value == 0
     assert not jnp.any(gradient)
-    # What they are only counts beside the keys that are not masked.
+    # What they are only counts next to the keys that are not masked.
     assert loss(raised) < 0.1
 
 

@@ -144,8 +144,8 @@ def test_images_are_prepared_as_transformers_does(tmp_path, square, interpolatio
     processing = weights.Preprocessing(20, 16, interpolation, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), square=square)
     values = huggingface.describe_processor(processing)
     kind = getattr(transformers, values.pop("image_processor_type"))
-    # The margin beside the crop is even: an odd one transformers halves downwards, torchvision and we to
-    # the even number.
+    # The margin next to the crop is even: transformers rounds half of an odd one down, torchvision and we
+    # to the even number.
     pixels = np.random.default_rng(0).integers(0, 256, (30, 45, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
     theirs = kind(**values)(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
