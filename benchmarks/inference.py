@@ -54,8 +54,8 @@ from benchmarks.inference_sides import (
 )
 from benchmarks.inference_table import report_text
 from benchmarks.train_step import check_reference, integers, parts, positive
+from bvit_jax.data.cores import usable_cores
 from bvit_jax.errors import UserError, nearest
-from bvit_jax.report.machine import cores
 
 DEIT_SMALL = {
     "hidden_size": 384,
@@ -134,8 +134,8 @@ def _threads(text: str) -> list[int]:
     if not hasattr(os, "sched_setaffinity"):
         raise UserError("this benchmark confines processes to cores, as Linux alone does")
     found = integers("--threads", [text])
-    if max(found) > cores():
-        raise UserError(f"--threads is {text}; expected at most {cores()}, the cores of this process")
+    if max(found) > usable_cores():
+        raise UserError(f"--threads is {text}; expected at most {usable_cores()}, the cores of this process")
     return found
 
 

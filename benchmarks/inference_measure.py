@@ -22,8 +22,9 @@ from benchmarks.floor import best_rate
 from benchmarks.inference_sides import REFERENCE_COMPILED, SIDES, Subject
 from benchmarks.machine import commit
 from benchmarks.workload import Plan, Worker
+from bvit_jax.data.cores import usable_cores
 from bvit_jax.errors import UserError
-from bvit_jax.report.machine import cores, cpu_model, versions
+from bvit_jax.report.machine import cpu_model, versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,7 +112,7 @@ def measure(
 
 def _about(isa: str | None) -> dict[str, Any]:
     """Returns what the figures depend on; the load is that of other programs."""
-    machine = {"cpu": cpu_model(), "cores": cores(), "python": platform.python_version()}
+    machine = {"cpu": cpu_model(), "cores": usable_cores(), "python": platform.python_version()}
     return {
         "machine": {**machine, "load_average": os.getloadavg()[0]},
         "versions": versions(),

@@ -17,8 +17,9 @@ from benchmarks import stand_ins
 from benchmarks.machine import commit
 from benchmarks.shares import add_shares, merged
 from benchmarks.workload import OURS, Compilation, Facts, Kind, Memory, Plan, Side, Worker, is_ours
+from bvit_jax.data.cores import usable_cores
 from bvit_jax.errors import UserError
-from bvit_jax.report.machine import cores, cpu_model, versions
+from bvit_jax.report.machine import cpu_model, versions
 
 Rounds = dict[Kind, list[float]]  # images/s of each round
 REFERENCE = "reference"
@@ -64,7 +65,7 @@ def measure(
         "command": shlex.join(["python", "-m", "benchmarks.train_step", *arguments]),
         "machine": {
             "cpu": cpu_model(),
-            "cores": cores(),
+            "cores": usable_cores(),
             "load_average": load,
             "python": platform.python_version(),
             "system": platform.platform(),

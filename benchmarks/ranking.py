@@ -29,11 +29,12 @@ from jax import Array
 
 from benchmarks.jax_side import NORMALIZE, fixed_optimizer, random_batch
 from benchmarks.workload import parse_override
+from bvit_jax.data.cores import usable_cores
 from bvit_jax.errors import UserError
 from bvit_jax.losses.attention import Ranking
 from bvit_jax.losses.ranking import ranking_loss
 from bvit_jax.models import create_model
-from bvit_jax.report.machine import cores, cpu_model
+from bvit_jax.report.machine import cpu_model
 from bvit_jax.runtime.mesh import make_mesh, replicated
 from bvit_jax.training.steps.batch import Inputs
 from bvit_jax.training.steps.programs import jit_train_step
@@ -128,7 +129,7 @@ def report(overrides: dict[str, Any], batch: int, repeats: int) -> dict[str, Any
     rounds = alternate(steps(overrides, batch), repeats)
     alone = alternate({"layer": one_layer(overrides, batch)}, repeats)["layer"]
     found: dict[str, Any] = {
-        "machine": {"cpu": cpu_model(), "cores": cores(), "load_average": load},
+        "machine": {"cpu": cpu_model(), "cores": usable_cores(), "load_average": load},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "python": platform.python_version(),
         "jax": jax.__version__,

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from bvit_jax import models, weights
-from bvit_jax.data.prepare.progress import ProgressBar
+from bvit_jax.data.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.files import any_path, local_path
 from bvit_jax.runtime import process

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.machine import commit
-from bvit_jax.report.machine import cores, cpu_model, versions
+from bvit_jax.data.cores import usable_cores
+from bvit_jax.report.machine import cpu_model, versions
 
 
 def describe() -> Iterator[dict[str, Any]]:
@@ -25,7 +26,7 @@ def describe() -> Iterator[dict[str, Any]]:
         "memory": statistics.get("bytes_limit"),
         "driver": _driver(),
         "cpu": cpu_model(),
-        "cores": cores(),
+        "cores": usable_cores(),
         "python": platform.python_version(),
         "versions": versions(),
         "commit": commit(),

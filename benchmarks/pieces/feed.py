@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import input_pipeline
 from benchmarks.input_pipeline import WARM_UP
-from bvit_jax.report.machine import cores
+from bvit_jax.data.cores import usable_cores
 
 
 def photographs(images: int, batch: int, rounds: int) -> Iterator[dict[str, Any]]:
@@ -18,4 +18,4 @@ def photographs(images: int, batch: int, rounds: int) -> Iterator[dict[str, Any]
         counts = {"images": images, "measured": images - WARM_UP * batch, "batch": batch, "rounds": rounds}
         arguments = [part for name, count in counts.items() for part in (f"--{name}", str(count))]
         input_pipeline.main(["--alone", "--uint8", *arguments, "--json", str(found)])
-        yield {"cores": cores(), "images_per_second": json.loads(found.read_text())["bvit_jax"]}
+        yield {"cores": usable_cores(), "images_per_second": json.loads(found.read_text())["bvit_jax"]}

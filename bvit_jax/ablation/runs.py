@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax import files
 from bvit_jax.ablation.study import Study
+from bvit_jax.data.cores import usable_cores
 from bvit_jax.errors import UserError
 from bvit_jax.files import appearing
 from bvit_jax.report import machine
@@ -121,7 +122,7 @@ def _devices() -> str:
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
     unit = machine.vector_unit()
-    cores = machine.cores()
+    cores = usable_cores()
     return f"{cores} core{'s' * (cores > 1)} of {machine.cpu_model()}" + f" with {unit}" * bool(unit)
 
 

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from bvit_jax import config as config_lib
 from bvit_jax.data import images as image_files
 from bvit_jax.data import randaugment, transforms
+from bvit_jax.data.cores import usable_cores
 from bvit_jax.data.splits import Split, one_line, open_split
 from bvit_jax.errors import UserError, printable
 
@@ -307,17 +308,10 @@ def _end_with_parent(index: int, count: int) -> None:
 
 def _parallelism(config: ConfigDict) -> tuple[int, int]:
     """Returns the number of worker processes, 0 for none, and of threads in each."""
-    cores, workers = _usable_cores(), config.num_workers
+    cores, workers = usable_cores(), config.num_workers
     if workers < 0:
         workers = cores // MAX_THREADS if cores >= 2 * MAX_THREADS else 0
     return workers, config.num_threads or max(1, min(MAX_THREADS, cores // max(workers, 1)))
-
-
-def _usable_cores() -> int:
-    """Returns the number of cores that the system lets this process use, which may be fewer than it has."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _within_budget(

@@ -38,10 +38,10 @@ def run(argv: list[str]) -> None:
 
 
 def _rankings(classifier: Classifier, paths: Sequence[Path], count: int) -> Iterator[list[Guess]]:
-    """Yields the likeliest classes of each image; shows that something happens while a model is compiled."""
+    """Yields the likeliest classes of each image; the first ones, which compile the model, under a bar."""
     rankings = classifier.top(paths, count)
-    if not isinstance(classifier.pretrained, Packed):
-        from bvit_jax.data.prepare.progress import ProgressBar  # here, as packed models do without rich
+    if paths and not isinstance(classifier.pretrained, Packed):
+        from bvit_jax.data.progress import ProgressBar  # here, as packed models do without rich
 
         with ProgressBar("compiling the model", 1) as bar:
             first = next(rankings)

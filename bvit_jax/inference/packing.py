@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax import models
 from bvit_jax.cost import cost_of
-from bvit_jax.data.prepare.progress import ProgressBar
+from bvit_jax.data.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.files import any_path, local_path
 from bvit_jax.inference.classifier import Classifier
@@ -108,11 +108,11 @@ def _kind(name: str, array: np.ndarray) -> str:
 
 
 def _report(model: Packed, pretrained: Pretrained, arguments: argparse.Namespace) -> str:
-    """Returns what was written, by kind, and what ``bvit report cost`` counts for the parameters."""
+    """Returns what was written, of a packed file by kind, and what ``bvit report cost`` counts."""
     target: Path = arguments.target
     total = sum(file.stat().st_size for file in target.iterdir())
     found = {}
-    if arguments.format == "packed":  # JAX stores those of a program, equal ones once
+    if arguments.format == "packed":  # in a program, JAX stores equal arrays once: kinds would not add up
         found = sizes(model.folded)
         found["header"] = total - sum(found.values())
     module = models.create_model(pretrained.config)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bvit_jax.data.prepare.progress import ProgressBar
+from bvit_jax.data.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.files import local_path
 from bvit_jax.parity.check import check

@@ -6,6 +6,8 @@ import platform
 import sys
 from pathlib import Path
 
+from bvit_jax.data.cores import usable_cores
+
 PACKAGES = (
     *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "flax", "optax"),
     *("orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "pillow", "bvit_kernels", "torch"),
@@ -19,7 +21,7 @@ def describe(version: str) -> str:
     lines = [
         f"bvit_jax {version}",
         f"Python {sys.version.split()[0]}, {platform.platform()}",
-        f"{cpu_model()}, {cores()} cores, {vector_unit() or 'vector unit not known'}",
+        f"{cpu_model()}, {usable_cores()} cores, {vector_unit() or 'vector unit not known'}",
         ", ".join(f"{name} {version}" for name, version in versions().items()),
         *(f"{name}={os.environ[name]}" for name in variables),
     ]
@@ -35,13 +37,6 @@ def vector_unit() -> str:
     """Returns the widest vector unit of the processor that matters here; "" if that is not known."""
     flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
     return next((name for flag, name in UNITS.items() if flag in flags), "")
-
-
-def cores() -> int:
-    """Returns how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

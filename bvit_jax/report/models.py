@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from bvit_jax import models
 from bvit_jax.cost import cost_of
-from bvit_jax.data.prepare.progress import ProgressBar
+from bvit_jax.data.progress import ProgressBar
 from bvit_jax.inference.engine.families import FAMILIES
 from bvit_jax.inference.packing import export
 from bvit_jax.report.text import markdown

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from bvit_jax import files
-from bvit_jax.data.prepare.progress import ProgressBar
+from bvit_jax.data.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.inference.images import model_input, prepared
 from bvit_jax.models import same_layers

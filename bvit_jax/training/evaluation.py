@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from bvit_jax import config as config_lib
 from bvit_jax import data
 from bvit_jax.augment.normalization import Normalization
-from bvit_jax.data.prepare.progress import ProgressBar
+from bvit_jax.data.progress import ProgressBar
 from bvit_jax.errors import UserError
 from bvit_jax.models import choose
 from bvit_jax.runtime import process

@@ -133,11 +133,16 @@ def test_the_commands(
 
 @pytest.mark.slow
 def test_the_size_of_a_program_is_one_line(
-    pretrained: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture
+    pretrained: Pretrained,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     bvit_jax.save(pretrained, tmp_path / "native")
     target = tmp_path / "program"
-    assert cli.main(["export", str(tmp_path / "native"), str(target), "--format", "stablehlo"]) == 0
+    with caplog.at_level("INFO"):
+        assert cli.main(["export", str(tmp_path / "native"), str(target), "--format", "stablehlo"]) == 0
+    assert "exporting: 3 done" in caplog.messages
     (line,) = capsys.readouterr().out.splitlines()
     total = sum(file.stat().st_size for file in target.iterdir())
     assert line.startswith(f"{target}: react_deit, {total / 1e6:.3f} MB;")

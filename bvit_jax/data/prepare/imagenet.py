@@ -14,10 +14,10 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from bvit_jax.data import images
-from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.data.prepare.source import ARRAY_RECORD, Example, Part, Source, SplitSource, check_image, stamp
 from bvit_jax.data.prepare.tars import Member, list_members, open_tar, read_member
 from bvit_jax.data.prepare.tfds_internals import CMYK_IMAGES, PNG_IMAGES, ImageNetBuilder
+from bvit_jax.data.progress import ProgressBar
 from bvit_jax.errors import UserError, nearest
 
 NAME = "imagenet2012"

@@ -20,10 +20,10 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import tensorflow_datasets as tfds
 
-from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.data.prepare.source import Example, Key, Part, Source, SplitSource
 from bvit_jax.data.prepare.tfds_internals import Hasher, ShardConfig, get_shard_boundaries
 from bvit_jax.data.prepare.writer import Staging, cannot_write, is_prepared, open_staging
+from bvit_jax.data.progress import ProgressBar
 from bvit_jax.data.splits import one_line
 from bvit_jax.errors import UserError
 

@@ -14,9 +14,9 @@ import google_crc32c
 import tensorflow_datasets as tfds
 
 from bvit_jax.data.folders import check_split_name
-from bvit_jax.data.prepare.progress import ProgressBar
 from bvit_jax.data.prepare.source import ARRAY_RECORD, stamp
 from bvit_jax.data.prepare.writer import is_prepared, open_staging
+from bvit_jax.data.progress import ProgressBar
 from bvit_jax.data.splits import NAME, one_line
 from bvit_jax.errors import UserError
 

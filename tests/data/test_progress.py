@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from bvit_jax.data.prepare import progress
-from bvit_jax.data.prepare.progress import ProgressBar
+from bvit_jax.data import progress
+from bvit_jax.data.progress import ProgressBar
 
 
 class _Terminal(io.StringIO):
