@@ -40,10 +40,11 @@ from scipy import stats
 from benchmarks.train_step import check_reference, parts
 from bvit_jax import data, models, optim, weights
 from bvit_jax.augment.normalization import Normalization
+from bvit_jax.data.cores import usable_cores
 from bvit_jax.errors import UserError, nearest
 from bvit_jax.files import local_path
-from bvit_jax.report.machine import cores, cpu_model, versions
-from bvit_jax.runtime.arguments import positive
+from bvit_jax.report.machine import cpu_model, versions
+from bvit_jax.runtime.arguments import natural, positive
 from bvit_jax.training.steps.batch import Inputs
 from bvit_jax.training.steps.state import TrainState
 from bvit_jax.training.steps.train import Objective, TrainSettings, train_step
@@ -287,7 +288,7 @@ def compare_ends(config: ConfigDict, checkout: Path, orders: range) -> dict[str,
     teacher = Teacher(config, jnp.float32)
     per_epoch = steps_per_epoch(config)
     ours = Ours(config, teacher, jnp.float32)
-    found: dict[str, Any] = {name: [] for name in ENDS}
+    found: dict[str, Any] = {"orders": [seed + 1 for seed in orders], **{name: [] for name in ENDS}}
     for seed in orders:
         theirs = Theirs(config, checkout, seed, "float32")
         ours.start(theirs.state())
@@ -296,8 +297,9 @@ def compare_ends(config: ConfigDict, checkout: Path, orders: range) -> dict[str,
             losses.append((ours.step(batch), theirs.step(batch, teacher.logits(batch))))
             if number % per_epoch == 0:
                 theirs.end_epoch(number // per_epoch - 1)
-        for name, loss in zip(("our_loss", "their_loss"), np.mean(losses[-per_epoch:], axis=0), strict=True):
-            found[name].append(float(loss))
+        our_loss, their_loss = np.mean(losses[-per_epoch:], axis=0)
+        found["our_loss"].append(float(our_loss))
+        found["their_loss"].append(float(their_loss))
         found["ours"].append(ours.correct(eval_batches(config)))
         found["theirs"].append(theirs.correct(eval_batches(config)))
         ours.start(theirs.state())
@@ -323,15 +325,16 @@ def report(found: dict[str, Any]) -> str:
                 cells = f"{run['difference']:.0e} | {run['different_signs']}"
                 same = f"{run['difference_with_their_parameters']:.0e}"
                 lines.append(f"| {name} | {run['seed']} | {steps} | {cells} | {same} |")
-    columns = "ours, top-1 | theirs, top-1 | theirs by us | paired t | Mann-Whitney"
+    columns = "ours, top-1 | theirs, top-1 | their weights, our evaluation | paired t | Mann-Whitney"
     lines += ["", f"| float32 | orders | {columns} |"]
     lines.append("|---" * 7 + "|")
     for name, results in found["models"].items():
         ends = results["ends"]
-        if ends["ours"]:
-            sides = [_mean(ends[side]) for side in ("ours", "theirs", "theirs_by_us")]
-            tests = [f"p = {ends[test]:.2f}" if test in ends else "" for test in ("paired_t", "mann_whitney")]
-            lines.append("| " + " | ".join((name, str(len(ends["ours"])), *sides, *tests)) + " |")
+        sides = [_mean(ends[side]) for side in ("ours", "theirs", "theirs_by_us")]
+        tests = [f"p = {ends[test]:.2f}" if test in ends else "" for test in ("paired_t", "mann_whitney")]
+        lines.append("| " + " | ".join((name, str(len(ends["ours"])), *sides, *tests)) + " |")
+        losses = [f"{statistics.mean(ends[side]):.3f}" for side in ("our_loss", "their_loss")]
+        lines.append(f"| {name}, loss of the last epoch | | {losses[0]} | {losses[1]} | | | |")
     return "\n".join(lines)
 
 
@@ -340,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     found: dict[str, Any] = {
-        "machine": {"cpu": cpu_model(), "cores": cores()},
+        "machine": {"cpu": cpu_model(), "cores": usable_cores()},
         "versions": versions(),
         "models": {},
     }
@@ -350,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name not in MODELS:
                 raise UserError(f"--models has {name!r}{nearest(name, MODELS)}")
             config = experiment(name, arguments)
-            results: dict[str, Any] = {"together": [], "ends": {"ours": [], "theirs": []}}
+            results: dict[str, Any] = {"together": []}
             found["models"][name] = results
             with jax.enable_x64(True):
                 for seed in range(arguments.seeds):
@@ -397,8 +400,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", choices=("digits", "icons"), default="digits")
     parser.add_argument("--data_dir", default="", metavar="DIR", help="where icons were prepared")
     parser.add_argument("--teacher", default="", metavar="DIR", help="in place of the one for digits")
+    parser.add_argument("--seeds", type=natural, default=3, metavar="N", help="trainings in float64")
     for name, default, text in (
-        ("seeds", 3, "trainings in float64"),
         ("steps", 200, "of each of them, at most"),
         ("runs", 10, "trainings in float32, with different orders of the data"),
         ("first", 1, "number of the first such order: the next runs, or other ones on another core"),
