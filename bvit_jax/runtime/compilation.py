@@ -1,9 +1,9 @@
 """Compiles programs before their first call."""
 
 import logging
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from bvit_jax.errors import UserError
@@ -20,47 +20,62 @@ def lower(jitted: Any, *arguments: Any) -> Any:
         return jitted.lower(*arguments)
 
 
-class Compilation:
-    """A lowered function that is being compiled in a thread."""
+def compile_all(
+    programs: Iterable[tuple[str, Any]], stop: Callable[[], bool], *, threads: int
+) -> list[Any] | None:
+    """Compiles functions in threads, the next ones being lowered meanwhile.
 
-    def __init__(self, name: str, lowered: Any) -> None:
-        """Starts to compile what `lower` returns; ``name`` is for the log."""
-        logger.info("compiling %s", name)
-        self._name, self._lowered, self._start = name, lowered, time.perf_counter()
-        self._thread = threading.Thread(target=self._compile, name="compile", daemon=True)
-        self._thread.start()
+    After an error or a stop, what waits is dropped. What XLA compiles at that moment cannot be interrupted:
+    it goes on in its thread, for which the interpreter waits at its end.
 
-    def _compile(self) -> None:
-        try:
-            self._result = self._lowered.compile()
-            logger.info("compiled %s in %.1f s", self._name, time.perf_counter() - self._start)
-        except Exception as error:  # for the thread that waits
-            self._result = error
+    Args:
+      programs: names for the log, and what `lower` returns.
+      stop: called after each, and a few times per second; True gives up.
+      threads: how many functions are compiled at the same time.
 
-    def wait(self, stop: Callable[[], bool]) -> Any | None:
-        """Waits for the end.
+    Returns:
+      The compiled functions in the order of ``programs``, or None if ``stop`` returned True.
 
-        Args:
-          stop: called a few times per second; True gives up.
-
-        Returns:
-          The compiled function, or None if ``stop`` returned True; the thread then runs until the process
-          ends.
-
-        Raises:
-          UserError: the program does not fit into the memory of a device.
-        """
-        while self._thread.is_alive():
-            self._thread.join(POLL_SECONDS)
+    Raises:
+      UserError: a program does not fit into the memory of a device.
+    """
+    pool = ThreadPoolExecutor(threads, "compile")
+    futures: list[Future[Any]] = []
+    waiting: dict[Future[Any], str] = {}
+    try:
+        for name, lowered in programs:
+            logger.info("compiling %s", name)
+            futures.append(pool.submit(_compile, lowered))
+            waiting[futures[-1]] = name
+            _collect(waiting, 0)
             if stop():
                 return None
-        if isinstance(self._result, Exception):
-            raise as_user_error(self._name, self._result) from self._result
+        while waiting:
+            _collect(waiting, POLL_SECONDS)
+            if stop():
+                return None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return [future.result()[0] for future in futures]
+
+
+def _compile(lowered: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - start
+
+
+def _collect(waiting: dict[Future[Any], str], seconds: float) -> None:
+    """Waits for one compilation or more, and removes those that have ended; raises the error of one."""
+    for future in wait(waiting, seconds, FIRST_COMPLETED).done:
+        name = waiting.pop(future)
+        error = future.exception()
+        if error is not None:
+            raise as_user_error(name, error) from error
+        logger.info("compiled %s in %.1f s", name, future.result()[1])
         process.release_memory()
-        return self._result
 
 
-def as_user_error(name: str, error: Exception) -> Exception:
+def as_user_error(name: str, error: BaseException) -> BaseException:
     """Converts an out-of-memory error into a `UserError`; returns other errors unchanged."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error

@@ -11,10 +11,11 @@ import jax
 from ml_collections import ConfigDict
 
 from bvit_jax import data, models
+from bvit_jax.data.cores import usable_cores
 from bvit_jax.errors import UserError
 from bvit_jax.models.choice import platform
 from bvit_jax.runtime import distributed
-from bvit_jax.runtime.compilation import Compilation, lower
+from bvit_jax.runtime.compilation import compile_all, lower
 from bvit_jax.runtime.feed import Feed
 from bvit_jax.runtime.interruption import Interrupted, Interruption
 from bvit_jax.runtime.mesh import local_rows, replicate, replicated, with_sharding
@@ -97,8 +98,9 @@ def train_and_evaluate(
         programs = run.programs
         with log.paused():
             if not debug_nans:
-                together = platform(run.mesh) == "cpu"
-                _compile(_needed(run, start, record, given), interruption, start, together=together)
+                # Compilers for GPUs measure kernels on the device, which others must not disturb.
+                threads = usable_cores() if platform(run.mesh) == "cpu" else 1
+                _compile(_needed(run, start, record, given), interruption, start, threads)
             state = restored[0] if restored else programs.create.run(key_init, given)
         del given, restored  # their memory
         profile = stack.enter_context(closing(Profile(workdir, config.profile_steps)))
@@ -186,47 +188,35 @@ def _resumed(
 
 
 def _needed(run: Run, start: int, record: Record, given: Any) -> list[Program]:
-    """Returns the programs that a run still calls, the longest to compile first."""
+    """Returns the programs that a run still calls, those that take longest to compile first."""
     programs = run.programs
     trains = start < run.total_steps
     programs.create.arguments = (programs.create.arguments[0], with_sharding(given, replicated(run.mesh)))
+    steps = [programs.train, programs.health] if trains else []
     first = [programs.create, programs.first_batch] if start == 0 else []
-    steps = [programs.train, programs.health, programs.preview] if trains else []
-    last = [programs.gather, programs.evaluate] if trains or not record.evaluated else []
-    return [program for program in (*steps, *last, *first) if program is not None]
+    last = [programs.evaluate, programs.gather] if trains or not record.evaluated else []
+    shown = [programs.preview] if trains else []
+    return [program for program in (*steps, *first, *last, *shown) if program is not None]
 
 
-def _compile(programs: Sequence[Program], interruption: Interruption, step: int, *, together: bool) -> None:
-    """Compiles programs.
-
-    Args:
-      programs: what is compiled already is left alone.
-      interruption: may stop it.
-      step: that the run has reached.
-      together: all at once, rather than one by one: compilers for GPUs measure kernels on the device, which
-        others must not disturb.
+def _compile(programs: Sequence[Program], interruption: Interruption, step: int, threads: int) -> None:
+    """Compiles those of the programs that are not compiled yet, ``threads`` of them at the same time.
 
     Raises:
-      Interrupted: ``interruption`` said so.
+      Interrupted: ``interruption`` said so; ``step`` is what the run has reached.
     """
-    compilations: list[tuple[Program, Compilation]] = []
+    missing = [program for program in programs if not program.compiled]
+    lowered = ((program.name, _lowered(program)) for program in missing)
+    compiled = compile_all(lowered, lambda: interruption.noticed, threads=threads)
+    if compiled is None:
+        raise interruption.at(step)
+    for program, run in zip(missing, compiled, strict=True):
+        program.run = run
 
-    def finish() -> None:
-        while compilations:
-            program, compilation = compilations.pop(0)
-            compiled = compilation.wait(lambda: interruption.noticed)
-            if compiled is None:
-                raise interruption.at(step)
-            program.run = compiled
 
-    for program in programs:
-        if not program.compiled:
-            logger.info("tracing %s", program.name)
-            lowered = lower(program.function, *program.arguments)
-            compilations.append((program, Compilation(program.name, lowered)))
-            if not together or interruption.noticed:
-                finish()
-    finish()
+def _lowered(program: Program) -> Any:
+    logger.info("tracing %s", program.name)
+    return lower(program.function, *program.arguments)
 
 
 def _train_batches(config: ConfigDict, run: Run, start: int) -> Generator[data.Batch, None, None]:

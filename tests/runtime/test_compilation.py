@@ -1,8 +1,11 @@
 """Compiling ahead, giving up, and where compiled programs are kept."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +15,118 @@ import pytest
 
 from bvit_jax.errors import UserError
 from bvit_jax.runtime import distributed, process
-from bvit_jax.runtime.compilation import Compilation, lower
-
-
-def test_it_returns_what_compile_returns() -> None:
-    compiled = Compilation("a sum", jax.jit(lambda x: x + 1).lower(jnp.ones(3))).wait(lambda: False)
-    assert compiled(jnp.ones(3)).tolist() == [2, 2, 2]
+from bvit_jax.runtime.compilation import compile_all, lower
+from tests.processes import environment
 
 
 class Lowered:
     """Stands for a lowered function whose compilation takes its time, or fails."""
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error, self.released = error, threading.Event()
+    def __init__(self, result: Any = None, *, waits: bool = False) -> None:
+        self.result, self.waits = result, waits
+        self.started, self.released = threading.Event(), threading.Event()
 
     def compile(self) -> Any:
-        if self.error is not None:
-            raise self.error
-        self.released.wait(30)
+        self.started.set()
+        if self.waits:
+            assert self.released.wait(30)
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return self.result
 
 
-def test_it_gives_up_when_told() -> None:
-    lowered, start = Lowered(), time.perf_counter()
-    assert Compilation("nothing", lowered).wait(lambda: True) is None
+def never() -> bool:
+    return False
+
+
+def test_it_returns_what_compile_returns_in_order() -> None:
+    slow, fast = Lowered("slow", waits=True), Lowered("fast")
+    threading.Timer(0.3, slow.released.set).start()
+    assert compile_all([("1", slow), ("2", fast)], never, threads=2) == ["slow", "fast"]
+    assert compile_all([], never, threads=1) == []
+    (compiled,) = (
+        compile_all([("a sum", jax.jit(lambda x: x + 1).lower(jnp.ones(3)))], never, threads=1) or []
+    )
+    assert compiled(jnp.ones(3)).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_so_many_compile_at_the_same_time(threads: int) -> None:
+    first, second = Lowered(waits=True), Lowered()
+    overlap = []
+
+    def release() -> None:
+        overlap.append(second.started.wait(5 if threads == 2 else 0.5))
+        first.released.set()
+
+    threading.Thread(target=release).start()
+    assert compile_all([("1", first), ("2", second)], never, threads=threads) == [None, None]
+    assert overlap == [threads == 2]
+
+
+def test_it_lowers_the_next_while_it_compiles() -> None:
+    first = Lowered(waits=True)
+
+    def programs() -> Iterator[tuple[str, Lowered]]:
+        yield "1", first
+        assert first.started.wait(30)
+        first.released.set()
+        yield "2", Lowered()
+
+    assert compile_all(programs(), never, threads=1) == [None, None]
+
+
+def test_it_gives_up_when_asked_and_drops_what_waits() -> None:
+    first, second, start = Lowered(waits=True), Lowered(), time.perf_counter()
+    assert compile_all([("1", first), ("2", second)], second.started.is_set, threads=2) is None
+    assert compile_all([("1", first), ("2", third := Lowered())], lambda: True, threads=1) is None
     assert time.perf_counter() - start < 10
-    lowered.released.set()
+    first.released.set()
+    assert not third.started.wait(0.5)
 
 
-def test_a_step_that_does_not_fit_is_told_in_one_line() -> None:
-    error = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nUsed 20G\n")
-    with pytest.raises(UserError, match=r"does not fit into the memory of a device: RESOURCE_EXHAUSTED.*hbm"):
-        Compilation("x", Lowered(error)).wait(lambda: False)
+def test_an_error_does_not_wait_for_the_others() -> None:
+    first, third, start = Lowered(waits=True), Lowered(), time.perf_counter()
+    programs = [("1", first), ("2", Lowered(RuntimeError("other"))), ("3", third)]
     with pytest.raises(RuntimeError, match=r"^other$"):
-        Compilation("x", Lowered(RuntimeError("other"))).wait(lambda: False)
+        compile_all(programs, never, threads=2)
+    assert time.perf_counter() - start < 10
+    first.released.set()
+
+
+def test_a_step_that_does_not_fit_is_one_line() -> None:
+    error = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nUsed 20G\n")
+    with pytest.raises(
+        UserError, match=r"^x does not fit into the memory of a device: RESOURCE_EXHAUSTED.*hbm"
+    ):
+        compile_all([("x", Lowered(error))], never, threads=1)
+
+
+FAILS_WHILE_IT_COMPILES = """
+import jax, jax.numpy as jnp
+from bvit_jax.runtime.compilation import compile_all, lower
+from tests.processes import environment
+
+def slow(x):
+    for _ in range(400):
+        x = jnp.sin(x @ x)
+    return x
+
+def programs():
+    yield "slow", lower(jax.jit(slow), jnp.ones((8, 8)))
+    yield "wrong", lower(jax.jit(lambda x: x / (1 // 0)), jnp.ones(3))
+
+compile_all(programs(), lambda: False, threads=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_whose_tracing_fails_ends_with_its_error() -> None:
+    """Threads that return from XLA while the interpreter ends must not abort the process."""
+    command = [sys.executable, "-c", FAILS_WHILE_IT_COMPILES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 1, done.stderr
+    assert "ZeroDivisionError: integer division or modulo by zero\n" in done.stderr
 
 
 @pytest.fixture
