@@ -2,17 +2,22 @@
 # Runs the commands of the documentation that need no network, as a newcomer would, in an empty directory:
 #
 #   bash docs/check_commands.sh            as they are written
-#   bash docs/check_commands.sh --quick    with trainings of one or two epochs, and without the longest: as CI does
+#   bash docs/check_commands.sh --quick    with trainings of one or two epochs, and without the longest: as CI does;
+#                                          the notebooks run in full
 #
 # The extras `test` and `notebooks` must be installed. Every command is looked up on its page first, so that neither can
 # change without the other.
 set -euo pipefail
 docs=$(cd "$(dirname "$0")" && pwd)
 quick=${1:-}
+command -v jupytext >/dev/null || { echo 'no jupytext: pip install ".[test,notebooks]"' >&2; exit 1; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 export JAX_COMPILATION_CACHE_DIR=$work/compiled COLUMNS=100
+# Notebooks run without the settings of the user, and leave nothing in the home directory.
+export IPYTHONDIR=$work/ipython JUPYTER_CONFIG_DIR=$work/jupyter JUPYTER_DATA_DIR=$work/jupyter \
+    JUPYTER_RUNTIME_DIR=$work/jupyter/runtime
 
 # on PAGE COMMAND [EXTRA...]: runs a command of a page, with EXTRA where it is to be quick. What the page leaves open,
 # and other names that have to change, is replaced by the variable of that name.
