@@ -115,7 +115,7 @@ def test_caps_the_vector_unit_of_all_sides_and_takes_it_back(monkeypatch):
         (["--threads", "4096"], "--threads is 4096; expected at most "),
         (["--reference", "nowhere"], "--reference is nowhere: there is no models.py"),
         (["--json", "nowhere/x.json"], "--json is nowhere/x.json"),
-        (["--sides", "reference"], "no side can run: reference: there is no --reference"),
+        (["--sides", "reference", "--threads", "1"], "no side can run: reference: there is no --reference"),
     ],
 )
 def test_says_what_is_wrong_in_one_line(capsys, arguments, message):

@@ -491,6 +491,6 @@ def test_processes_are_chosen_where_there_are_many_cores(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for cores, expected in ((1, (0, 1)), (8, (0, 8)), (31, (0, 16)), (32, (2, 16)), (112, (7, 16))):
-        monkeypatch.setattr(pipeline, "_usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(pipeline, "usable_cores", lambda cores=cores: cores)
         assert pipeline._parallelism(make_config(num_threads=0)) == expected
     assert pipeline._parallelism(make_config(num_workers=3, num_threads=5)) == (3, 5)
