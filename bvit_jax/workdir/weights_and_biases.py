@@ -42,10 +42,11 @@ class Offline:
         logging.getLogger("wandb").propagate = False  # it has files of its own
         self._picture = wandb.Image
         directory = Path() if in_bucket(workdir) else workdir
+        # Named offline-run-TIME-ID, and -1 after that for a second one of the same second.
         before = [] if in_bucket(workdir) else sorted((workdir / FOLDER).glob("offline-run-*-*"))
         self._run: Any = wandb.init(
             project=project,
-            id=before[0].name.rpartition("-")[2] if before else secrets.token_hex(4),
+            id=before[0].name.split("-")[3] if before else secrets.token_hex(4),
             name=workdir.name,
             dir=str(directory),
             config=dict(config),
