@@ -38,13 +38,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def natural(text: str) -> int:
-    """Returns the integer of 0 or more that an argument of a command is."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or above")
-    return int(text)
-
-
 def setting(text: str) -> tuple[str, Any]:
     """Returns key and value of the argument ``KEY=VALUE``; what is no Python literal is a text."""
     key, equals, value = text.partition("=")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import against_pytorch
+from benchmarks.training_sides import Ours, Teacher
 from bvit_jax import models
 from bvit_jax.weights.naming import REFERENCE
 from bvit_jax.weights.state_dicts import to_state_dict
@@ -20,7 +21,7 @@ class Twin:
     In float64, all weights are moved after two steps; in float32, those of the classifier before the first.
     """
 
-    compiled: ClassVar[dict[str, against_pytorch.Ours]] = {}
+    compiled: ClassVar[dict[str, Ours]] = {}
     seeds: ClassVar[dict[str, list[int]]] = {"float32": [], "float64": []}
     losses: ClassVar[list[float]] = []  # of the last one
 
@@ -29,8 +30,8 @@ class Twin:
         size = config.model.image_size
         variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, size, size, 3)))
         if dtype not in self.compiled:
-            teacher = against_pytorch.Teacher(config, jnp.dtype(dtype))
-            self.compiled[dtype] = against_pytorch.Ours(config, teacher, jnp.dtype(dtype))
+            teacher = Teacher(config, jnp.dtype(dtype))
+            self.compiled[dtype] = Ours(config, teacher, jnp.dtype(dtype))
         self._ours, self._steps, self._dtype = copy.copy(self.compiled[dtype]), 0, dtype
         self.seeds[dtype].append(seed)
         self.losses.clear()
